@@ -1,0 +1,22 @@
+"""Block-sparse attention: the specification and its fast implementations.
+
+``reference`` says what is computed, in plain fp64 loops. ``selection`` chooses key blocks,
+vectorised. ``tiles`` runs the choice on the platform's own dense paged kernel. Nothing here
+imports vLLM.
+"""
+
+from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.selection import BlockStats, HeadThresholds, pool_blocks, pool_queries, select_blocks
+from vllm_afbs.kernels.tiles import TileTables, build_tile_tables, tile_prefill
+
+__all__ = [
+    "BlockGeometry",
+    "BlockStats",
+    "HeadThresholds",
+    "TileTables",
+    "build_tile_tables",
+    "pool_blocks",
+    "pool_queries",
+    "select_blocks",
+    "tile_prefill",
+]

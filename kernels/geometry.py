@@ -1,0 +1,100 @@
+"""Which rows and keys the blocks of one request's step cover."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class BlockGeometry:
+    """One request's queries against its whole context, cut into blocks.
+
+    Blocks are cut at absolute positions, so a prompt is cut alike however it is chunked: query
+    block ``i`` of the prompt holds positions ``[i * block_q, (i + 1) * block_q)``, and a step
+    sees the part of it that lies in its chunk. Attention is causal and aligned bottom-right: the
+    last query row is the last key.
+
+    Attributes:
+        q_len: Query rows in this step.
+        kv_len: Keys in the context, the step's own included.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+    """
+
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_k: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.q_len <= self.kv_len:
+            raise ValueError(
+                f"q_len must be in [1, kv_len], got q_len={self.q_len}, kv_len={self.kv_len}"
+            )
+        if self.block_q < 1 or self.block_k < 1:
+            raise ValueError(
+                f"block sizes must be positive, got block_q={self.block_q}, block_k={self.block_k}"
+            )
+
+    @property
+    def first_row(self) -> int:
+        """Absolute position of the step's first query row."""
+        return self.kv_len - self.q_len
+
+    @property
+    def lead(self) -> int:
+        """Rows of the first query block that earlier steps have already computed."""
+        return self.first_row % self.block_q
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Query blocks touched by this step."""
+        return -(-(self.lead + self.q_len) // self.block_q)
+
+    @property
+    def num_k_blocks(self) -> int:
+        """Key blocks of the context, the last one possibly partial."""
+        return -(-self.kv_len // self.block_k)
+
+    @cached_property
+    def row_starts(self) -> torch.Tensor:
+        """First row of each query block within the step, ``[num_q_blocks + 1]``, int64.
+
+        The last entry is ``q_len``.
+        """
+        edges = torch.arange(self.num_q_blocks + 1) * self.block_q - self.lead
+        return edges.clamp_(0, self.q_len)
+
+    @cached_property
+    def first_positions(self) -> torch.Tensor:
+        """Absolute position of each query block's first row, ``[num_q_blocks]``, int64."""
+        return self.row_starts[:-1] + self.first_row
+
+    @cached_property
+    def last_positions(self) -> torch.Tensor:
+        """Absolute position of each query block's last row, ``[num_q_blocks]``, int64."""
+        return self.row_starts[1:] + (self.first_row - 1)
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """Key blocks that causal attention reaches, ``[num_q_blocks, num_k_blocks]``, bool."""
+        key_starts = torch.arange(self.num_k_blocks) * self.block_k
+        return key_starts[None, :] <= self.last_positions[:, None]
+
+    @cached_property
+    def always(self) -> torch.Tensor:
+        """Blocks that are never dropped, ``[num_q_blocks, num_k_blocks]``, bool.
+
+        The first one (the attention sink) and the diagonal ones: those that some row of the
+        query block sees only in part.
+        """
+        key_ends = torch.arange(1, self.num_k_blocks + 1) * self.block_k
+        keep = key_ends[None, :] > self.first_positions[:, None] + 1
+        keep[:, 0] = True
+        return keep & self.visible
+
+    @cached_property
+    def num_visible(self) -> int:
+        """Block products of dense causal attention for one head (of QK^T, and again of PV)."""
+        return int(self.visible.sum())

@@ -1,0 +1,197 @@
+"""The specification: sparse attention as plain loops in fp64.
+
+Every fast implementation is tested against this file. It is written to be read beside the
+paper (SpargeAttn, arXiv 2502.18137; AFBS-BO tunes its thresholds) and is as slow as it looks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.selection import HeadThresholds
+
+
+@dataclass(frozen=True)
+class BlockProducts:
+    """Block products of one call, summed over heads; a block costs one QK^T and one PV.
+
+    Attributes:
+        computed: Products done.
+        dense: Products that dense causal attention would do.
+    """
+
+    computed: int
+    dense: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the dense products that was skipped, in [0, 1)."""
+        return 1.0 - self.computed / self.dense
+
+
+def reference_select(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    thresholds: HeadThresholds,
+    geometry: BlockGeometry,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Chooses key blocks for one request, block by block.
+
+    Args:
+        query: ``[q_len, num_heads, head_dim]``, the step's rows.
+        key: ``[kv_len, num_kv_heads, head_dim]``, the whole context's.
+        thresholds: tau and theta of each query head.
+        geometry: The blocks.
+        softmax_scale: Factor of the scores.
+
+    Returns:
+        ``[num_heads, num_q_blocks, num_k_blocks]`` bool, true where the block is computed.
+    """
+    num_heads = query.shape[1]
+    group = num_heads // key.shape[1]
+    keep = torch.zeros(num_heads, geometry.num_q_blocks, geometry.num_k_blocks, dtype=torch.bool)
+    for head in range(num_heads):
+        tau, theta = float(thresholds.tau[head]), float(thresholds.theta[head])
+        key_blocks = key[:, head // group].double().split(geometry.block_k)
+        key_means = torch.stack([block.mean(0) for block in key_blocks])
+        unlike = [_self_similarity(block) < theta for block in key_blocks]
+        for i in range(geometry.num_q_blocks):
+            rows = _query_block(query, head, i, geometry)
+            visible = [j for j in range(geometry.num_k_blocks) if geometry.visible[i, j]]
+            pooled = [j for j in visible if not unlike[j]]
+            mass = torch.softmax(key_means[pooled] @ rows.mean(0) * softmax_scale, dim=0)
+            kept = set(_largest_until(mass, pooled, tau))
+            kept.update(j for j in visible if unlike[j] or geometry.always[i, j])
+            if _self_similarity(rows) < theta:
+                kept.update(visible)
+            keep[head, i, sorted(kept)] = True
+    return keep
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor,
+    geometry: BlockGeometry,
+    softmax_scale: float,
+    lambda_: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, BlockProducts]:
+    """Attends to the kept blocks of one request with an online softmax.
+
+    A kept block whose scores lie so far under the running maximum that
+    ``max over rows of (m_local - m_new) < lambda_`` gives its share to the denominator, but its
+    product with V is skipped.
+
+    Args:
+        query: ``[q_len, num_heads, head_dim]``.
+        key: ``[kv_len, num_kv_heads, head_dim]``.
+        value: Like ``key``.
+        keep: ``[num_heads, num_q_blocks, num_k_blocks]`` bool; must hold the diagonal blocks.
+        geometry: The blocks.
+        softmax_scale: Factor of the scores.
+        lambda_: ``[num_heads]``, each <= 0; None skips no product with V.
+
+    Returns:
+        The output, ``[q_len, num_heads, head_dim]`` in fp64, and the block products done.
+    """
+    num_heads = query.shape[1]
+    group = num_heads // key.shape[1]
+    output = torch.zeros(query.shape, dtype=torch.float64)
+    computed = 0
+    for head in range(num_heads):
+        key_blocks = key[:, head // group].double().split(geometry.block_k)
+        value_blocks = value[:, head // group].double().split(geometry.block_k)
+        threshold = -torch.inf if lambda_ is None else float(lambda_[head])
+        for i in range(geometry.num_q_blocks):
+            rows = _query_block(query, head, i, geometry)
+            positions = torch.arange(
+                int(geometry.first_positions[i]), int(geometry.last_positions[i]) + 1
+            )
+            running_max = torch.full((len(rows),), -torch.inf, dtype=torch.float64)
+            denominator = torch.zeros(len(rows), dtype=torch.float64)
+            numerator = torch.zeros_like(rows)
+            for j in keep[head, i].nonzero().flatten().tolist():
+                scores = rows @ key_blocks[j].T * softmax_scale
+                keys_at = j * geometry.block_k + torch.arange(len(key_blocks[j]))
+                scores.masked_fill_(keys_at[None, :] > positions[:, None], -torch.inf)
+                local_max = scores.amax(-1)
+                new_max = torch.maximum(running_max, local_max)
+                weights = torch.exp(scores - new_max[:, None])
+                correction = torch.exp(running_max - new_max)
+                denominator = denominator * correction + weights.sum(-1)
+                numerator = numerator * correction[:, None]
+                computed += 1
+                if float((local_max - new_max).max()) >= threshold:
+                    numerator += weights @ value_blocks[j]
+                    computed += 1
+                running_max = new_max
+            start, stop = (int(row) for row in geometry.row_starts[i : i + 2])
+            output[start:stop, head] = numerator / denominator[:, None]
+    return output, BlockProducts(computed, 2 * num_heads * geometry.num_visible)
+
+
+def reference_varlen(
+    query: torch.Tensor,
+    contexts: list[tuple[torch.Tensor, torch.Tensor]],
+    query_start_loc: list[int],
+    thresholds: HeadThresholds,
+    block_q: int,
+    block_k: int,
+    softmax_scale: float,
+    lambda_: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[BlockProducts]]:
+    """Selects and attends for a batch of requests of different lengths.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_dim]``, the requests' rows one after another.
+        contexts: Each request's whole K and V, ``[kv_len, num_kv_heads, head_dim]``.
+        query_start_loc: First row of each request, and the end, ``len(contexts) + 1`` entries.
+        thresholds: tau and theta of each query head.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+        softmax_scale: Factor of the scores.
+        lambda_: As in ``reference_attention``.
+
+    Returns:
+        The output, ``[num_tokens, num_heads, head_dim]`` in fp64, and each request's products.
+    """
+    outputs, products = [], []
+    for i, (key, value) in enumerate(contexts):
+        rows = query[query_start_loc[i] : query_start_loc[i + 1]]
+        geometry = BlockGeometry(len(rows), len(key), block_q, block_k)
+        keep = reference_select(rows, key, thresholds, geometry, softmax_scale)
+        output, done = reference_attention(
+            rows, key, value, keep, geometry, softmax_scale, lambda_
+        )
+        outputs.append(output)
+        products.append(done)
+    return torch.cat(outputs), products
+
+
+def _query_block(
+    query: torch.Tensor, head: int, i: int, geometry: BlockGeometry
+) -> torch.Tensor:
+    start, stop = (int(row) for row in geometry.row_starts[i : i + 2])
+    return query[start:stop, head].double()
+
+
+def _self_similarity(rows: torch.Tensor) -> float:
+    """Mean cosine over all pairs of rows, each row with itself included."""
+    unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return float((unit @ unit.T).mean())
+
+
+def _largest_until(mass: torch.Tensor, blocks: list[int], tau: float) -> list[int]:
+    """The fewest blocks, largest mass first, that reach tau, the crossing one included."""
+    if tau >= 1.0:
+        return blocks
+    kept, total = [], 0.0
+    for index in mass.argsort(descending=True, stable=True).tolist():
+        if total >= tau:
+            break
+        kept.append(blocks[index])
+        total += float(mass[index])
+    return kept

@@ -1,0 +1,242 @@
+"""The profile: what the tuner found for one model, as validated data.
+
+A profile is JSON that a person can read. It is checked completely before a server uses it, and
+one that does not fit the model is refused with the field that differs.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SCHEMA_VERSION = 1
+
+
+class ProfileError(ValueError):
+    """A profile that must not be served; the message is one line for the user."""
+
+
+class _Record(BaseModel):
+    # Unknown fields are refused: a mistyped name must not silently become a default.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelFingerprint(_Record):
+    """What must be equal between the tuned and the served model."""
+
+    architecture: str
+    num_layers: Annotated[int, Field(gt=0)]
+    num_heads: Annotated[int, Field(gt=0)]
+    num_kv_heads: Annotated[int, Field(gt=0)]
+    head_dim: Annotated[int, Field(gt=0)]
+    rope: dict[str, Any] = Field(description="The rotary embedding's parameters, as configured.")
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ModelFingerprint":
+        """Reads the fingerprint off a Hugging Face configuration.
+
+        Args:
+            config: A ``PretrainedConfig``; of a multimodal one the text part counts.
+
+        Raises:
+            ProfileError: The configuration lacks a field that every supported decoder has.
+        """
+        text = config.get_text_config()
+        try:
+            num_heads = int(text.num_attention_heads)
+            return cls(
+                architecture=(config.architectures or [type(config).__name__])[0],
+                num_layers=int(text.num_hidden_layers),
+                num_heads=num_heads,
+                num_kv_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
+                head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
+                rope=_rope_parameters(text),
+            )
+        except AttributeError as error:
+            raise ProfileError(
+                f"config.json: {error.name!r} expected: not a supported decoder model"
+            ) from None
+
+    def difference(self, other: "ModelFingerprint") -> str | None:
+        """Names the first field that differs, with both values; None if all are equal."""
+        for field in type(self).model_fields:
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                return f"model.{field} is {mine!r} in the profile and {theirs!r} in the model"
+        return None
+
+
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        theta = getattr(config, "rope_theta", None)
+        parameters = {"rope_theta": theta, **(getattr(config, "rope_scaling", None) or {})}
+    return {name: value for name, value in sorted(parameters.items()) if value is not None}
+
+
+class Measurement(_Record):
+    """Error and sparsity of one head at one length."""
+
+    length: Annotated[int, Field(gt=0)]
+    error: Annotated[float, Field(ge=0)] = Field(description="Relative L1 against dense.")
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="Share of the dense causal block products that is skipped."
+    )
+
+
+class HeadProfile(_Record):
+    """The thresholds of one query head."""
+
+    tau: Annotated[float, Field(gt=0, le=1)] = Field(description="1 keeps every block: dense.")
+    theta: Annotated[float, Field(ge=-1, le=1)]
+    lambda_: Annotated[float, Field(le=0)] | None = Field(
+        default=None, description="Log-space bound under which P.V is skipped; null: never."
+    )
+    calibration: list[Measurement] = Field(default=[], description="One entry per fidelity.")
+    validation: Measurement | None = Field(default=None, description="On held-out text.")
+
+
+class LayerProfile(_Record):
+    """The query heads of one layer, in the model's order."""
+
+    heads: list[HeadProfile]
+
+
+class TextSource(_Record):
+    """A text that the thresholds were tuned or validated on."""
+
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    num_tokens: Annotated[int, Field(gt=0)]
+
+
+class TunerRun(_Record):
+    """How the profile was made, and what it cost."""
+
+    version: str
+    created_at: str = Field(description="UTC, ISO 8601.")
+    seed: int
+    tolerance: Annotated[float, Field(gt=0)] = Field(description="Relative L1 allowed per head.")
+    lengths: Annotated[list[int], Field(min_length=1)]
+    settings: dict[str, Any] = {}
+    evaluations: Annotated[int, Field(ge=0)] = Field(
+        description="(head, thresholds, length, rows) scored against dense, cached or not."
+    )
+    cost: Annotated[float, Field(ge=0)] = Field(
+        description="Evaluations weighted by (length / longest)^2 x share of the rows."
+    )
+    wall_seconds: Annotated[float, Field(ge=0)]
+
+
+class Profile(_Record):
+    """Thresholds for every layer and head of one model."""
+
+    schema_version: Literal[1] = 1
+    model_name: str
+    model: ModelFingerprint
+    block_q: Annotated[int, Field(gt=0)]
+    block_k: Annotated[int, Field(gt=0)]
+    min_seq_len: Annotated[int, Field(gt=0)] = Field(
+        description="Shortest calibrated context; shorter ones run dense."
+    )
+    max_seq_len: Annotated[int, Field(gt=0)] = Field(
+        description="Longest calibrated context; longer ones run dense."
+    )
+    layers: list[LayerProfile]
+    calibration_texts: list[TextSource] = []
+    tuner: TunerRun
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> "Profile":
+        if len(self.layers) != self.model.num_layers:
+            raise ValueError(
+                f"layers: {self.model.num_layers} expected by model.num_layers, "
+                f"got {len(self.layers)}"
+            )
+        for index, layer in enumerate(self.layers):
+            if len(layer.heads) != self.model.num_heads:
+                raise ValueError(
+                    f"layers.{index}.heads: {self.model.num_heads} expected by model.num_heads, "
+                    f"got {len(layer.heads)}"
+                )
+        if self.min_seq_len > self.max_seq_len:
+            raise ValueError("min_seq_len: at most max_seq_len expected")
+        return self
+
+    @property
+    def profile_id(self) -> str:
+        """First 12 digits of the sha256 of the profile's canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def to_json(self) -> str:
+        """The profile as indented JSON with a closing newline."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    def check_model(self, model: ModelFingerprint, source: str) -> None:
+        """Refuses a model other than the one that was tuned.
+
+        Args:
+            model: The served model's fingerprint.
+            source: Where the profile came from, for the message.
+
+        Raises:
+            ProfileError: Some field differs; the message names it.
+        """
+        if difference := self.model.difference(model):
+            raise ProfileError(f"{source}: profile of another model: {difference}")
+
+
+def load_profile(path: str | os.PathLike[str]) -> Profile:
+    """Reads and checks a profile.
+
+    Raises:
+        ProfileError: Unreadable, not JSON, of another schema version, or a field is wrong; the
+            message is one line that names the file and the field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ProfileError(f"{path}: cannot read the profile: {reason}") from None
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ProfileError(f"{path}: not valid JSON: {error}") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ProfileError(f"{path}: schema_version: {SCHEMA_VERSION} expected, got {version!r}")
+    try:
+        return Profile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        prefix = f"{field}: " if field else ""
+        raise ProfileError(f"{path}: {prefix}{first['msg']}") from None
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file whole or not at all: a reader sees the old text or the new.
+
+    Raises:
+        OSError: The directory cannot be written or the disk is full; ``path`` is untouched.
+    """
+    target = Path(path)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a profile is read by whoever may read its directory.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
