@@ -6,7 +6,13 @@ imports vLLM.
 """
 
 from vllm_afbs.kernels.geometry import BlockGeometry
-from vllm_afbs.kernels.selection import BlockStats, HeadThresholds, pool_blocks, pool_queries, select_blocks
+from vllm_afbs.kernels.selection import (
+    BlockStats,
+    HeadThresholds,
+    pool_blocks,
+    pool_queries,
+    select_blocks,
+)
 from vllm_afbs.kernels.tiles import TileTables, build_tile_tables, tile_prefill
 
 __all__ = [

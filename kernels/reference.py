@@ -163,17 +163,13 @@ def reference_varlen(
         rows = query[query_start_loc[i] : query_start_loc[i + 1]]
         geometry = BlockGeometry(len(rows), len(key), block_q, block_k)
         keep = reference_select(rows, key, thresholds, geometry, softmax_scale)
-        output, done = reference_attention(
-            rows, key, value, keep, geometry, softmax_scale, lambda_
-        )
+        output, done = reference_attention(rows, key, value, keep, geometry, softmax_scale, lambda_)
         outputs.append(output)
         products.append(done)
     return torch.cat(outputs), products
 
 
-def _query_block(
-    query: torch.Tensor, head: int, i: int, geometry: BlockGeometry
-) -> torch.Tensor:
+def _query_block(query: torch.Tensor, head: int, i: int, geometry: BlockGeometry) -> torch.Tensor:
     start, stop = (int(row) for row in geometry.row_starts[i : i + 2])
     return query[start:stop, head].double()
 

@@ -1,0 +1,1 @@
+"""Self-tuning sparse attention for vLLM."""

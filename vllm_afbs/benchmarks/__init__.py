@@ -1,0 +1,1 @@
+"""Measurements that another person can repeat; each module is one command."""

@@ -1,0 +1,84 @@
+"""Timing in turns, and the CSV that every benchmark writes."""
+
+import csv
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark's CSV."""
+
+    what: str
+    shape: str
+    p20: float
+    p50: float
+    p80: float
+    unit: str
+    device: str
+    versions: str
+    commit: str
+
+
+def time_in_turns(
+    functions: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Times functions one after another, round by round, so that drift hits all alike.
+
+    Args:
+        functions: What to time, by name; each is called once before the first round.
+        rounds: Timed calls of each.
+
+    Returns:
+        Seconds of every timed call, by name.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def make_row(what: str, shape: str, samples: Sequence[float], unit: str) -> Row:
+    """Summarises samples with the machine, versions and commit they were taken with."""
+    p20, p50, p80 = (round(float(p), 6) for p in np.percentile(samples, (20, 50, 80)))
+    versions = " ".join(f"{name}={version(name)}" for name in ("torch", "vllm"))
+    return Row(what, shape, p20, p50, p80, unit, _device(), versions, _commit())
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a benchmark's CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def _device() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or "not a checkout"

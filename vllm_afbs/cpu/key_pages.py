@@ -1,0 +1,60 @@
+"""Reading keys back from vLLM's CPU cache, whatever way its kernels pack them."""
+
+import torch
+from vllm import _custom_ops as ops
+
+
+class KeyPageReader:
+    """Unpacks pages of K.
+
+    Each instruction set's kernel packs a page of K in an order of its own (transposed for
+    ``vec``, in pairs for AMX, ...). Rather than know them all, the reader writes a page of known
+    numbers through vLLM's own cache operation once and sees where each one lands.
+    """
+
+    def __init__(self, isa: str, page_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Learns the packing.
+
+        Args:
+            isa: vLLM's name of the kernels in use.
+            page_size: Keys of a page.
+            head_dim: Size of a head.
+            dtype: Of the cache; fp32, fp16 or bf16.
+
+        Raises:
+            RuntimeError: The kernel does not store K as a permutation of a page.
+        """
+        self._shape = (page_size, head_dim)
+        size = page_size * head_dim
+        # bf16 holds integers exactly up to 256, so an index is written as two digits.
+        digits = torch.arange(size).view(self._shape)
+        low, high = (self._packed(isa, digit.to(dtype)) for digit in (digits % 256, digits // 256))
+        element_at = high * 256 + low
+        self._place_of = torch.empty(size, dtype=torch.int64)
+        if not torch.equal(element_at.sort().values, torch.arange(size)):
+            raise RuntimeError(f"the {isa!r} kernels' K cache is not a permutation of a page")
+        self._place_of[element_at] = torch.arange(size)
+
+    def _packed(self, isa: str, key: torch.Tensor) -> torch.Tensor:
+        page_size, head_dim = self._shape
+        cache = key.new_zeros(1, 1, 2 * page_size, head_dim)
+        key_cache, value_cache = cache.chunk(2, dim=2)
+        rows = key.unsqueeze(1)
+        ops.cpu_attn_reshape_and_cache(
+            rows, rows, key_cache, value_cache, torch.arange(page_size), isa
+        )
+        return key_cache.flatten().to(torch.int64)
+
+    def read(self, key_cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """Unpacks pages.
+
+        Args:
+            key_cache: ``[num_pages, num_kv_heads, page_size, head_dim]`` as vLLM stores it.
+            pages: Pages to read, ``[n]``, int.
+
+        Returns:
+            ``[num_kv_heads, n, page_size, head_dim]`` in the order of the tokens.
+        """
+        packed = key_cache[pages].flatten(2)
+        rows = packed.index_select(2, self._place_of)
+        return rows.view(*packed.shape[:2], *self._shape).transpose(0, 1)

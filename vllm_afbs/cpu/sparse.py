@@ -1,0 +1,184 @@
+"""One layer's sparse prefill on CPU: pool, select, attend tile by tile."""
+
+from dataclasses import dataclass
+
+import torch
+from vllm import _custom_ops as ops
+
+from vllm_afbs.cpu.key_pages import KeyPageReader
+from vllm_afbs.kernels import (
+    BlockStats,
+    HeadThresholds,
+    TileTables,
+    build_tile_tables,
+    pool_blocks,
+    pool_queries,
+    select_blocks,
+    tile_prefill,
+)
+from vllm_afbs.steps import LongPrefill
+
+MAX_DENSITY = 0.9
+"""Above this share of blocks kept, tiles and selection cost what they save: the parent runs."""
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How vLLM's CPU kernels lay out the cache that a layer reads.
+
+    Attributes:
+        isa: vLLM's name of the kernels in use.
+        page_size: Keys of a page.
+        dtype: Of queries and cache.
+    """
+
+    isa: str
+    page_size: int
+    dtype: torch.dtype
+
+
+class SparsePrefill:
+    """Selects and attends for one layer."""
+
+    def __init__(
+        self,
+        thresholds: HeadThresholds,
+        num_kv_heads: int,
+        head_dim: int,
+        softmax_scale: float,
+        cache_format: CacheFormat,
+    ) -> None:
+        """Prepares a layer.
+
+        Args:
+            thresholds: Of this rank's query heads.
+            num_kv_heads: KV heads of this rank.
+            head_dim: Size of a head.
+            softmax_scale: Factor of the scores.
+            cache_format: The cache's layout.
+        """
+        self._thresholds = thresholds
+        self._num_kv_heads = num_kv_heads
+        self._head_dim = head_dim
+        self._softmax_scale = softmax_scale
+        self._format = cache_format
+        self._reader = KeyPageReader(
+            cache_format.isa, cache_format.page_size, head_dim, cache_format.dtype
+        )
+
+    def select(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, request: LongPrefill
+    ) -> torch.Tensor:
+        """Chooses a request's key blocks.
+
+        Args:
+            query: The step's queries, ``[num_tokens, num_heads, head_dim]``.
+            kv_cache: The layer's cache, this step's keys included,
+                ``[num_pages, num_kv_heads, page_size, 2 * head_dim]``.
+            request: The request.
+
+        Returns:
+            ``[num_heads, num_q_blocks, num_k_blocks]`` bool.
+        """
+        return select_blocks(
+            pool_queries(query[request.rows], request.geometry),
+            self._pool_keys(kv_cache, request),
+            self._thresholds,
+            request.geometry,
+            self._softmax_scale,
+        )
+
+    def _pool_keys(self, kv_cache: torch.Tensor, request: LongPrefill) -> BlockStats:
+        geometry, page_size = request.geometry, self._format.page_size
+        pages = request.pages[: -(-geometry.kv_len // page_size)]
+        key = self._reader.read(split_cache(kv_cache)[0], pages).flatten(1, 2)
+        padded = key.new_zeros(
+            self._num_kv_heads, geometry.num_k_blocks * geometry.block_k, self._head_dim
+        )
+        # What the last page holds past the context belongs to nobody and may not even be finite.
+        padded[:, : geometry.kv_len] = key[:, : geometry.kv_len]
+        counts = torch.full((geometry.num_k_blocks,), geometry.block_k)
+        counts[-1] = geometry.kv_len - (geometry.num_k_blocks - 1) * geometry.block_k
+        return pool_blocks(padded.unflatten(1, (geometry.num_k_blocks, geometry.block_k)), counts)
+
+    def tables(self, keep: torch.Tensor, request: LongPrefill) -> TileTables:
+        """Lays a request's kept blocks out as tiles."""
+        return build_tile_tables(
+            keep, request.geometry, request.pages, self._format.page_size, self._num_kv_heads
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        kv_cache: torch.Tensor,
+        request: LongPrefill,
+        tables: TileTables,
+    ) -> None:
+        """Attends to a request's kept blocks, into its rows of ``output``."""
+        num_pages, num_kv_heads, page_size, width = kv_cache.shape
+        one_head = kv_cache.view(num_pages * num_kv_heads, 1, page_size, width)
+
+        def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
+            dense_paged_attention(
+                query, output, one_head, tables, self._softmax_scale, self._format
+            )
+
+        tile_prefill(query[request.rows], output[request.rows], tables, dense)
+
+
+def dense_paged_attention(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    kv_cache: torch.Tensor,
+    tables: TileTables,
+    softmax_scale: float,
+    cache_format: CacheFormat,
+) -> None:
+    """Runs vLLM's dense causal CPU kernel, the one that CPU_ATTN runs.
+
+    Args:
+        query: ``[num_rows, num_heads, head_dim]``.
+        output: Like ``query``; written.
+        kv_cache: ``[num_pages, num_kv_heads, page_size, 2 * head_dim]``.
+        tables: The sequences.
+        softmax_scale: Factor of the scores.
+        cache_format: The cache's layout.
+    """
+    key_cache, value_cache = split_cache(kv_cache)
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(tables.seq_lens),
+        num_heads=query.shape[1],
+        num_kv_heads=kv_cache.shape[1],
+        head_dim=query.shape[2],
+        seq_lens=tables.seq_lens,
+        dtype=query.dtype,
+        query_start_loc=tables.query_start_loc,
+        causal=True,
+        sliding_window_size=-1,
+        isa=cache_format.isa,
+        enable_kv_split=True,
+    )
+    ops.cpu_attention_with_kv_cache(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=output,
+        query_start_loc=tables.query_start_loc,
+        seq_lens=tables.seq_lens,
+        scale=softmax_scale,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=-1,
+        block_table=tables.block_table,
+        softcap=0.0,
+        scheduler_metadata=schedule,
+        s_aux=None,
+    )
+
+
+def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as vLLM's kernels take them, ``[num_pages, num_kv_heads, page_size, head_dim]``."""
+    num_pages, num_kv_heads, page_size, width = kv_cache.shape
+    key, value = kv_cache.view(num_pages, num_kv_heads, 2 * page_size, width // 2).chunk(2, dim=2)
+    return key, value

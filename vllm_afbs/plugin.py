@@ -1,0 +1,23 @@
+"""Entry point: what vLLM calls when it finds vllm-afbs installed.
+
+vLLM resolves its platform first thing in every process, spawned workers included and before they
+unpickle their configuration, so this is where the backend's name and the metrics are registered.
+"""
+
+from vllm_afbs import compat, metrics
+
+
+def platform() -> str | None:
+    """The ``vllm.platform_plugins`` entry point.
+
+    Returns:
+        The qualified name of our CPU platform on vLLM's CPU build; None elsewhere, which leaves
+        the platform to vLLM.
+    """
+    from vllm.platforms import cpu_platform_plugin
+
+    if cpu_platform_plugin() is None:
+        return None
+    compat.register_backend(compat.CPU_BACKEND_PATH)
+    metrics.publish()
+    return "vllm_afbs.cpu.platform.AfbsCpuPlatform"
