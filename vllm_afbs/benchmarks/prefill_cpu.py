@@ -8,6 +8,7 @@ the random data; the blocks then computed are drawn at random to hit the sparsit
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def measure(case: Case, rounds: int, generator: torch.Generator) -> list[Row]:
         keep = random_blocks(num_heads, case.request.geometry, sparsity, generator)
         name = f"sparse {sparsity:.1f}"
         reached[name] = 1 - int(keep.sum()) / (num_heads * case.request.geometry.num_visible)
-        functions[name] = lambda keep=keep: case.attend(keep)
+        functions[name] = functools.partial(case.attend, keep)
     seconds = time_in_turns(functions, rounds)
     shape = f"L{length}-H{num_heads}/{case.kv_cache.shape[1]}-D{head_dim}-{case.cache.isa}"
     rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]

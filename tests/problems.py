@@ -1,0 +1,104 @@
+"""Small attention problems and a plain dense paged kernel to run tiles on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_afbs.kernels import BlockGeometry, BlockStats, HeadThresholds, TileTables, pool_blocks
+
+SCALE = 0.35
+
+
+@dataclass
+class Problem:
+    """One request with a shuffled page table."""
+
+    geometry: BlockGeometry
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    thresholds: HeadThresholds
+    pages: torch.Tensor
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key.shape[1]
+
+
+def make_problem(
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_k: int,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    page_size: int | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Draws a problem whose keys cluster by block, so that selection has something to find."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads = num_kv_heads * group
+    geometry = BlockGeometry(q_len, kv_len, block_q, block_k)
+    centres = torch.randn(geometry.num_k_blocks, num_kv_heads, head_dim, generator=generator)
+    key = centres.repeat_interleave(block_k, 0)[:kv_len]
+    key = key + torch.randn(key.shape, generator=generator) * torch.rand(
+        kv_len, 1, 1, generator=generator
+    )
+    num_pages = -(-kv_len // (page_size or block_k))
+    return Problem(
+        geometry,
+        torch.randn(q_len, num_heads, head_dim, generator=generator) * 2,
+        key,
+        torch.randn(key.shape, generator=generator),
+        HeadThresholds(
+            torch.rand(num_heads, generator=generator).clamp_min(0.05),
+            torch.rand(num_heads, generator=generator) * 1.2 - 0.6,
+        ),
+        torch.randperm(num_pages + 3, generator=generator)[:num_pages],
+    )
+
+
+def pooled_keys(problem: Problem) -> BlockStats:
+    """Statistics of contiguous keys."""
+    geometry = problem.geometry
+    num_blocks, block = geometry.num_k_blocks, geometry.block_k
+    padded = torch.zeros(problem.num_kv_heads, num_blocks * block, problem.key.shape[2])
+    padded[:, : geometry.kv_len] = problem.key.transpose(0, 1)
+    counts = torch.full((num_blocks,), block)
+    counts[-1] = geometry.kv_len - (num_blocks - 1) * block
+    return pool_blocks(padded.unflatten(1, (num_blocks, block)), counts)
+
+
+class PagedDense:
+    """Dense causal attention through block tables, sequence by sequence in fp64."""
+
+    def __init__(self, problem: Problem, page_size: int) -> None:
+        """Lays K and V out as ``[pages * num_kv_heads, page_size, head_dim]``; free slots NaN."""
+        self.page_size = page_size
+        num_pages = int(problem.pages.max()) + 1
+        self.key, self.value = (
+            self._paged(rows, problem.pages, num_pages) for rows in (problem.key, problem.value)
+        )
+
+    def _paged(self, rows: torch.Tensor, pages: torch.Tensor, num_pages: int) -> torch.Tensor:
+        length, num_kv_heads, head_dim = rows.shape
+        cache = torch.full(
+            (num_pages, self.page_size, num_kv_heads, head_dim), torch.nan, dtype=torch.float64
+        )
+        for position in range(length):
+            page = pages[position // self.page_size]
+            cache[page, position % self.page_size] = rows[position].double()
+        return cache.transpose(1, 2).reshape(-1, self.page_size, head_dim)
+
+    def __call__(self, query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
+        """Attends; see ``DensePagedAttention``."""
+        starts = tables.query_start_loc.tolist()
+        for i, kv_len in enumerate(tables.seq_lens.tolist()):
+            rows = query[starts[i] : starts[i + 1], 0].double()
+            pages = tables.block_table[i, : -(-kv_len // self.page_size)].long()
+            key = self.key[pages].flatten(0, 1)[:kv_len]
+            value = self.value[pages].flatten(0, 1)[:kv_len]
+            causal = torch.ones(len(rows), kv_len).tril(kv_len - len(rows)).bool()
+            scores = (rows @ key.T * SCALE).masked_fill(~causal, -torch.inf)
+            output[starts[i] : starts[i + 1], 0] = torch.softmax(scores, -1) @ value

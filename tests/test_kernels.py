@@ -1,0 +1,145 @@
+"""The fast implementations against the fp64 specification."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tests.problems import SCALE, PagedDense, Problem, make_problem, pooled_keys
+from vllm_afbs.kernels import (
+    BlockGeometry,
+    HeadThresholds,
+    build_tile_tables,
+    pool_queries,
+    select_blocks,
+    tile_prefill,
+)
+from vllm_afbs.kernels.reference import (
+    reference_attention,
+    reference_select,
+    reference_varlen,
+)
+
+
+def select(problem: Problem) -> torch.Tensor:
+    return select_blocks(
+        pool_queries(problem.query, problem.geometry),
+        pooled_keys(problem),
+        problem.thresholds,
+        problem.geometry,
+        SCALE,
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Problem, int]:
+    kv_len = draw(st.integers(1, 150))
+    q_len = draw(st.integers(1, kv_len))
+    page_size = draw(st.sampled_from([4, 8, 16]))
+    block_k = page_size * draw(st.integers(1, 3))
+    problem = make_problem(
+        q_len,
+        kv_len,
+        draw(st.sampled_from([8, 16, 24])),
+        block_k,
+        num_kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 3)),
+        page_size=page_size,
+        seed=draw(st.integers(0, 2**16)),
+    )
+    return problem, page_size
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_selection_equals_the_reference(drawn: tuple[Problem, int]) -> None:
+    problem, _ = drawn
+    expected = reference_select(
+        problem.query, problem.key, problem.thresholds, problem.geometry, SCALE
+    )
+    assert torch.equal(select(problem), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_tiles_equal_the_reference(drawn: tuple[Problem, int]) -> None:
+    problem, page_size = drawn
+    keep = select(problem)
+    tables = build_tile_tables(
+        keep, problem.geometry, problem.pages, page_size, problem.num_kv_heads
+    )
+    output = torch.empty_like(problem.query, dtype=torch.float64)
+    tile_prefill(problem.query.double(), output, tables, PagedDense(problem, page_size))
+    expected, _ = reference_attention(
+        problem.query, problem.key, problem.value, keep, problem.geometry, SCALE
+    )
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.data())
+def test_selection_does_not_depend_on_aligned_chunks(
+    drawn: tuple[Problem, int], data: st.DataObject
+) -> None:
+    problem, _ = drawn
+    geometry = problem.geometry
+    first_edge = geometry.first_row - geometry.lead + geometry.block_q
+    edges = list(range(first_edge, geometry.kv_len, geometry.block_q))
+    assume(edges)
+    cut = data.draw(st.sampled_from(edges))
+    rows = cut - geometry.first_row
+    early = Problem(
+        BlockGeometry(rows, cut, geometry.block_q, geometry.block_k),
+        problem.query[:rows],
+        problem.key[:cut],
+        problem.value[:cut],
+        problem.thresholds,
+        problem.pages,
+    )
+    whole, chunk = select(problem), select(early)
+    # The early chunk's last key block may be cut by the chunk's end: it is on the diagonal.
+    assert (
+        torch.equal(whole[:, : early.geometry.num_q_blocks, : early.geometry.num_k_blocks], chunk)
+        or geometry.block_k > geometry.block_q
+    )
+
+
+def test_reference_without_thresholds_is_dense_attention() -> None:
+    problem = make_problem(70, 100, 16, 16, num_kv_heads=2, group=2)
+    thresholds = HeadThresholds(torch.ones(4), torch.full((4,), -1.0))
+    output, (products,) = reference_varlen(
+        problem.query, [(problem.key, problem.value)], [0, 70], thresholds, 16, 16, SCALE
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(0, 1) for x in (problem.query, problem.key, problem.value)),
+        attn_mask=torch.ones(70, 100).tril(30).bool(),
+        scale=SCALE,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(output.transpose(0, 1), expected, rtol=1e-10, atol=1e-10)
+    assert products.sparsity == 0.0
+
+
+def test_reference_lambda_skips_products_and_bounds_the_error() -> None:
+    problem = make_problem(128, 128, 16, 16)
+    keep = problem.geometry.visible.expand(4, -1, -1)
+    arguments = (problem.query * 4, problem.key, problem.value, keep, problem.geometry, SCALE)
+    dense, all_done = reference_attention(*arguments)
+    lambda_ = -4.0
+    output, done = reference_attention(*arguments, torch.full((4,), lambda_))
+    assert done.computed < all_done.computed == all_done.dense
+    # A skipped block weighs at most block_k * exp(lambda_) of the row's largest weight.
+    bound = problem.geometry.num_k_blocks * 16 * torch.exp(torch.tensor(lambda_))
+    assert float((output - dense).abs().max()) <= float(bound * problem.value.abs().max())
+
+
+def test_page_size_must_divide_the_key_block() -> None:
+    problem = make_problem(16, 16, 16, 16)
+    with pytest.raises(ValueError, match="page_size must divide block_k"):
+        build_tile_tables(select(problem), problem.geometry, problem.pages, 12, 2)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 4), (5, 4)])
+def test_geometry_refuses_impossible_lengths(q_len: int, kv_len: int) -> None:
+    with pytest.raises(ValueError, match="q_len"):
+        BlockGeometry(q_len, kv_len, 4, 4)

@@ -1,0 +1,96 @@
+"""Workers' files against prometheus-client's own counting."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client import Histogram as OwnHistogram
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.profiles import uniform_profile
+from vllm_afbs import metrics
+
+WORKER = """
+from vllm_afbs import metrics
+metrics.count_products(3, 10, 40)
+metrics.count_fallbacks({"short_context": 2, "low_sparsity": 0})
+for seconds in (0.002, 0.02, 20.0):
+    metrics.PREFILL_ATTENTION_SECONDS.observe(seconds, "sparse")
+"""
+
+
+def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("vllm_afbs_")
+    }
+
+
+def run_workers(directory: Path, variable: str) -> None:
+    environment = {**os.environ, variable: str(directory)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", WORKER], env=environment, check=True)
+
+
+def check(shown: dict[tuple[str, tuple[tuple[str, str], ...]], float]) -> None:
+    products = "vllm_afbs_block_products_total"
+    assert shown[products, (("layer", "3"), ("outcome", "computed"))] == 2 * 2 * 10
+    assert shown[products, (("layer", "3"), ("outcome", "skipped"))] == 2 * 2 * 30
+    fallbacks = {key: value for key, value in shown.items() if "fallbacks_total" in key[0]}
+    assert list(fallbacks.values()) == [4]
+
+    own = OwnHistogram(
+        "vllm_afbs_prefill_attention_seconds", "", ["path"],
+        buckets=metrics.SECONDS_BUCKETS, registry=(registry := CollectorRegistry()),
+    )  # fmt: skip
+    for seconds in 2 * (0.002, 0.02, 20.0):
+        own.labels("sparse").observe(seconds)
+    expected = {
+        key: value
+        for key, value in samples(generate_latest(registry).decode()).items()
+        if not key[0].endswith("_created")
+    }
+    name = "vllm_afbs_prefill_attention_seconds"
+    # Only buckets that were hit are stored, so an exposition may leave others out.
+    ours = {key: value for key, value in shown.items() if key[0].startswith(name)}
+    assert ours.items() <= expected.items()
+    infinite = (("le", "+Inf"), ("path", "sparse"))
+    assert ours[f"{name}_bucket", infinite] == ours[f"{name}_count", (("path", "sparse"),)] == 6
+
+
+def test_one_api_server_reads_the_workers_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    metrics.publish()
+    metrics.publish()
+    run_workers(tmp_path, metrics.DIRECTORY_VARIABLE)
+    check(samples(generate_latest(REGISTRY).decode()))
+
+
+def test_several_api_servers_read_prometheus_own_directory(tmp_path: Path) -> None:
+    run_workers(tmp_path, "PROMETHEUS_MULTIPROC_DIR")
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    check(samples(generate_latest(registry).decode()))
+
+
+def test_the_profile_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    profile = uniform_profile()
+    metrics.report_profile(None)
+    metrics.report_profile(profile)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    shown = samples(generate_latest(registry).decode())
+    assert shown["vllm_afbs_profile_loaded", ()] == 1
+    (labels,) = [dict(labels) for name, labels in shown if name == "vllm_afbs_profile_info"]
+    assert labels["profile_id"] == profile.profile_id
+    assert labels["tolerance"] == "0.05"

@@ -1,0 +1,106 @@
+"""Profiles are refused unless they are whole, known and the model's."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from tests.profiles import SMALL_MODEL, uniform_profile
+from vllm_afbs.profile import ModelFingerprint, ProfileError, load_profile, write_atomically
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    path = tmp_path / "profile.json"
+    write_atomically(path, uniform_profile().to_json())
+    return path
+
+
+def test_a_written_profile_reads_back_equal(stored: Path) -> None:
+    assert load_profile(stored) == uniform_profile()
+    assert load_profile(stored).profile_id == uniform_profile().profile_id
+
+
+def _set(path: list[Any], value: Any) -> Any:
+    def change(data: dict[str, Any]) -> None:
+        target: Any = data
+        for step in path[:-1]:
+            target = target[step]
+        target[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_set(["schema_version"], 2), "schema_version: 1 expected, got 2"),
+        (_set(["layers", 0, "heads", 1, "tau"], float("nan")), "layers.0.heads.1.tau"),
+        (_set(["layers", 0, "heads", 1, "tau"], 0.0), "layers.0.heads.1.tau"),
+        (_set(["layers", 1, "heads"], []), "layers.1.heads: 4 expected"),
+        (_set(["layers"], []), "layers: 2 expected"),
+        (_set(["model", "head_dim"], "wide"), "model.head_dim"),
+        (_set(["thresholds"], 1), "thresholds"),
+        (_set(["max_seq_len"], 5), "min_seq_len: at most max_seq_len expected"),
+    ],
+)
+def test_a_wrong_field_is_named(stored: Path, change: Any, named: str) -> None:
+    data = json.loads(stored.read_text())
+    change(data)
+    stored.write_text(json.dumps(data))
+    with pytest.raises(ProfileError) as caught:
+        load_profile(stored)
+    assert str(caught.value).startswith(f"{stored}: ")
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_no_prefix_of_a_profile_is_a_profile(data: st.DataObject) -> None:
+    text = uniform_profile().to_json().rstrip()
+    directory = Path(os.environ.get("TMPDIR", "/tmp"))
+    path = directory / f"prefix-{os.getpid()}.json"
+    path.write_text(text[: data.draw(st.integers(0, len(text) - 1))])
+    try:
+        with pytest.raises(ProfileError):
+            load_profile(path)
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_heads", 8), ("head_dim", 64), ("rope", {"rope_theta": 5.0}), ("num_layers", 3)],
+)
+def test_another_model_is_refused_with_the_field(field: str, value: Any) -> None:
+    other = SMALL_MODEL.model_copy(update={field: value})
+    with pytest.raises(ProfileError, match=rf"p\.json: .*model\.{field} is .* in the profile"):
+        uniform_profile().check_model(other, "p.json")
+
+
+def test_fingerprint_of_a_hugging_face_config() -> None:
+    config = LlamaConfig(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=128
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    assert ModelFingerprint.from_config(config) == SMALL_MODEL
+
+
+def test_a_full_disk_leaves_the_old_file(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stored.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(stored, "half")
+    assert stored.read_bytes() == before
+    assert list(stored.parent.iterdir()) == [stored]

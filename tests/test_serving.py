@@ -1,0 +1,92 @@
+"""What a layer and a step serve, without a server."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.profiles import uniform_profile
+from vllm_afbs import serving
+from vllm_afbs.profile import ProfileError, write_atomically
+from vllm_afbs.steps import sort_requests
+
+
+def test_requests_are_sorted_by_what_the_profile_covers() -> None:
+    # decode, short chunk, short context, long prefill, beyond the calibrated range
+    q_lens = torch.tensor([1, 100, 500, 2000, 300])
+    seq_lens = torch.tensor([3000, 4000, 500, 2500, 9000], dtype=torch.int32)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), q_lens.cumsum(0)])
+    table = torch.arange(5)[:, None].expand(5, 80)
+    step = sort_requests(starts, seq_lens, table, uniform_profile())
+    assert step.others == [0, 1, 2, 4]
+    assert dict(step.dense_reasons) == {"short_query": 1, "short_context": 1, "long_context": 1}
+    (request,) = step.long_prefills
+    assert request.rows == slice(601, 2601)
+    assert (request.geometry.q_len, request.geometry.kv_len) == (2000, 2500)
+    assert int(request.pages[0]) == 3
+
+
+def test_without_a_profile_prefills_are_dense_and_decodes_are_no_prefill() -> None:
+    starts, seq_lens = torch.tensor([0, 1, 3]), torch.tensor([9, 9])
+    step = sort_requests(starts, seq_lens, torch.zeros(2, 1), None)
+    assert dict(step.dense_reasons) == {"no_profile": 1}
+    assert not sort_requests(starts[:2], seq_lens[:1], torch.zeros(1, 1), None).has_prefill
+
+
+@pytest.mark.parametrize(
+    ("tau", "sparsity", "unsupported", "reason"),
+    [
+        (0.9, 0.5, None, None),
+        (0.9, 0.05, None, "profile_dense"),
+        (1.0, 0.5, None, "profile_dense"),
+        (0.9, 0.5, "alibi", "alibi"),
+    ],
+)
+def test_a_layer_runs_dense_with_its_reason(
+    tau: float, sparsity: float, unsupported: str | None, reason: str | None
+) -> None:
+    profile = uniform_profile(tau=tau, sparsity=sparsity)
+    plan = serving.plan_layer(profile, 1, 2, 1, unsupported)
+    assert plan.dense_reason == reason
+    assert (plan.thresholds is None) == (reason is not None)
+
+
+def test_a_rank_takes_its_heads() -> None:
+    profile = uniform_profile()
+    heads = [
+        head.model_copy(update={"theta": index / 10})
+        for index, head in enumerate(profile.layers[0].heads)
+    ]
+    layers = [profile.layers[0].model_copy(update={"heads": heads}), profile.layers[1]]
+    profile = profile.model_copy(update={"layers": layers})
+    plan = serving.plan_layer(profile, 0, 2, 1, None)
+    assert plan.thresholds is not None
+    torch.testing.assert_close(plan.thresholds.theta, torch.tensor([0.2, 0.3]))
+
+
+def _config(**additional: Any) -> Any:
+    return SimpleNamespace(additional_config=additional)
+
+
+def test_additional_config_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(serving.PROFILE_VARIABLE, "environment.json")
+    assert serving.configured_profile(_config()) == "environment.json"
+    assert serving.configured_profile(_config(afbs={"profile": "c.json"})) == "c.json"
+
+
+@pytest.mark.parametrize("settings", ["c.json", {"profil": "c.json"}, {"profile": 3}])
+def test_malformed_additional_config_is_refused(settings: Any) -> None:
+    with pytest.raises(ProfileError, match="--additional-config: afbs: "):
+        serving.configured_profile(_config(afbs=settings))
+
+
+def test_a_profile_swapped_after_start_up_is_refused(tmp_path: Any) -> None:
+    path = tmp_path / "p.json"
+    write_atomically(path, uniform_profile().to_json())
+    config = _config(afbs={"profile": str(path), "profile_id": uniform_profile().profile_id})
+    assert serving.admitted_profile(config) == uniform_profile()
+    serving._admitted.cache_clear()
+    write_atomically(path, uniform_profile(tau=0.8).to_json())
+    with pytest.raises(ProfileError, match="the file now holds"):
+        serving.admitted_profile(config)
