@@ -1,0 +1,98 @@
+"""The CPU backend's pieces on vLLM's real kernels, against the fp64 reference."""
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
+
+from tests.problems import SCALE, Problem, make_problem
+from vllm_afbs.cpu.key_pages import KeyPageReader
+from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill, split_cache
+from vllm_afbs.kernels.reference import reference_attention, reference_select
+from vllm_afbs.steps import LongPrefill
+
+HEAD_DIM = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    current_platform.import_kernels()
+
+
+def fill_cache(problem: Problem, cache_format: CacheFormat) -> torch.Tensor:
+    """Writes the problem's K and V through vLLM's own operation; free slots hold NaN."""
+    num_pages = int(problem.pages.max()) + 1
+    shape = (num_pages, problem.num_kv_heads, cache_format.page_size, 2 * HEAD_DIM)
+    cache = torch.full(shape, torch.nan, dtype=cache_format.dtype)
+    positions = torch.arange(problem.geometry.kv_len)
+    slots = problem.pages[positions // cache_format.page_size] * cache_format.page_size
+    slots += positions % cache_format.page_size
+    ops.cpu_attn_reshape_and_cache(
+        problem.key, problem.value, *split_cache(cache), slots, cache_format.isa
+    )
+    return cache
+
+
+def case(
+    q_len: int, kv_len: int, page_size: int, dtype: torch.dtype, isa: str
+) -> tuple[Problem, CacheFormat, SparsePrefill, LongPrefill]:
+    problem = make_problem(q_len, kv_len, 128, 128, 2, 3, HEAD_DIM, page_size)
+    problem.query, problem.key, problem.value = (
+        rows.to(dtype) for rows in (problem.query, problem.key, problem.value)
+    )
+    cache_format = CacheFormat(isa, page_size, dtype)
+    sparse = SparsePrefill(problem.thresholds, 2, HEAD_DIM, SCALE, cache_format)
+    request = LongPrefill(slice(0, q_len), problem.geometry, problem.pages.to(torch.int32))
+    return problem, cache_format, sparse, request
+
+
+def relative_l1(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((output.double() - expected).abs().sum() / expected.abs().sum())
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_keys_read_back_as_written(isa: str, dtype: torch.dtype, head_dim: int) -> None:
+    reader = KeyPageReader(isa, 32, head_dim, dtype)
+    key = torch.randn(96, 3, head_dim).to(dtype)
+    cache = torch.zeros(6, 3, 64, head_dim, dtype=dtype)
+    pages = torch.tensor([4, 2, 5])
+    slots = (pages[:, None] * 32 + torch.arange(32)).flatten()
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(key, key, key_cache, value_cache, slots, isa)
+    assert torch.equal(reader.read(key_cache, pages).flatten(1, 2).transpose(0, 1), key)
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "page_size"),
+    [(640, 640, 128), (300, 1000, 128), (513, 1025, 64), (130, 700, 32)],
+    ids=lambda value: str(value),
+)
+def test_sparse_prefill_equals_the_reference(
+    q_len: int, kv_len: int, page_size: int, dtype: torch.dtype, isa: str
+) -> None:
+    problem, cache_format, sparse, request = case(q_len, kv_len, page_size, dtype, isa)
+    cache = fill_cache(problem, cache_format)
+    keep = sparse.select(problem.query, cache, request)
+    assert torch.equal(
+        keep,
+        reference_select(problem.query, problem.key, problem.thresholds, problem.geometry, SCALE),
+    )
+    # The kernel may read a partial page's free slots before it masks them.
+    cache.nan_to_num_(0.0)
+    everything = problem.geometry.visible.expand(6, -1, -1)
+    errors = []
+    for blocks in (everything, keep):
+        output = torch.empty_like(problem.query)
+        sparse.attend(problem.query, output, cache, request, sparse.tables(blocks, request))
+        expected, _ = reference_attention(
+            problem.query, problem.key, problem.value, blocks, problem.geometry, SCALE
+        )
+        errors.append(relative_l1(output, expected))
+    dense_error, sparse_error = errors
+    assert dense_error <= 4 * torch.finfo(dtype).eps
+    # Dropping blocks must not cost precision: the same operation in the same dtype is the budget.
+    assert sparse_error <= 2 * dense_error

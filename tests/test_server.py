@@ -1,0 +1,143 @@
+"""Real servers: metrics against a count made another way, concurrency, abort, refusal."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from transformers import AutoConfig
+
+from tests.profiles import uniform_profile
+from vllm_afbs.demo.client import Counters, complete, growth, scrape
+from vllm_afbs.demo.server import HOST, free_port, running_server, vllm_command
+from vllm_afbs.profile import ModelFingerprint, Profile, write_atomically
+
+PROMPT_TOKENS, CHUNK, BLOCK = 3000, 2048, 128
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def profile(smollm2_dir: Path) -> Profile:
+    return uniform_profile(ModelFingerprint.from_config(AutoConfig.from_pretrained(smollm2_dir)))
+
+
+def serve(model: Path, *options: str) -> list[str]:
+    command = [*vllm_command(), "serve", str(model), "--attention-backend", "afbs"]
+    return [*command, "--max-model-len", "8192", "--served-model-name", "model", *options]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-api-server", "two-api-servers"])
+def url(
+    request: pytest.FixtureRequest,
+    smollm2_dir: Path,
+    profile: Profile,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    directory = tmp_path_factory.mktemp("server")
+    path = directory / "profile.json"
+    write_atomically(path, profile.to_json())
+    command = serve(
+        smollm2_dir,
+        "--max-num-batched-tokens", str(CHUNK),
+        "--api-server-count", str(request.param),
+    )  # fmt: skip
+    environment = {**ENVIRONMENT, "VLLM_AFBS_PROFILE": str(path)}
+    with running_server(command, environment, directory / "server.log") as server_url:
+        yield server_url
+
+
+def total(counters: Counters, name: str, **labels: str) -> float:
+    wanted = set(labels.items())
+    return sum(
+        value for (sample, have), value in counters.items() if sample == name and wanted <= have
+    )
+
+
+def test_metrics_agree_with_a_count_made_another_way(url: str, profile: Profile) -> None:
+    before = scrape(url)
+    assert before["vllm_afbs_profile_loaded", frozenset()] == 1
+    complete(url, "model", [7 + i % 1000 for i in range(PROMPT_TOKENS)], 2)
+    grown = growth(before, scrape(url))
+
+    num_q_blocks = -(-PROMPT_TOKENS // BLOCK)
+    blocks_per_head = sum(1 for i in range(num_q_blocks) for j in range(num_q_blocks) if j <= i)
+    name = "vllm_afbs_block_products_total"
+    for layer in range(profile.model.num_layers):
+        done = total(grown, name, layer=str(layer))
+        assert done == 2 * profile.model.num_heads * blocks_per_head
+    assert total(grown, name, outcome="skipped") > 0
+
+    num_chunks = -(-PROMPT_TOKENS // CHUNK)
+    seconds = "vllm_afbs_prefill_attention_seconds"
+    dense = total(grown, f"{seconds}_count", path="dense")
+    assert total(grown, f"{seconds}_count") == num_chunks * profile.model.num_layers
+    assert total(grown, "vllm_afbs_dense_fallbacks_total", reason="low_sparsity") == dense
+    assert total(grown, "vllm_afbs_selector_seconds_sum") < total(grown, f"{seconds}_sum")
+
+
+def test_concurrent_requests_and_an_abort(url: str) -> None:
+    def abort() -> None:
+        body = {"model": "model", "prompt": [9] * 4000, "max_tokens": 500, "stream": True}
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=1.0) as response,
+        ):
+            list(response.iter_raw())
+
+    lengths = (1500, 2500, 30, 1100)
+    with ThreadPoolExecutor() as pool:
+        aborted = pool.submit(abort)
+        answers = [
+            pool.submit(complete, url, "model", [11 + i % (500 + n) for i in range(n)], 4)
+            for n in lengths
+        ]
+        aborted.result()
+        for answer in answers:
+            assert len(answer.result().token_ids) in range(1, 5)
+    assert httpx.get(f"{url}/health").is_success
+
+
+def _corrupt(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+def _other_model(text: str) -> str:
+    return text.replace('"head_dim": 64', '"head_dim": 96')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [(_corrupt, "not valid JSON"), (_other_model, "model.head_dim is 96 in the profile and 64")],
+)
+def test_a_bad_profile_stops_the_server_with_one_line(
+    spoil: Callable[[str], str],
+    complaint: str,
+    smollm2_dir: Path,
+    profile: Profile,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(spoil(profile.to_json()))
+    command = serve(smollm2_dir, "--host", HOST, "--port", str(free_port()))
+    done: Any = subprocess.run(
+        command,
+        env={**ENVIRONMENT, "VLLM_AFBS_PROFILE": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith(f"vllm-afbs: {path}: ")
+    assert complaint in last_line
+    assert "Traceback" not in done.stderr
