@@ -1,0 +1,133 @@
+"""Each head's largest drop that stays within the tolerance: a bracketed search on tau.
+
+All heads of a layer are searched at once, each with its own bracket, because one pass of the
+evaluator scores them all. The step is a secant on log error, clamped into the bracket, so it
+needs fewer evaluations than halving and cannot leave what is known. Error grows with dropped mass
+nearly always, but that is not assumed: a tau counts only if it was itself measured within the
+tolerance, and the best of those is kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_afbs.tuning.evaluator import HeadScores
+
+MAX_DEPTH = 9.0
+"""depth = -log(1 - tau): tau 0.9999, beyond which a head runs dense."""
+MIN_DEPTH = 0.05
+START_DEPTH = 2.7
+_SLOPE = 0.8  # -d log(error) / d depth over SmolLM2's heads is 0.5 to 1.2; only a first guess
+_MAX_STEP = 2.0
+_CLOSE = 0.92  # an accepted error above this share of the tolerance is not worth refining
+_NARROW = 0.04  # nor is a bracket of this depth
+
+
+def depth_of(tau: torch.Tensor) -> torch.Tensor:
+    """The scale that tau is searched on, on which log error is close to a line."""
+    return -torch.log1p(-tau.clamp_max(1 - 1e-6))
+
+
+def tau_of(depth: torch.Tensor) -> torch.Tensor:
+    """Inverse of ``depth_of``."""
+    return -torch.expm1(-depth)
+
+
+@dataclass
+class Accepted:
+    """The sparsest thresholds found within the tolerance; tau 1 (dense) where there are none.
+
+    Every attribute is ``[num_heads]``.
+    """
+
+    tau: torch.Tensor
+    error: torch.Tensor
+    sparsity: torch.Tensor
+
+    @classmethod
+    def dense(cls, num_heads: int) -> "Accepted":
+        """No head accepted yet."""
+        zeros = torch.zeros(num_heads, dtype=torch.float64)
+        return cls(torch.ones(num_heads), zeros.clone(), zeros.clone())
+
+
+@dataclass
+class TauSearch:
+    """A search in progress; one per trial.
+
+    Args:
+        tolerance: Largest accepted relative L1 error.
+        start: tau to begin with, ``[num_heads]``, from a neighbouring trial where there is one.
+        heads: Heads to search, ``[num_heads]`` bool; the others stay dense.
+
+    Attributes:
+        best: What was accepted so far.
+        evaluations: Heads scored so far.
+    """
+
+    tolerance: float
+    start: torch.Tensor
+    heads: torch.Tensor
+    best: Accepted = field(init=False)
+    evaluations: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        num_heads = len(self.start)
+        self.best = Accepted.dense(num_heads)
+        self._depth = depth_of(self.start).clamp(MIN_DEPTH, MAX_DEPTH)
+        # Bracket ends and their log errors: too sparse below, accepted above.
+        self._low = torch.full((num_heads,), -torch.inf)
+        self._high = torch.full((num_heads,), torch.inf)
+        self._low_error = torch.zeros(num_heads)
+        self._high_error = torch.zeros(num_heads)
+        self._active = self.heads.clone()
+
+    def run(self, score: Callable[[torch.Tensor], HeadScores], max_steps: int) -> Accepted:
+        """Searches until every head is settled, or for ``max_steps`` scores.
+
+        Args:
+            score: Scores tau, ``[num_heads]``, of every head.
+            max_steps: Bound on the calls of ``score``.
+
+        Returns:
+            ``best``.
+        """
+        for _ in range(max_steps):
+            if not self._active.any():
+                break
+            scores = score(tau_of(self._depth))
+            self.evaluations += int(self._active.sum())
+            self._update(scores)
+            self._step()
+        return self.best
+
+    def _update(self, scores: HeadScores) -> None:
+        log_error = torch.log(scores.error.clamp_min(1e-12) / self.tolerance).float()
+        accepted = self._active & (scores.error <= self.tolerance)
+        better = accepted & (scores.sparsity > self.best.sparsity)
+        self.best.tau = torch.where(better, tau_of(self._depth), self.best.tau)
+        self.best.error = torch.where(better, scores.error, self.best.error)
+        self.best.sparsity = torch.where(better, scores.sparsity, self.best.sparsity)
+        refused = self._active & ~accepted
+        self._high = torch.where(accepted, self._depth, self._high)
+        self._high_error = torch.where(accepted, log_error, self._high_error)
+        self._low = torch.where(refused, self._depth, self._low)
+        self._low_error = torch.where(refused, log_error, self._low_error)
+
+        close = accepted & (scores.error >= _CLOSE * self.tolerance)
+        narrow = self._high - self._low < _NARROW
+        at_end = (accepted & (self._depth <= MIN_DEPTH)) | (refused & (self._depth >= MAX_DEPTH))
+        self._active &= ~(close | narrow | at_end)
+
+    def _step(self) -> None:
+        # Aim midway between "close" and the tolerance, or a step that lands just above it is lost.
+        aim = 0.5 * float(torch.log(torch.tensor(_CLOSE)))
+        both = self._low.isfinite() & self._high.isfinite()
+        width = self._high - self._low
+        share = (self._low_error - aim) / (self._low_error - self._high_error).clamp_min(1e-6)
+        inside = self._low + width * share.clamp(0.1, 0.9)
+        known = torch.where(self._low.isfinite(), self._low_error, self._high_error)
+        step = ((known - aim) / _SLOPE).clamp(-_MAX_STEP, _MAX_STEP)
+        outside = (self._depth + step).clamp(MIN_DEPTH, MAX_DEPTH)
+        self._depth = torch.where(self._active, torch.where(both, inside, outside), self._depth)

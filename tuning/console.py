@@ -1,0 +1,101 @@
+"""What a tuning job shows in the terminal."""
+
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from vllm_afbs.profile import HeadProfile, Profile
+
+
+class ProgressBar:
+    """One bar per stage, with the time left, on standard error."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "ProgressBar":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def begin(self, stage: str, total: int) -> None:
+        """Starts the stage's bar."""
+        self._task = self._bars.add_task(stage, total=total)
+
+    def advance(self, units: float) -> None:
+        """Moves the stage's bar."""
+        if self._task is not None:
+            self._bars.advance(self._task, units)
+
+
+def print_summary(profile: Profile, output: Path) -> None:
+    """Prints one row per layer and the totals.
+
+    Errors and sparsities are means over the layer's heads, dense ones (0) included.
+    """
+    table = Table(title=f"{profile.model_name}, {profile.max_seq_len} tokens")
+    for column in ("layer", "sparse", "tau", "theta", "error", "held-out", "sparsity", "held-out"):
+        table.add_column(column, justify="right")
+    for index, layer in enumerate(profile.layers):
+        table.add_row(str(index), *_cells(layer.heads))
+    table.add_section()
+    table.add_row("all", *_cells([head for layer in profile.layers for head in layer.heads]))
+    console = Console()
+    console.print(table)
+    run = profile.tuner
+    heads = profile.model.num_layers * profile.model.num_heads
+    console.print(
+        f"{run.evaluations} evaluations ({run.evaluations / heads:.1f} a head), "
+        f"cost {run.cost:.0f} ({run.cost / heads:.2f} a head), {run.wall_seconds:.0f} s, "
+        f"tolerance {run.tolerance}",
+        highlight=False,
+    )
+    console.print(
+        f"{output}: profile {profile.profile_id} written", highlight=False, soft_wrap=True
+    )
+
+
+def _cells(heads: list[HeadProfile]) -> list[str]:
+    sparse = [head for head in heads if head.tau < 1.0]
+    longest = [head.calibration[-1] for head in heads]
+    held_out = [head.validation for head in heads if head.validation is not None]
+    guarded = [head.theta for head in sparse if head.theta > -1.0]
+    return [
+        f"{len(sparse)}/{len(heads)}",
+        f"{_mean([head.tau for head in sparse]):.3f}" if sparse else "dense",
+        f"{_mean(guarded):.2f} ({len(guarded)})" if guarded else "off",
+        f"{_mean([measured.error for measured in longest]):.3f}",
+        f"{_mean([measured.error for measured in held_out]):.3f}",
+        f"{_mean([measured.sparsity for measured in longest]):.3f}",
+        f"{_mean([measured.sparsity for measured in held_out]):.3f}",
+    ]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,230 @@
+"""Scoring thresholds: the error and sparsity that the served selector would give.
+
+The attention of a layer is computed once, split into *partials*: for every (query row, key block)
+the softmax over that block alone. The output for any choice of blocks is then an exact weighted
+sum of partials, as in the online softmax, so a choice costs one pass over memory rather than the
+products with K and V again.
+
+Profiles made here leave lambda unset: the served tiles run whole blocks through the platform's
+dense kernel, which cannot skip P.V inside a block. A partial keeps its own maximum, which is all
+that lambda would need.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from vllm_afbs.kernels import (
+    BlockGeometry,
+    HeadThresholds,
+    pool_blocks,
+    pool_queries,
+    select_blocks,
+)
+from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.tuning.capture import LayerTensors
+
+DEFAULT_CACHE_BYTES = 3 << 30
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """What thresholds do to each head of a layer.
+
+    Attributes:
+        error: Relative L1 against dense over the sampled rows, ``[num_heads]``, fp64.
+        sparsity: Share of the dense block products (QK^T and PV) that is skipped, over all query
+            blocks, sampled or not, ``[num_heads]``, fp64.
+    """
+
+    error: torch.Tensor
+    sparsity: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Partials:
+    """One query block's softmax over each visible key block, every query head's rows.
+
+    Query heads are split into ``[num_kv_heads, group]``, as they are computed.
+
+    Attributes:
+        maxima: Largest score, ``[num_k_blocks, num_kv_heads, group, rows, 1]``.
+        outputs: For each key block, sum of ``exp(score - maximum) * value``, and in the last
+            column of ``exp(score - maximum)``, ``[num_kv_heads, group, rows, head_dim + 1]``.
+        dense: Output over all blocks, ``[num_heads, rows, head_dim]``.
+    """
+
+    maxima: torch.Tensor
+    outputs: Sequence[torch.Tensor]
+    dense: torch.Tensor
+
+    @classmethod
+    def of(cls, maxima: torch.Tensor, outputs: torch.Tensor) -> "_Partials":
+        """Takes the block dimension, last in ``maxima`` and second in ``outputs``, to the front."""
+        by_block = maxima.movedim(-1, 0)[..., None].contiguous()
+        slices = outputs.unbind(1)
+        num_heads = maxima.shape[0] * maxima.shape[1]
+        everything = torch.ones(num_heads, len(slices), dtype=torch.bool)
+        return cls(by_block, slices, _combine(by_block, slices, everything))
+
+    def attend(self, keep: torch.Tensor) -> torch.Tensor:
+        """Attention over the kept blocks, ``[num_heads, num_k_blocks]``; like ``dense``."""
+        return _combine(self.maxima, self.outputs, keep)
+
+
+class LayerEvaluator:
+    """Scores thresholds for all heads of one layer at one length.
+
+    Args:
+        tensors: The layer's Q, K and V; the first ``length`` positions are used.
+        length: Tokens of context; the rows attend causally.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+        row_share: Share of the query blocks whose error is measured, in (0, 1]. The blocks are
+            spread evenly over the context and always hold the last.
+        cache_bytes: Partials above this size are recomputed for each score instead of kept.
+    """
+
+    def __init__(
+        self,
+        tensors: LayerTensors,
+        length: int,
+        block_q: int,
+        block_k: int,
+        row_share: float = 1.0,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.length = length
+        self.num_heads = tensors.query.shape[1]
+        self.geometry = BlockGeometry(length, length, block_q, block_k)
+        self._query = tensors.query[:length]
+        self._key = tensors.key[:length]
+        self._value = tensors.value[:length]
+        self._softmax_scale = tensors.softmax_scale
+        self.sampled_blocks = _spread(self.geometry.num_q_blocks, row_share)
+        self._queries = pool_queries(self._query, self.geometry)
+        self._keys = pool_blocks(*_padded_blocks(self._key, block_k))
+        self._cache_bytes = cache_bytes
+
+    @property
+    def row_share(self) -> float:
+        """Share of the query rows whose error is measured."""
+        starts = self.geometry.row_starts
+        rows = sum(int(starts[i + 1] - starts[i]) for i in self.sampled_blocks)
+        return rows / self.length
+
+    def guard_theta(self, guard: float) -> torch.Tensor:
+        """Turns the share of a head's blocks to guard into that head's theta.
+
+        Similarities differ more between heads than within one, so one theta for a layer would
+        guard all blocks of some heads and none of others; a share means the same for all.
+
+        Args:
+            guard: Share of the query and key blocks that theta should leave out of the pooled
+                softmax and always compute, in [0, 1].
+
+        Returns:
+            theta of each head, ``[num_heads]``; off where ``guard`` is 0.
+        """
+        if guard == 0.0:
+            return torch.full((self.num_heads,), THETA_OFF)
+        group = self.num_heads // len(self._keys.similarity)
+        keys = self._keys.similarity.repeat_interleave(group, dim=0)
+        return torch.cat([self._queries.similarity, keys], dim=1).quantile(guard, dim=1)
+
+    def score(self, thresholds: HeadThresholds) -> HeadScores:
+        """Measures every head under its thresholds.
+
+        Args:
+            thresholds: tau and theta of each query head.
+
+        Returns:
+            Error and sparsity of each head.
+        """
+        keep = select_blocks(
+            self._queries, self._keys, thresholds, self.geometry, self._softmax_scale
+        )
+        difference = torch.zeros(self.num_heads, dtype=torch.float64)
+        magnitude = torch.zeros(self.num_heads, dtype=torch.float64)
+        for i, partial in zip(self.sampled_blocks, self._partials(), strict=True):
+            output = partial.attend(keep[:, i, : len(partial.maxima)])
+            difference += (output - partial.dense).abs().sum((1, 2), dtype=torch.float64)
+            magnitude += partial.dense.abs().sum((1, 2), dtype=torch.float64)
+        computed = keep.sum((1, 2), dtype=torch.float64)
+        return HeadScores(difference / magnitude, 1.0 - computed / self.geometry.num_visible)
+
+    def _partials(self) -> Iterable[_Partials]:
+        blocks = sum(int(self.geometry.visible[i].sum()) for i in self.sampled_blocks)
+        per_row_bytes = 4 * (self._query.shape[2] + 2)
+        size_bytes = self.num_heads * self.geometry.block_q * blocks * per_row_bytes
+        return self._kept_partials if size_bytes <= self._cache_bytes else self._compute_partials()
+
+    @cached_property
+    def _kept_partials(self) -> Sequence[_Partials]:
+        return list(self._compute_partials())
+
+    def _compute_partials(self) -> Iterable[_Partials]:
+        num_kv_heads, head_dim = self._key.shape[1:]
+        group = self.num_heads // num_kv_heads
+        block_k = self.geometry.block_k
+        keys, _ = _padded_blocks(self._key.float() * self._softmax_scale, block_k)
+        values, _ = _padded_blocks(self._value.float(), block_k)
+        # A column of ones makes the product with V sum the weights as well.
+        values = torch.nn.functional.pad(values, (0, 1), value=1.0)
+        for i in self.sampled_blocks:
+            start, stop = (int(row) for row in self.geometry.row_starts[i : i + 2])
+            num_blocks, rows = int(self.geometry.visible[i].sum()), stop - start
+            query = self._query[start:stop].float().transpose(0, 1)
+            query = query.reshape(num_kv_heads, group * rows, head_dim)
+            scores = query @ keys[:, :num_blocks].flatten(1, 2).transpose(1, 2)
+            scores = scores.view(self.num_heads, rows, num_blocks * block_k)
+            hidden = torch.arange(start, num_blocks * block_k) > torch.arange(start, stop)[:, None]
+            scores[..., start:].masked_fill_(hidden, -torch.inf)
+            scores = scores.view(num_kv_heads, group * rows, num_blocks, block_k)
+            maxima = scores.amax(-1)
+            # A row may see nothing of a diagonal block: exp(-inf - finite) is its honest zero.
+            weights = scores.sub_(maxima.clamp_min(torch.finfo().min)[..., None]).exp_()
+            outputs = values.new_empty(num_kv_heads, num_blocks, group * rows, head_dim + 1)
+            for kv_head in range(num_kv_heads):  # one product over both would copy the weights
+                torch.bmm(
+                    weights[kv_head].transpose(0, 1),
+                    values[kv_head, :num_blocks],
+                    out=outputs[kv_head],
+                )
+            yield _Partials.of(
+                maxima.view(num_kv_heads, group, rows, num_blocks),
+                outputs.view(num_kv_heads, num_blocks, group, rows, head_dim + 1),
+            )
+
+
+def _combine(
+    maxima: torch.Tensor, outputs: Sequence[torch.Tensor], keep: torch.Tensor
+) -> torch.Tensor:
+    by_block = keep.T.reshape(*maxima.shape[:3], 1, 1)
+    kept = maxima.masked_fill(~by_block, -torch.inf)
+    weights = torch.exp(kept - kept.amax(0))
+    total = torch.zeros_like(outputs[0])
+    for j in keep.any(0).nonzero().flatten().tolist():
+        total.addcmul_(weights[j], outputs[j])
+    return (total[..., :-1] / total[..., -1:]).flatten(0, 1)
+
+
+def _spread(num_blocks: int, share: float) -> list[int]:
+    """Evenly spaced block numbers that end with the last one."""
+    count = max(1, round(num_blocks * share))
+    return [(step + 1) * num_blocks // count - 1 for step in range(count)]
+
+
+def _padded_blocks(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cuts ``[length, num_heads, head_dim]`` into ``[num_heads, blocks, block, head_dim]``.
+
+    Also returns how many rows each block holds; the last block is padded with zeros.
+    """
+    length, num_heads, head_dim = rows.shape
+    num_blocks = -(-length // block)
+    padded = rows.new_zeros(num_heads, num_blocks * block, head_dim)
+    padded[:, :length] = rows.transpose(0, 1)
+    counts = (length - torch.arange(num_blocks) * block).clamp_max(block)
+    return padded.view(num_heads, num_blocks, block, head_dim), counts

@@ -1,0 +1,100 @@
+"""The journal: every finished step of a tuning job, so that a killed job can go on.
+
+One JSON object a line, written and synced when the step is done. A step is a pure function of the
+settings and of the steps before it, so a job that goes on from its journal ends like one that was
+never stopped. A line cut short by the kill is dropped and its step done again.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_afbs.tuning.model import InputError
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """An open journal.
+
+    Args:
+        path: The file; made if there is none.
+        settings: What the steps depend on, as JSON values. A journal of other settings is refused.
+
+    Raises:
+        InputError: The journal is damaged or of other settings.
+        OSError: It cannot be read or written.
+    """
+
+    def __init__(self, path: Path, settings: Record) -> None:
+        self._path = path
+        self._steps: dict[str, Record] = {}
+        lines = self._read()
+        header = next(lines, None)
+        if header is None:
+            self._append(settings)
+        elif difference := _difference(header, settings):
+            raise InputError(
+                f"{path}: journal of another job: {difference}; remove it to start anew"
+            )
+        for line in lines:
+            self._steps[line["step"]] = line
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._steps
+
+    def step(self, name: str, compute: Callable[[], Record]) -> Record:
+        """Returns the step's record, computing and keeping it if it was not done before.
+
+        Args:
+            name: The step, unique in the job.
+            compute: Does the step; returns JSON values.
+
+        Returns:
+            What ``compute`` returned, with ``step`` and ``seconds`` (of wall time) added.
+        """
+        if name not in self._steps:
+            start = time.perf_counter()
+            result = compute()
+            record = {"step": name, **result, "seconds": time.perf_counter() - start}
+            self._append(record)
+            self._steps[name] = record
+        return self._steps[name]
+
+    def total(self, field: str) -> float:
+        """Sum of a field over all steps that have it."""
+        return sum(float(record.get(field, 0)) for record in self._steps.values())
+
+    def _append(self, record: Record) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> Iterator[Record]:
+        if not self._path.exists():
+            return
+        content = self._path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            os.truncate(self._path, complete)
+        for number, line in enumerate(content[:complete].splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or (number > 1 and "step" not in record):
+                raise InputError(
+                    f"{self._path}: line {number}: a JSON step expected; remove the file"
+                )
+            yield record
+
+
+def _difference(recorded: Record, wanted: Record) -> str | None:
+    for name in sorted(recorded.keys() | wanted.keys()):
+        if recorded.get(name) != wanted.get(name):
+            return f"{name} is {recorded.get(name)!r} in it and {wanted.get(name)!r} now"
+    return None

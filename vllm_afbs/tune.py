@@ -1,0 +1,201 @@
+"""The tuner's command line: ``python -m vllm_afbs.tune --model MODEL --output profile.json``.
+
+Torch and Ax are imported only once the arguments are known to be usable: ``--help`` and a
+mistyped option answer at once.
+"""
+
+import argparse
+import math
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_afbs.profile import Profile
+    from vllm_afbs.tuning.model import SourceModel
+    from vllm_afbs.tuning.run import Text
+    from vllm_afbs.tuning.search import SearchSettings
+
+DEFAULT_LENGTHS = [2048, 4096, 8192]
+DEFAULT_TOLERANCE = 0.05
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status.
+
+    0: the profile is written. 2: something given cannot be used, said in one line. 1: the disk is
+    full or the like. 130: interrupted; ``--resume`` goes on.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. Go on with: {_command(arguments)} --resume",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-afbs-tune",
+        description="Find a model's sparse-attention thresholds and write them to a profile.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="a Hugging Face checkpoint: directory or hub id"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="the profile to write (JSON)")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="a UTF-8 text like what will be served; without it, Python's own language reference",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=_positive,
+        nargs="+",
+        metavar="TOKENS",
+        help="context lengths, at least two; short ones explore cheaply, the longest decides "
+        f"(default: of {', '.join(map(str, DEFAULT_LENGTHS))} those the model's positions reach)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=DEFAULT_TOLERANCE,
+        help="relative L1 error allowed per head against dense attention (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--block-q", type=_positive, default=128, help="rows of a query block (default: 128)"
+    )
+    parser.add_argument(
+        "--block-k",
+        type=_positive,
+        default=128,
+        help="keys of a key block, a multiple of the server's page (default: 128, the CPU's page)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a job that was stopped or killed"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number expected, got {text}")
+    return value
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and 0.0 < value < 1.0):
+        raise argparse.ArgumentTypeError(f"a number between 0 and 1 expected, got {text}")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    if reason := _unusable_output(options.output):
+        return _refuse(reason)
+    work = Path(f"{options.output}.work")
+    if work.exists() and not options.resume:
+        return _refuse(
+            f"{work}: left by a job that was stopped: pass --resume to go on with it, "
+            "or remove it to start anew"
+        )
+    from vllm_afbs.tuning.model import InputError, one_line, open_model
+
+    try:
+        text = _text(options.calibration)
+        model = open_model(options.model)
+        settings = _settings(options, model)
+        profile = _tune(model, text, settings, work)
+        from vllm_afbs.profile import write_atomically
+
+        write_atomically(options.output, profile.to_json())
+    except InputError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        where = error.filename or options.output
+        return _refuse(f"{where}: {error.strerror or one_line(error)}", EXIT_FAILED)
+    shutil.rmtree(work)
+    from vllm_afbs.tuning.console import print_summary
+
+    print_summary(profile, options.output)
+    return 0
+
+
+def _tune(model: "SourceModel", text: "Text", settings: "SearchSettings", work: Path) -> "Profile":
+    from vllm_afbs.tuning.console import ProgressBar
+    from vllm_afbs.tuning.run import tune
+
+    with ProgressBar() as progress:
+        return tune(model, text, settings, work, progress)
+
+
+def _text(path: Path | None) -> "Text":
+    from vllm_afbs.tuning.model import InputError
+    from vllm_afbs.tuning.run import Text
+
+    if path is None:
+        from pydoc_data.topics import topics
+
+        # A text every Python has, so that two arguments are enough; real traffic is better.
+        name = f"pydoc_data.topics of Python {platform.python_version()}"
+        return Text(name, "\n\n".join(topics.values()))
+    try:
+        return Text(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "UTF-8 text expected"
+        raise InputError(f"{path}: cannot read the calibration text: {reason}") from None
+
+
+def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
+    from vllm_afbs.tuning.model import InputError
+    from vllm_afbs.tuning.search import SearchSettings
+
+    reach = model.max_length
+    chosen = options.lengths or [length for length in DEFAULT_LENGTHS if length <= reach]
+    lengths = sorted(set(chosen))
+    if lengths and lengths[-1] > reach:
+        raise InputError(f"--lengths: at most {reach} (max_position_embeddings), got {lengths[-1]}")
+    if len(lengths) < 2:
+        raise InputError(
+            f"--lengths: at least two different lengths up to {reach} expected, got {lengths}"
+        )
+    return SearchSettings(
+        lengths, options.tolerance, options.block_q, options.block_k, options.seed
+    )
+
+
+def _unusable_output(output: Path) -> str | None:
+    if output.is_dir():
+        return f"{output}: a file expected for --output, this is a directory"
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            return None
+    except OSError as error:
+        return f"{output.parent}: cannot write there: {error.strerror}"
+
+
+def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> int:
+    print(f"vllm-afbs-tune: error: {message}", file=sys.stderr)
+    return status
+
+
+def _command(arguments: list[str] | None) -> str:
+    given = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["vllm-afbs-tune", *(item for item in given if item != "--resume")])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
