@@ -120,7 +120,12 @@ class LayerOptimizer:
     def _fitted(self) -> Iterator[Any]:
         # The caller may have switched gradients off, which fitting needs, and owns the global
         # random state, which Ax draws from.
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             torch.manual_seed(self._seed)
             yield Generators.BOTORCH_MODULAR(

@@ -1,12 +1,15 @@
 """Each head's largest drop that stays within the tolerance: a bracketed search on tau.
 
 All heads of a layer are searched at once, each with its own bracket, because one pass of the
-evaluator scores them all. The step is a secant on log error, clamped into the bracket, so it
-needs fewer evaluations than halving and cannot leave what is known. Error grows with dropped mass
-nearly always, but that is not assumed: a tau counts only if it was itself measured within the
-tolerance, and the best of those is kept.
+evaluator scores them all. Until a head is bracketed, steps outward at least double; then the step
+is a secant on log error, or halves the bracket where the secant keeps moving the same end. It
+needs fewer evaluations than halving alone and cannot leave what is known.
+
+Error grows with dropped mass nearly always, but that is not assumed: a tau counts only if it was
+itself measured within the tolerance, and the best of those is kept.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +23,7 @@ MIN_DEPTH = 0.05
 START_DEPTH = 2.7
 _SLOPE = 0.8  # -d log(error) / d depth over SmolLM2's heads is 0.5 to 1.2; only a first guess
 _MAX_STEP = 2.0
+_FIRST_REACH = 0.4  # least first step outward: where error is flat in depth the secant creeps
 _CLOSE = 0.92  # an accepted error above this share of the tolerance is not worth refining
 _NARROW = 0.04  # nor is a bracket of this depth
 
@@ -82,6 +86,10 @@ class TauSearch:
         self._low_error = torch.zeros(num_heads)
         self._high_error = torch.zeros(num_heads)
         self._active = self.heads.clone()
+        self._reach = torch.full((num_heads,), _FIRST_REACH)
+        # Which end moved last, and whether the same one moved before it.
+        self._moved_high = torch.zeros(num_heads, dtype=torch.bool)
+        self._stalled = torch.zeros(num_heads, dtype=torch.bool)
 
     def run(self, score: Callable[[torch.Tensor], HeadScores], max_steps: int) -> Accepted:
         """Searches until every head is settled, or for ``max_steps`` scores.
@@ -110,6 +118,9 @@ class TauSearch:
         self.best.error = torch.where(better, scores.error, self.best.error)
         self.best.sparsity = torch.where(better, scores.sparsity, self.best.sparsity)
         refused = self._active & ~accepted
+        both = self._low.isfinite() & self._high.isfinite()
+        self._stalled = both & (accepted == self._moved_high)
+        self._moved_high = accepted
         self._high = torch.where(accepted, self._depth, self._high)
         self._high_error = torch.where(accepted, log_error, self._high_error)
         self._low = torch.where(refused, self._depth, self._low)
@@ -122,12 +133,16 @@ class TauSearch:
 
     def _step(self) -> None:
         # Aim midway between "close" and the tolerance, or a step that lands just above it is lost.
-        aim = 0.5 * float(torch.log(torch.tensor(_CLOSE)))
-        both = self._low.isfinite() & self._high.isfinite()
-        width = self._high - self._low
+        aim = 0.5 * math.log(_CLOSE)
         share = (self._low_error - aim) / (self._low_error - self._high_error).clamp_min(1e-6)
-        inside = self._low + width * share.clamp(0.1, 0.9)
-        known = torch.where(self._low.isfinite(), self._low_error, self._high_error)
-        step = ((known - aim) / _SLOPE).clamp(-_MAX_STEP, _MAX_STEP)
-        outside = (self._depth + step).clamp(MIN_DEPTH, MAX_DEPTH)
-        self._depth = torch.where(self._active, torch.where(both, inside, outside), self._depth)
+        share = torch.where(self._stalled, 0.5, share.clamp(0.1, 0.9))
+        inside = self._low + (self._high - self._low) * share
+
+        above, below = self._low.isfinite(), self._high.isfinite()
+        known = torch.where(above, self._low_error, self._high_error)
+        secant = ((known - aim) / _SLOPE).abs().clamp_max(_MAX_STEP)
+        step = torch.maximum(secant, self._reach)
+        outside = (self._depth + torch.where(above, step, -step)).clamp(MIN_DEPTH, MAX_DEPTH)
+        self._reach = self._reach * 2
+        depth = torch.where(above & below, inside, outside)
+        self._depth = torch.where(self._active, depth, self._depth)

@@ -12,14 +12,9 @@ from vllm_afbs.profile import LayerProfile, Profile, TextSource, TunerRun
 from vllm_afbs.tuning.capture import WINDOWS, capture, cut_windows
 from vllm_afbs.tuning.journal import Journal
 from vllm_afbs.tuning.model import SourceModel
-from vllm_afbs.tuning.search import (
-    EXPLORE_Q_BLOCKS,
-    HELD_OUT_SLACK,
-    MIN_SPARSITY,
-    REFINE_Q_BLOCKS,
-    LayerSearch,
-    SearchSettings,
-)
+from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search import EXPLORE_Q_BLOCKS, REFINE_Q_BLOCKS, LayerSearch
+from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm_afbs.profile import Profile
     from vllm_afbs.tuning.model import SourceModel
     from vllm_afbs.tuning.run import Text
-    from vllm_afbs.tuning.search import SearchSettings
+    from vllm_afbs.tuning.scorer import SearchSettings
 
 DEFAULT_LENGTHS = [2048, 4096, 8192]
 DEFAULT_TOLERANCE = 0.05
@@ -161,7 +161,7 @@ def _text(path: Path | None) -> "Text":
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
     from vllm_afbs.tuning.model import InputError
-    from vllm_afbs.tuning.search import SearchSettings
+    from vllm_afbs.tuning.scorer import SearchSettings
 
     reach = model.max_length
     chosen = options.lengths or [length for length in DEFAULT_LENGTHS if length <= reach]

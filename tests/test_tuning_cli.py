@@ -1,0 +1,386 @@
+"""The tuner's command line on a tiny random model: whole jobs, killed jobs and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_afbs import tune
+from vllm_afbs.profile import Profile, load_profile
+from vllm_afbs.tuning.capture import WINDOWS, capture, cut_windows
+from vllm_afbs.tuning.model import InputError, open_model
+
+LENGTHS = ["128", "256"]
+BLOCKS = ["--block-q", "16", "--block-k", "16"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a byte tokenizer, both made here."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        max_position_embeddings=1024,
+        # Large weights, or random attention is uniform and nothing can be dropped.
+        initializer_range=0.4,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    return directory
+
+
+def command(model: Path, output: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "--output", str(output), "--lengths", *LENGTHS, *BLOCKS, *more]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vllm_afbs.tune", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_steps(job: subprocess.Popen[str], output: Path, count: int) -> None:
+    """Waits until the journal of a running job holds so many lines."""
+    journal = Path(f"{output}.work") / "journal.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") >= count:
+            return
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
+    pytest.fail(f"{count} steps expected within 300 s")
+
+
+def result(profile: Profile) -> dict[str, object]:
+    """A profile less its times."""
+    times = {"created_at", "wall_seconds"}
+    return profile.model_dump(exclude={"tuner": times})
+
+
+def test_killed_and_resumed_equals_uninterrupted(tiny_model: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    assert tune.main(command(tiny_model, whole)) == 0
+
+    job = start(command(tiny_model, killed))
+    wait_for_steps(job, killed, 4)
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    assert not killed.exists()
+    journal = Path(f"{killed}.work") / "journal.jsonl"
+    done = journal.read_text().splitlines()
+    # As if the kill had come in the middle of a write.
+    with journal.open("a") as file:
+        file.write('{"step": "layer 0 tri')
+
+    assert tune.main(command(tiny_model, killed, "--resume")) == 0
+    assert result(load_profile(killed)) == result(load_profile(whole))
+    assert len(done) >= 4
+    assert not Path(f"{killed}.work").exists()
+    assert not Path(f"{whole}.work").exists()
+
+
+def test_interrupt_says_how_to_go_on(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    job = start(command(tiny_model, output))
+    wait_for_steps(job, output, 2)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert "Traceback" not in errors
+    assert f"--output {output}" in errors.splitlines()[-1]
+    assert errors.splitlines()[-1].endswith("--resume")
+    assert not output.exists()
+
+    # The same command without --resume, or with other settings, does not touch the job.
+    before = sorted(path.name for path in Path(f"{output}.work").rglob("*"))
+    assert tune.main(command(tiny_model, output)) == 2
+    assert tune.main(command(tiny_model, output, "--resume", "--tolerance", "0.2")) == 2
+    assert sorted(path.name for path in Path(f"{output}.work").rglob("*")) == before
+
+
+def test_profile_says_what_was_measured(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of {i * i % 97} things\n" for i in range(60)))
+    output = tmp_path / "profile.json"
+    arguments = command(
+        tiny_model, output, "--calibration", str(text), "--tolerance", "0.2", "--seed", "7"
+    )
+    assert tune.main(arguments) == 0
+    profile = load_profile(output)
+    assert (profile.min_seq_len, profile.max_seq_len) == (128, 256)
+    assert (profile.block_q, profile.block_k) == (16, 16)
+    assert (profile.tuner.seed, profile.tuner.tolerance) == (7, 0.2)
+    assert profile.calibration_texts[0].name == str(text)
+    heads = [head for layer in profile.layers for head in layer.heads]
+    assert any(head.tau < 1 for head in heads)
+    for head in heads:
+        assert [measured.length for measured in head.calibration] == [128, 256]
+        assert head.validation is not None
+        assert head.validation.error <= 1.2 * 0.2
+        assert head.tau == 1 or head.validation.sparsity >= 0.1
+    assert f"{profile.tuner.evaluations} evaluations" in capsys.readouterr().out
+
+
+def test_capture_is_what_the_model_attends_to(tiny_model: Path, tmp_path: Path) -> None:
+    """Rebuilds every layer's attention output from the capture and the model's own weights."""
+    from transformers import AutoModel
+
+    model = open_model(str(tiny_model))
+    windows = cut_windows(model, "some text to attend to " * 50, "text", 64)
+    steps: list[float] = []
+    taken = capture(model, windows, tmp_path, steps.append)
+    assert steps == [1.0] * 4
+    body = AutoModel.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
+    seen: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(body.layers):
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, inputs, index=index: seen.__setitem__(index, inputs[0][0])
+        )
+    for window in WINDOWS:
+        with torch.inference_mode():
+            body(input_ids=torch.tensor([windows[window]]))
+        for index in range(2):
+            layer = taken.load(index, window)
+            query, key, value = (
+                t.float().transpose(0, 1) for t in (layer.query, layer.key, layer.value)
+            )
+            scores = query @ key.repeat_interleave(2, 0).transpose(1, 2) * layer.softmax_scale
+            scores.masked_fill_(torch.ones(64, 64).triu(1).bool(), -torch.inf)
+            output = scores.softmax(-1) @ value.repeat_interleave(2, 0)
+            output = output.transpose(0, 1).flatten(1)
+            # bf16 keeps 8 bits of Q, K and V.
+            error = float((output - seen[index]).abs().sum() / seen[index].abs().sum())
+            assert error < 0.02
+
+
+def edited(tiny_model: Path, tmp_path: Path, **fields: object) -> Path:
+    """A copy of the model with other fields in its config.json."""
+    directory = tmp_path / "edited"
+    shutil.copytree(tiny_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
+BadInput = Callable[[Path, Path], tuple[list[str], str]]
+
+
+def _missing_model(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return command(tmp / "none", tmp / "p.json"), "none: no such directory"
+
+
+def _no_config(model: Path, tmp: Path) -> tuple[list[str], str]:
+    (tmp / "empty").mkdir()
+    return command(tmp / "empty", tmp / "p.json"), "empty: config.json expected"
+
+
+def _broken_config(model: Path, tmp: Path) -> tuple[list[str], str]:
+    directory = edited(model, tmp)
+    (directory / "config.json").write_text("{")
+    return command(directory, tmp / "p.json"), "edited: cannot read config.json: "
+
+
+def _encoder(model: Path, tmp: Path) -> tuple[list[str], str]:
+    directory = edited(model, tmp, model_type="bert", architectures=["BertForMaskedLM"])
+    return command(directory, tmp / "p.json"), "architectures: a decoder-only causal language model"
+
+
+def _latent_attention(model: Path, tmp: Path) -> tuple[list[str], str]:
+    directory = edited(
+        model, tmp, model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"]
+    )
+    return command(directory, tmp / "p.json"), "kv_lora_rank: latent attention (MLA)"
+
+
+def _position_biases(model: Path, tmp: Path) -> tuple[list[str], str]:
+    directory = edited(model, tmp, model_type="bloom", architectures=["BloomForCausalLM"])
+    return command(directory, tmp / "p.json"), "bloom has position biases (ALiBi)"
+
+
+def _sliding_window(model: Path, tmp: Path) -> tuple[list[str], str]:
+    directory = edited(
+        model,
+        tmp,
+        model_type="mistral",
+        architectures=["MistralForCausalLM"],
+        sliding_window=64,
+    )
+    return command(directory, tmp / "p.json"), "sliding_window: null expected, got 64"
+
+
+def _no_weights(model: Path, tmp: Path) -> tuple[list[str], str]:
+    directory = edited(model, tmp)
+    (directory / "model.safetensors").unlink()
+    return command(directory, tmp / "p.json"), "no *.safetensors weights found"
+
+
+def _cut_weights(model: Path, tmp: Path) -> tuple[list[str], str]:
+    directory = edited(model, tmp)
+    os.truncate(directory / "model.safetensors", 5000)
+    return command(directory, tmp / "p.json"), "edited: cannot load the weights: "
+
+
+def _lacking_weights(model: Path, tmp: Path) -> tuple[list[str], str]:
+    directory = edited(model, tmp, num_hidden_layers=3)
+    return command(directory, tmp / "p.json"), "edited: the weights lack layers.2."
+
+
+def _short_text(model: Path, tmp: Path) -> tuple[list[str], str]:
+    (tmp / "short.txt").write_text("x" * 300)
+    return (
+        command(model, tmp / "p.json", "--calibration", str(tmp / "short.txt")),
+        "short.txt: the calibration text has 300 tokens, 512 expected",
+    )
+
+
+def _missing_text(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return (
+        command(model, tmp / "p.json", "--calibration", str(tmp / "none.txt")),
+        "none.txt: cannot read the calibration text: No such file",
+    )
+
+
+def _binary_text(model: Path, tmp: Path) -> tuple[list[str], str]:
+    (tmp / "binary").write_bytes(b"\xff\xfe" * 5000)
+    return (
+        command(model, tmp / "p.json", "--calibration", str(tmp / "binary")),
+        "binary: cannot read the calibration text: UTF-8 text expected",
+    )
+
+
+def _too_long(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return (
+        command(model, tmp / "p.json", "--lengths", "256", "2048"),
+        "--lengths: at most 1024 (max_position_embeddings), got 2048",
+    )
+
+
+def _one_length(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return (
+        command(model, tmp / "p.json", "--lengths", "256"),
+        "--lengths: at least two different lengths up to 1024 expected, got [256]",
+    )
+
+
+def _no_output_directory(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return command(model, tmp / "none" / "p.json"), "none: cannot write there: No such file"
+
+
+def _output_is_directory(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return command(model, tmp), ": a file expected for --output"
+
+
+def _damaged_journal(model: Path, tmp: Path) -> tuple[list[str], str]:
+    (tmp / "p.json.work").mkdir()
+    (tmp / "p.json.work" / "journal.jsonl").write_text("not JSON\n")
+    return command(model, tmp / "p.json", "--resume"), "journal.jsonl: line 1: a JSON step expected"
+
+
+@pytest.mark.parametrize(
+    "bad_input",
+    [
+        _missing_model,
+        _no_config,
+        _broken_config,
+        _encoder,
+        _latent_attention,
+        _position_biases,
+        _sliding_window,
+        _no_weights,
+        _cut_weights,
+        _lacking_weights,
+        _short_text,
+        _missing_text,
+        _binary_text,
+        _too_long,
+        _one_length,
+        _no_output_directory,
+        _output_is_directory,
+        _damaged_journal,
+    ],
+    ids=lambda case: case.__name__.strip("_"),
+)
+def test_bad_input_is_one_line(
+    bad_input: BadInput, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = bad_input(tiny_model, tmp_path)
+    assert tune.main(arguments) == 2
+    # The weights' cases come after the first progress bar, which rich draws on the same stream.
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("vllm-afbs-tune: error: ")
+    assert expected in lines[0]
+    assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--tolerance", "nan"), ("--tolerance", "0"), ("--block-q", "-1")]
+)
+def test_bad_options_are_refused_by_name(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["--model", "m", "--output", "p.json", option, value])
+    assert stopped.value.code == 2
+    assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_no_profile(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    output = tmp_path / "p.json"
+    assert tune.main(command(tiny_model, output)) == 2
+    assert "free" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_damaged_capture_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    model = open_model(str(tiny_model))
+    taken = capture(model, cut_windows(model, "text " * 100, "text", 64), tmp_path, lambda _: None)
+    path = taken.path(1, "validation")
+    os.truncate(path, 100)
+    with pytest.raises(InputError, match=r"layer-001\.validation\.safetensors: cannot read"):
+        taken.load(1, "validation")
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys\n"
+        "from vllm_afbs import tune\n"
+        "try:\n    tune.main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "assert not {'torch', 'ax', 'transformers', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,143 @@
+"""The evaluator against the fp64 specification."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_afbs.kernels import BlockGeometry, HeadThresholds
+from vllm_afbs.kernels.reference import reference_attention, reference_select
+from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.tuning.capture import LayerTensors
+from vllm_afbs.tuning.evaluator import LayerEvaluator
+
+
+def random_layer(
+    length: int, num_kv_heads: int, group: int, head_dim: int, seed: int, spread: float = 1.0
+) -> LayerTensors:
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(heads: int, scale: float) -> torch.Tensor:
+        # A common offset gives blocks self-similarities away from zero, as real keys have.
+        offset = torch.randn(1, heads, head_dim, generator=generator)
+        noise = torch.randn(length, heads, head_dim, generator=generator)
+        return (scale * (noise + offset)).bfloat16()
+
+    return LayerTensors(
+        rows(num_kv_heads * group, spread),
+        rows(num_kv_heads, spread),
+        rows(num_kv_heads, 1.0),
+        head_dim**-0.5,
+    )
+
+
+def specified_scores(
+    layer: LayerTensors, length: int, block_q: int, block_k: int, thresholds: HeadThresholds
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sparse and dense output, and each head's relative L1 error and sparsity, all in fp64."""
+    query, key, value = (t[:length] for t in (layer.query, layer.key, layer.value))
+    geometry = BlockGeometry(length, length, block_q, block_k)
+    keep = reference_select(query, key, thresholds, geometry, layer.softmax_scale)
+    sparse, _ = reference_attention(query, key, value, keep, geometry, layer.softmax_scale)
+    everything = geometry.visible.expand_as(keep)
+    dense, _ = reference_attention(query, key, value, everything, geometry, layer.softmax_scale)
+    error = (sparse - dense).abs().sum((0, 2)) / dense.abs().sum((0, 2))
+    sparsity = 1 - keep.sum((1, 2)).double() / geometry.num_visible
+    return sparse, dense, error, sparsity
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(5, 90),
+    num_kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 16]),
+    block_q=st.sampled_from([4, 8, 16]),
+    block_k=st.sampled_from([4, 8, 16]),
+    tau=st.floats(0.05, 1.0),
+    theta=st.floats(-1.0, 0.9),
+    spread=st.floats(0.1, 3.0),
+    seed=st.integers(0, 1000),
+)
+def test_error_and_sparsity_are_the_specifications(
+    length: int,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_q: int,
+    block_k: int,
+    tau: float,
+    theta: float,
+    spread: float,
+    seed: int,
+) -> None:
+    num_heads = num_kv_heads * group
+    layer = random_layer(length + 7, num_kv_heads, group, head_dim, seed, spread)
+    thresholds = HeadThresholds(
+        torch.full((num_heads,), tau), torch.linspace(THETA_OFF, theta, num_heads)
+    )
+    scores = LayerEvaluator(layer, length, block_q, block_k).score(thresholds)
+    _, _, error, sparsity = specified_scores(layer, length, block_q, block_k, thresholds)
+    # A pooled mass within fp32 rounding of tau may choose one block more or less; equal sparsity
+    # of every head says that it did not happen, and it must not in more than the odd example.
+    torch.testing.assert_close(scores.sparsity, sparsity, atol=1e-9, rtol=0)
+    # The error is a difference of fp32 outputs of order 1: absolute, not relative, to rounding.
+    torch.testing.assert_close(scores.error, error, atol=2e-5, rtol=1e-4)
+
+
+def test_a_share_of_the_rows_is_scored_on_those_rows_alone() -> None:
+    layer = random_layer(128, 1, 2, 16, seed=3)
+    thresholds = HeadThresholds(torch.full((2,), 0.5), torch.full((2,), THETA_OFF))
+    evaluator = LayerEvaluator(layer, 128, 16, 16, row_share=0.5)
+    assert evaluator.sampled_blocks == [1, 3, 5, 7]
+    assert evaluator.row_share == 0.5
+    scores = evaluator.score(thresholds)
+    sparse, dense, _, sparsity = specified_scores(layer, 128, 16, 16, thresholds)
+    rows = torch.cat([torch.arange(16 * i, 16 * i + 16) for i in (1, 3, 5, 7)])
+    error = (sparse - dense)[rows].abs().sum((0, 2)) / dense[rows].abs().sum((0, 2))
+    torch.testing.assert_close(scores.error, error, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(scores.sparsity, sparsity, atol=1e-9, rtol=0)
+
+
+def test_partials_that_do_not_fit_are_recomputed_to_the_same_scores() -> None:
+    layer = random_layer(100, 2, 2, 16, seed=4)
+    thresholds = HeadThresholds(torch.full((4,), 0.6), torch.full((4,), 0.3))
+    kept = LayerEvaluator(layer, 100, 16, 16).score(thresholds)
+    streamed = LayerEvaluator(layer, 100, 16, 16, cache_bytes=0).score(thresholds)
+    assert torch.equal(kept.error, streamed.error)
+    assert torch.equal(kept.sparsity, streamed.sparsity)
+
+
+def test_dropping_the_block_with_nearly_all_the_mass_is_still_exact() -> None:
+    """Scores 200 apart underflow fp32 against the row's maximum, not against the kept one's."""
+    layer = random_layer(64, 1, 1, 16, seed=5)
+    direction = torch.zeros(16)
+    direction[0] = 40.0
+    key = layer.key.clone()
+    key[16:32, 0] = torch.where(torch.arange(16)[:, None] % 2 == 0, direction, -direction)
+    query = layer.query.clone()
+    query[:, 0] = direction / 2
+    layer = LayerTensors(query, key.bfloat16(), layer.value, layer.softmax_scale)
+    # Block 1's keys cancel in the mean, so the selector cannot see the mass that they hold.
+    thresholds = HeadThresholds(torch.tensor([0.3]), torch.tensor([THETA_OFF]))
+    scores = LayerEvaluator(layer, 64, 16, 16).score(thresholds)
+    _, _, error, sparsity = specified_scores(layer, 64, 16, 16, thresholds)
+    assert float(sparsity) > 0
+    assert float(error) > 0.3
+    torch.testing.assert_close(scores.error, error, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guard", [0.1, 0.3])
+def test_a_guard_sets_its_share_of_each_heads_blocks_apart(guard: float) -> None:
+    evaluator = LayerEvaluator(random_layer(640, 2, 2, 16, seed=6), 640, 16, 16)
+    theta = evaluator.guard_theta(guard)
+    layer = random_layer(640, 2, 2, 16, seed=6)
+    for head in range(4):
+        blocks = [
+            *layer.query[:, head].double().split(16),
+            *layer.key[:, head // 2].double().split(16),
+        ]
+        unit = [rows / rows.norm(dim=-1, keepdim=True) for rows in blocks]
+        below = sum(float((rows @ rows.T).mean()) < float(theta[head]) for rows in unit)
+        assert abs(below - guard * len(blocks)) <= 1
+    assert evaluator.guard_theta(0.0).tolist() == [THETA_OFF] * 4

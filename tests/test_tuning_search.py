@@ -1,0 +1,170 @@
+"""The search on tau against known curves, and a layer's search against an exhaustive grid."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
+from vllm_afbs.tuning.bracket import TauSearch, depth_of, tau_of
+from vllm_afbs.tuning.capture import WINDOWS, Capture, LayerTensors
+from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.journal import Journal
+from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.validation import HELD_OUT_SLACK
+
+TOLERANCE = 0.05
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    scale=st.lists(st.floats(1e-3, 20.0), min_size=1, max_size=4),
+    slope=st.floats(0.3, 2.0),
+    bump=st.floats(0.0, 0.6),
+    start=st.floats(0.1, 0.999),
+)
+def test_tau_search_accepts_only_what_it_measured_within_the_tolerance(
+    scale: list[float], slope: float, bump: float, start: float
+) -> None:
+    measured: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def score(tau: torch.Tensor) -> HeadScores:
+        depth = depth_of(tau).double()
+        # With a bump the error is not monotone in tau.
+        error = torch.tensor(scale).double() * torch.exp(
+            -slope * depth + bump * torch.sin(9 * depth)
+        )
+        measured.append((tau.clone(), error))
+        return HeadScores(error, torch.exp(-depth / 4))
+
+    heads = torch.ones(len(scale), dtype=torch.bool)
+    search = TauSearch(TOLERANCE, torch.full((len(scale),), start), heads)
+    best = search.run(score, max_steps=12)
+    for head in range(len(scale)):
+        errors = {float(tau[head]): float(error[head]) for tau, error in measured}
+        accepted = [tau for tau, error in errors.items() if error <= TOLERANCE]
+        if not accepted:
+            assert best.tau[head] == 1.0
+            assert best.sparsity[head] == 0.0
+            continue
+        assert errors[float(best.tau[head])] == float(best.error[head]) <= TOLERANCE
+        assert float(best.tau[head]) == min(accepted)
+        unbounded = bump > 0.0 or scale[head] <= TOLERANCE
+        assert unbounded or float(best.error[head]) >= 0.85 * TOLERANCE
+
+
+def test_tau_search_leaves_out_heads_it_is_not_asked_for() -> None:
+    search = TauSearch(TOLERANCE, torch.tensor([0.9, 0.9]), torch.tensor([True, False]))
+    best = search.run(
+        lambda tau: HeadScores(0.2 * torch.exp(-depth_of(tau)).double(), 1 - tau.double()), 10
+    )
+    assert best.tau[1] == 1.0
+    assert best.sparsity[1] == 0.0
+    assert best.error[0] == pytest.approx(TOLERANCE, rel=0.1)
+
+
+@settings(deadline=None)
+@given(st.floats(0.01, 0.9999))
+def test_depth_is_a_scale_for_tau(tau: float) -> None:
+    value = torch.tensor([tau])
+    torch.testing.assert_close(tau_of(depth_of(value)), value, atol=1e-6, rtol=1e-5)
+
+
+def clustered(length: int, seed: int) -> LayerTensors:
+    """Runs of tokens about one topic: queries find the blocks of their topic."""
+    generator = torch.Generator().manual_seed(seed)
+    head_dim, heads, num_topics = 32, 3, 12
+    topics = torch.randn(num_topics, head_dim, generator=torch.Generator().manual_seed(99))
+    runs = torch.randint(num_topics, (length // 32,), generator=generator).repeat_interleave(32)
+
+    def rows(strength: float, count: int) -> torch.Tensor:
+        noise = torch.randn(length, count, head_dim, generator=generator)
+        return (strength * topics[runs][:, None] + noise).bfloat16()
+
+    # One KV head for three query heads; their noise makes them differ.
+    query = rows(1.0, heads) * torch.tensor([0.6, 1.0, 1.6])[:, None]
+    value = torch.randn(length, 1, head_dim, generator=generator).bfloat16()
+    return LayerTensors(query.bfloat16(), rows(1.0, 1), value, head_dim**-0.5)
+
+
+def captured(directory: Path, length: int) -> Capture:
+    taken = Capture(directory, num_layers=1)
+    for seed, window in enumerate(WINDOWS):
+        layer = clustered(length, seed)
+        tensors = {"query": layer.query, "key": layer.key, "value": layer.value}
+        save_file(
+            tensors, taken.path(0, window), metadata={"softmax_scale": str(layer.softmax_scale)}
+        )
+    return taken
+
+
+def test_layer_search_comes_close_to_an_exhaustive_grid(tmp_path: Path) -> None:
+    lengths, block = [256, 512, 1024], 32
+    taken = captured(tmp_path, lengths[-1])
+    job = SearchSettings(lengths, TOLERANCE, block, block, seed=1)
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    heads = LayerSearch(job, 0, taken, journal, lambda _: None).run().heads
+
+    evaluator = LayerEvaluator(taken.load(0, "calibration"), lengths[-1], block, block)
+    held_out = LayerEvaluator(taken.load(0, "validation"), lengths[-1], block, block)
+    grid = torch.zeros(3, dtype=torch.float64)
+    evaluations = 0
+    for guard in torch.arange(0, 0.51, 0.05).tolist():
+        for tau in tau_of(torch.linspace(0.05, 9, 36)).tolist():
+            scores = evaluator.score(
+                HeadThresholds(torch.full((3,), tau), evaluator.guard_theta(guard))
+            )
+            within = scores.error <= TOLERANCE
+            grid = torch.where(within, torch.maximum(grid, scores.sparsity), grid)
+            evaluations += 3
+
+    found = HeadThresholds(
+        torch.tensor([head.tau for head in heads]), torch.tensor([head.theta for head in heads])
+    )
+    on_calibration, on_held_out = evaluator.score(found), held_out.score(found)
+    assert (on_calibration.error <= TOLERANCE).all()
+    assert (on_held_out.error <= HELD_OUT_SLACK * TOLERANCE).all()
+    assert float(grid.mean()) > 0.3
+    assert (on_calibration.sparsity >= grid - 0.05).all()
+    assert journal.total("evaluations") * 10 < evaluations
+    for head, measured in enumerate(heads):
+        last = measured.calibration[-1]
+        assert (last.error, last.sparsity) == pytest.approx(
+            (float(on_calibration.error[head]), float(on_calibration.sparsity[head])), abs=1e-6
+        )
+        assert measured.validation is not None
+        assert measured.validation.error == pytest.approx(float(on_held_out.error[head]), abs=1e-6)
+
+
+def test_the_optimizer_finds_an_interior_guard_from_short_lengths() -> None:
+    def value(guard: float, length: int) -> float:
+        return 0.7 - 4 * (guard - 0.3) ** 2 - 0.1 * (1 - length / 4096)
+
+    lengths = [1024, 2048, 4096]
+    seen = [Observation(0.0, 1024, value(0.0, 1024))]
+    for index in range(2):
+        guard, length = LayerOptimizer(lengths, seen, seed=5).initial(index)
+        seen.append(Observation(guard, length, value(guard, length)))
+    for seed in range(5):
+        point = LayerOptimizer(lengths, seen, seed).propose()
+        if point is None:
+            break
+        seen.append(Observation(*point, value(*point)))
+    assert abs(LayerOptimizer(lengths, seen, seed=0).best_guard() - 0.3) < 0.06
+    assert any(observation.length < 4096 for observation in seen)
+
+
+def test_proposals_repeat_for_a_seed_and_leave_the_random_state_alone() -> None:
+    seen = [Observation(0.0, 64, 0.5), Observation(0.4, 128, 0.3), Observation(0.2, 64, 0.4)]
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        first = LayerOptimizer([64, 128], seen, seed=3).propose()
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1))
+    assert first == LayerOptimizer([64, 128], seen, seed=3).propose()

@@ -1,0 +1,106 @@
+"""Stage 3: held-out text has the last word on each head's thresholds."""
+
+import torch
+
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.profile import HeadProfile, Measurement
+from vllm_afbs.tuning.bracket import depth_of, tau_of
+from vllm_afbs.tuning.evaluator import HeadScores
+from vllm_afbs.tuning.journal import Record
+from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+
+HELD_OUT_SLACK = 1.2
+"""Accepted held-out error, in units of the tolerance."""
+MIN_SPARSITY = 0.1
+"""Heads that would skip less run dense: selection would cost more than it saves."""
+_BACK_OFFS = 4
+
+
+def validate(
+    settings: SearchSettings, scorer: LayerScorer, refined: Record, q_blocks: tuple[int, int]
+) -> list[HeadProfile]:
+    """Backs heads off until their held-out error is accepted, at last to dense.
+
+    Args:
+        settings: The job's settings.
+        scorer: The layer's evaluators.
+        refined: theta, tau, error and sparsity of each head, from stage 2.
+        q_blocks: Query blocks that stages 1 and 2 scored; the calibration text's measurements in
+            the profile are made on the same.
+
+    Returns:
+        Each head's thresholds, measured on both texts.
+    """
+    theta, tau = torch.tensor(refined["theta"]), torch.tensor(refined["tau"])
+    tau = torch.where(torch.tensor(refined["sparsity"]) >= MIN_SPARSITY, tau, 1.0)
+    tau, held_out = _back_off(settings, scorer, tau, theta)
+    tau = torch.where(held_out.sparsity >= MIN_SPARSITY, tau, 1.0)
+    calibration = _calibration(settings, scorer, refined, tau, theta, q_blocks)
+    return [
+        HeadProfile(
+            tau=float(tau[head]),
+            theta=min(1.0, float(theta[head])) if tau[head] < 1.0 else THETA_OFF,
+            calibration=[_measurement(length, tau, s, head) for length, s in calibration],
+            validation=_measurement(settings.longest, tau, held_out, head),
+        )
+        for head in range(len(tau))
+    ]
+
+
+def _back_off(
+    settings: SearchSettings, scorer: LayerScorer, tau: torch.Tensor, theta: torch.Tensor
+) -> tuple[torch.Tensor, HeadScores]:
+    evaluator = scorer.evaluator("validation", settings.longest, None)
+    limit = HELD_OUT_SLACK * settings.tolerance
+    scores = scorer.score(evaluator, HeadThresholds(tau, theta), tau < 1.0)
+    for attempt in range(1, _BACK_OFFS + 2):
+        above = (tau < 1.0) & (scores.error > limit)
+        if not above.any():
+            break
+        # log error falls by about as much as depth grows; each further attempt goes farther.
+        step = attempt * torch.log(scores.error / limit).float().clamp_min(0.1)
+        deeper = tau_of(depth_of(tau) + step) if attempt <= _BACK_OFFS else torch.ones_like(tau)
+        tau = torch.where(above, deeper, tau)
+        again = scorer.score(evaluator, HeadThresholds(tau, theta), above & (tau < 1.0))
+        scores = _merge(above, again, scores)
+    return tau, scores
+
+
+def _calibration(
+    settings: SearchSettings,
+    scorer: LayerScorer,
+    refined: Record,
+    tau: torch.Tensor,
+    theta: torch.Tensor,
+    q_blocks: tuple[int, int],
+) -> list[tuple[int, HeadScores]]:
+    """The final thresholds' scores at every length, those of stage 2 used where they still hold."""
+    explored, refined_blocks = q_blocks
+    thresholds = HeadThresholds(tau, theta)
+    measured = []
+    for length in settings.lengths[:-1]:
+        evaluator = scorer.evaluator("calibration", length, explored)
+        measured.append((length, scorer.score(evaluator, thresholds, tau < 1.0)))
+    known = HeadScores(
+        torch.tensor(refined["error"], dtype=torch.float64),
+        torch.tensor(refined["sparsity"], dtype=torch.float64),
+    )
+    moved = (tau < 1.0) & (tau != torch.tensor(refined["tau"]))
+    evaluator = scorer.evaluator("calibration", settings.longest, refined_blocks)
+    again = scorer.score(evaluator, thresholds, moved)
+    return [*measured, (settings.longest, _merge(moved, again, known))]
+
+
+def _merge(heads: torch.Tensor, new: HeadScores, old: HeadScores) -> HeadScores:
+    return HeadScores(
+        torch.where(heads, new.error, old.error), torch.where(heads, new.sparsity, old.sparsity)
+    )
+
+
+def _measurement(length: int, tau: torch.Tensor, scores: HeadScores, head: int) -> Measurement:
+    if tau[head] >= 1.0:
+        return Measurement(length=length, error=0.0, sparsity=0.0)
+    # A head that keeps all blocks at a short length can come out at -1e-17.
+    sparsity = max(0.0, float(scores.sparsity[head]))
+    return Measurement(length=length, error=float(scores.error[head]), sparsity=sparsity)
