@@ -93,6 +93,6 @@ def test_sparse_prefill_equals_the_reference(
         )
         errors.append(relative_l1(output, expected))
     dense_error, sparse_error = errors
-    assert dense_error <= 4 * torch.finfo(dtype).eps
+    assert dense_error <= 8 * torch.finfo(dtype).eps
     # Dropping blocks must not cost precision: the same operation in the same dtype is the budget.
     assert sparse_error <= 2 * dense_error

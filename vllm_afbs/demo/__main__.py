@@ -28,9 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
     options = _parser().parse_args(arguments)
     end_in_order()
-    import httpx
-    from openai import OpenAIError
-
     from vllm_afbs.demo.server import ServerError
 
     try:
@@ -38,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (AssetError, DemoError, ServerError, OpenAIError, httpx.HTTPError, OSError) as error:
+    except (AssetError, DemoError, ServerError, OSError) as error:
         print(f"vllm_afbs.demo: error: {error}", file=sys.stderr)
         return EXIT_FAILED
     return 0
@@ -90,6 +87,8 @@ def _prompt_tokens(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    import httpx
+    from openai import OpenAIError
     from rich.console import Console
 
     from vllm_afbs.demo import report
@@ -111,7 +110,10 @@ def _run(options: argparse.Namespace) -> None:
     for arm in arms(profile):
         log_file = output_dir / f"server-{arm.name}.log"
         console.print(f"Server '{arm.name}': start, warm-up, {len(prompt)} tokens ...")
-        outcomes.append(measure(arm, assets.model_dir, prompt, warm_up, MAX_TOKENS, log_file))
+        try:
+            outcomes.append(measure(arm, assets.model_dir, prompt, warm_up, MAX_TOKENS, log_file))
+        except (OpenAIError, httpx.HTTPError) as error:
+            raise DemoError(f"server '{arm.name}': {error} Its log is {log_file}") from None
     report.write(outcomes, _setup(profile_id, len(prompt)), output_dir)
     report.show(outcomes, console)
     console.print(f"Also as JSON and CSV, with the servers' logs, in {output_dir}/")
