@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from rich.console import Console
 
+from vllm_afbs import metrics
 from vllm_afbs.demo import __main__ as demo
 from vllm_afbs.demo import report
 from vllm_afbs.demo.client import Completion, Counters, growth, parse_counters
@@ -75,6 +77,25 @@ def test_figures_count_the_request_and_not_the_warm_up(outcomes: list[Outcome]) 
     assert sparse.sparsity_by_layer == pytest.approx({0: 0.25, 10: 0.75})
     assert sparse.sparsity == pytest.approx(70 / 120)
     assert sparse.fallbacks == {"short prompt": 3}
+
+
+def test_figures_are_read_from_what_our_workers_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names and labels here and in `vllm_afbs.metrics` have to be the same."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(tmp_path / "metrics"))
+    metrics.count_products(layer=3, num_kept=1, num_blocks=4)
+    metrics.PREFILL_ATTENTION_SECONDS.observe(0.5, "sparse")
+    metrics.SELECTOR_SECONDS.observe(0.125)
+    metrics.count_fallbacks({"short_context": 2})
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path / "metrics"))
+    counters = parse_counters(generate_latest(registry).decode())
+    outcome = Outcome(arms(Path("profile.json"))[2], completion([1]), counters)
+    assert outcome.sparsity_by_layer == {3: 0.75}
+    assert (outcome.attention_seconds, outcome.selector_seconds) == (0.5, 0.125)
+    assert outcome.fallbacks == {"short_context": 2}
 
 
 def test_stock_server_has_no_figures_of_its_own(outcomes: list[Outcome]) -> None:
