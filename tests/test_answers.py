@@ -44,6 +44,8 @@ def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Gen
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
         llm: dict[str, Any] = {
             "model": str(smollm2_dir),
+            # bf16 products are emulated, several times slower, on CPUs without AVX-512.
+            "dtype": "float32",
             "max_model_len": 8192,
             "max_num_batched_tokens": chunk,
             "enforce_eager": True,

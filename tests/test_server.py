@@ -32,7 +32,8 @@ def profile(smollm2_dir: Path) -> Profile:
 
 def serve(model: Path, *options: str) -> list[str]:
     command = [*vllm_command(), "serve", str(model), "--attention-backend", "afbs"]
-    return [*command, "--max-model-len", "8192", "--served-model-name", "model", *options]
+    command += ["--dtype", "float32", "--max-model-len", "8192"]
+    return [*command, "--served-model-name", "model", *options]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-api-server", "two-api-servers"])
