@@ -54,7 +54,7 @@ class Arm:
             str(model_dir),
             *("--served-model-name", SERVED_NAME),
             *("--attention-backend", self.backend),
-            *("--dtype", "bfloat16"),
+            *("--dtype", "float32"),
             *("--max-model-len", str(MAX_MODEL_LEN)),
         ]
 
