@@ -147,8 +147,8 @@ def test_the_optimizer_finds_an_interior_guard_from_short_lengths() -> None:
 
     lengths = [1024, 2048, 4096]
     seen = [Observation(0.0, 1024, value(0.0, 1024))]
-    for index in range(2):
-        guard, length = LayerOptimizer(lengths, seen, seed=5).initial(index)
+    for _ in range(2):
+        guard, length = LayerOptimizer(lengths, seen, seed=5).initial()
         seen.append(Observation(guard, length, value(guard, length)))
     for seed in range(5):
         point = LayerOptimizer(lengths, seen, seed).propose()
@@ -168,3 +168,12 @@ def test_proposals_repeat_for_a_seed_and_leave_the_random_state_alone() -> None:
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(1))
     assert first == LayerOptimizer([64, 128], seen, seed=3).propose()
+
+
+def test_initial_points_are_new_for_every_seed() -> None:
+    """Rounded to 0.01 and to a length, Sobol points can fall on one that was tried."""
+    seen = [Observation(0.0, 64, 0.5), Observation(0.01, 64, 0.5)]
+    tried = {(observation.guard, observation.length) for observation in seen}
+    points = [LayerOptimizer([64, 128], seen, seed).initial() for seed in range(60)]
+    assert not tried & set(points)
+    assert len(set(points)) > 30

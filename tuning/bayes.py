@@ -35,6 +35,7 @@ from botorch.models.transforms.input import Normalize
 
 MAX_GUARD = 0.5
 _GUARD_STEP = 0.01
+_SOBOL_POINTS = 16  # more than a layer has trials: one that rounds to a tried point is passed over
 _METRIC = "sparsity"
 # The tau search stops within 8 % of the tolerance, which moves sparsity by about this much.
 _NOISE = 0.01
@@ -89,24 +90,24 @@ class LayerOptimizer:
         self, lengths: Sequence[int], observations: Sequence[Observation], seed: int
     ) -> None:
         self._lengths = lengths
-        self._observations = observations
+        self._tried = {(seen.guard, seen.length) for seen in observations}
         self._seed = seed
         self._experiment = _experiment(lengths)
         for observation in observations:
             self._attach(observation)
 
-    def initial(self, index: int) -> tuple[float, int]:
-        """The ``index``-th point of the design that precedes the model, a Sobol sequence."""
+    def initial(self) -> tuple[float, int]:
+        """The next point of the design that precedes the model, a Sobol sequence."""
         sobol = Generators.SOBOL(experiment=self._experiment, seed=self._seed)
-        return self._snap(sobol.gen(index + 1).arms[index].parameters)
+        points = (self._snap(arm.parameters) for arm in sobol.gen(_SOBOL_POINTS).arms)
+        return next(point for point in points if point not in self._tried)
 
     def propose(self) -> tuple[float, int] | None:
         """Guard and length to try next; None if the model expects nothing new to be learnt."""
         with self._fitted() as adapter:
             run = adapter.gen(1, model_gen_options=_ACQUISITION)
         point = self._snap(run.arms[0].parameters)
-        tried = {(seen.guard, seen.length) for seen in self._observations}
-        return None if point in tried else point
+        return None if point in self._tried else point
 
     def best_guard(self) -> float:
         """The guard with the highest expected sparsity at the longest length."""

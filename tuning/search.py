@@ -108,7 +108,7 @@ class LayerSearch:
             return 0.0, self._settings.lengths[0]
         optimizer = self._optimizer(trials)
         if len(trials) < INITIAL_TRIALS:
-            return optimizer.initial(len(trials) - 1)
+            return optimizer.initial()
         return optimizer.propose()
 
     def _best_guard(self, trials: list[Record]) -> float:
