@@ -86,7 +86,8 @@ def pool_queries(query: torch.Tensor, geometry: BlockGeometry) -> BlockStats:
     padded[:, :first] = by_head[:, :first]
     padded[:, block : block + q_len - first] = by_head[:, first:]
     return pool_blocks(
-        padded.view(num_heads, num_blocks, block, head_dim), geometry.row_starts.diff()
+        padded.view(num_heads, num_blocks, block, head_dim),
+        geometry.row_starts.diff().to(query.device),
     )
 
 
@@ -111,17 +112,18 @@ def select_blocks(
         Sink and diagonal blocks are always kept, invisible ones never.
     """
     num_heads, group = len(queries.mean), len(queries.mean) // len(keys.mean)
+    visible, always = (m.to(keys.mean.device) for m in (geometry.visible, geometry.always))
     theta = thresholds.theta[:, None]
     key_means = keys.mean.repeat_interleave(group, dim=0)
     unlike_keys = (keys.similarity.repeat_interleave(group, dim=0) < theta)[:, None, :]
     unlike_queries = (queries.similarity < theta)[:, :, None]
 
     scores = (queries.mean @ key_means.transpose(1, 2)) * softmax_scale
-    scores.masked_fill_(unlike_keys | ~geometry.visible, -torch.inf)
+    scores.masked_fill_(unlike_keys | ~visible, -torch.inf)
     # A row may have no pooled key left (all unlike): its mass is then zero, not NaN.
     mass = torch.softmax(scores, dim=-1).nan_to_num_(0.0)
     keep = _smallest_set(mass, thresholds.tau.view(num_heads, 1, 1))
-    return (keep | unlike_keys | unlike_queries | geometry.always) & geometry.visible
+    return (keep | unlike_keys | unlike_queries | always) & visible
 
 
 def _smallest_set(mass: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:

@@ -61,26 +61,33 @@ def build_tile_tables(
             f"page_size must divide block_k, got page_size={page_size}, block_k={geometry.block_k}"
         )
     num_heads, num_q_blocks, _ = keep.shape
+    device = keep.device
     num_pages = -(-geometry.kv_len // page_size)
-    last_positions = geometry.last_positions
-    page_starts = torch.arange(num_pages) * page_size
+    page_index = torch.arange(num_pages, device=device)
+    last_positions = geometry.last_positions.to(device)
     keep_pages = keep.repeat_interleave(geometry.block_k // page_size, dim=2)[:, :, :num_pages]
-    keep_pages = keep_pages & (page_starts[None, :] <= last_positions[:, None])
+    keep_pages = keep_pages & (page_index * page_size <= last_positions[:, None])
 
     page_counts = keep_pages.sum(-1)
-    # False sorts before True, and a stable sort leaves the kept pages in the order of the context.
-    order = (~keep_pages).sort(dim=-1, stable=True).indices[:, :, : int(page_counts.max())]
-    kv_heads = torch.arange(num_heads) // (num_heads // num_kv_heads)
+    # False sorts before True, and a stable sort leaves the kept pages in the order of the
+    # context. The lists are not cut to the longest: to know it, the host would have to wait.
+    order = (~keep_pages).to(torch.uint8).sort(dim=-1, stable=True).indices
+    kv_heads = torch.arange(num_heads, device=device) // (num_heads // num_kv_heads)
     block_table = pages.to(torch.int64)[order] * num_kv_heads + kv_heads[:, None, None]
-    block_table.masked_fill_(torch.arange(order.shape[-1]) >= page_counts[:, :, None], 0)
+    block_table.masked_fill_(page_index >= page_counts[:, :, None], 0)
 
     # Only whole pages are dropped: the one that the last row ends in is on the diagonal.
     pages_visible = last_positions // page_size + 1
     seq_lens = last_positions + 1 - (pages_visible - page_counts) * page_size
-    starts = torch.arange(num_heads)[:, None] * geometry.q_len + geometry.row_starts[:-1]
-    query_start_loc = torch.empty(num_heads * num_q_blocks + 1, dtype=torch.int32)
+    row_starts = geometry.row_starts[:-1].to(device, torch.int32)
+    starts = torch.arange(num_heads, device=device)[:, None] * geometry.q_len + row_starts
+    query_start_loc = torch.full(
+        (num_heads * num_q_blocks + 1,),
+        num_heads * geometry.q_len,
+        dtype=torch.int32,
+        device=device,
+    )
     query_start_loc[:-1] = starts.flatten()
-    query_start_loc[-1] = num_heads * geometry.q_len
     return TileTables(
         query_start_loc,
         seq_lens.flatten().to(torch.int32),

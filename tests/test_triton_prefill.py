@@ -1,24 +1,17 @@
 """The Triton kernel against the fp64 reference: on a GPU, and in Triton's interpreter without."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from tests.problems import SCALE, Problem, make_problem
 from vllm_afbs.kernels.reference import reference_attention
+from vllm_afbs.kernels.triton_prefill import build_tile_lists, triton_prefill
 
-INTERPRETED = not torch.cuda.is_available()
-with pytest.MonkeyPatch.context() as patch:
-    # Read when a kernel is defined, here, and when it runs, below; other tests' servers must not
-    # see it.
-    if INTERPRETED:
-        patch.setenv("TRITON_INTERPRET", "1")
-    from vllm_afbs.kernels.triton_prefill import build_tile_lists, triton_prefill
-
-
-@pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def paged(rows: torch.Tensor, pages: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -92,7 +85,16 @@ def check(
     assert relative_l1(output.cpu(), reference(problem, keep)) <= 2 * dense_error(problem)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the GPU runs the compiled kernel")
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_interpreter_tests_pass_in_a_process_of_their_own() -> None:
+    """Triton must be interpreted from its import on, and here vLLM has imported it already."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted_kernel", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
 @pytest.mark.parametrize("kind", ["random", "all", "diagonal"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(

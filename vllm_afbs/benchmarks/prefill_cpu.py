@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from vllm_afbs.benchmarks.table import Row, make_row, time_in_turns, write_rows
+from vllm_afbs.benchmarks.lists import random_blocks
+from vllm_afbs.benchmarks.table import Row, make_row, show_rows, time_in_turns, write_rows
 from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill, dense_paged_attention, split_cache
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, TileTables
 from vllm_afbs.steps import LongPrefill
@@ -75,26 +74,6 @@ class Case:
         self.sparse.attend(self.query, self.output, self.kv_cache, self.request, tables)
 
 
-def random_blocks(
-    num_heads: int, geometry: BlockGeometry, sparsity: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Draws a selection that skips this share of the causal block products.
-
-    Args:
-        num_heads: Query heads; all share the number of blocks, not the blocks.
-        geometry: The blocks.
-        sparsity: Share to skip, reached to within one block unless the always-kept ones exceed it.
-        generator: Source of the draw.
-    """
-    num_kept = round((1 - sparsity) * geometry.num_visible)
-    shape = (num_heads, *geometry.visible.shape)
-    priority = torch.rand(shape, generator=generator).masked_fill_(geometry.always, 2.0)
-    priority.masked_fill_(~geometry.visible, -1.0)
-    best = priority.flatten(1).topk(num_kept, dim=1).indices
-    keep = torch.zeros(num_heads, geometry.visible.numel(), dtype=torch.bool)
-    return keep.scatter_(1, best, True).view(shape) | geometry.always
-
-
 def measure(case: Case, rounds: int, generator: torch.Generator) -> list[Row]:
     """Times dense and sparse in turns for one length."""
     length, num_heads, head_dim = case.query.shape
@@ -132,12 +111,7 @@ def main() -> None:
     for length in LENGTHS:
         case = Case(length, args.num_heads, args.num_kv_heads, args.head_dim, cache)
         rows += measure(case, args.rounds, generator)
-    table = Table("what", "shape", "p20", "p50", "p80", "unit")
-    for row in rows:
-        table.add_row(
-            row.what, row.shape, f"{row.p20:.4f}", f"{row.p50:.4f}", f"{row.p80:.4f}", row.unit
-        )
-    Console().print(table)
+    show_rows(rows)
     if args.output:
         write_rows(args.output, rows)
 

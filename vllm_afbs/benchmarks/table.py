@@ -1,6 +1,7 @@
 """Timing in turns, and the CSV that every benchmark writes."""
 
 import csv
+import os
 import platform
 import subprocess
 import time
@@ -10,6 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,33 @@ def time_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            _wait()
             start = time.perf_counter()
             function()
+            _wait()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def make_row(what: str, shape: str, samples: Sequence[float], unit: str) -> Row:
     """Summarises samples with the machine, versions and commit they were taken with."""
     p20, p50, p80 = (round(float(p), 6) for p in np.percentile(samples, (20, 50, 80)))
-    versions = " ".join(f"{name}={version(name)}" for name in ("torch", "vllm"))
+    versions = " ".join(f"{name}={version(name)}" for name in ("torch", "triton", "vllm"))
     return Row(what, shape, p20, p50, p80, unit, _device(), versions, _commit())
+
+
+def show_rows(rows: Sequence[Row]) -> None:
+    """Prints a benchmark's figures."""
+    table = Table("what", "shape", "p20", "p50", "p80", "unit")
+    for row in rows:
+        figures = (f"{value:.6g}" for value in (row.p20, row.p50, row.p80))
+        table.add_row(row.what, row.shape, *figures, row.unit)
+    Console(width=140).print(table)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -67,6 +87,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -74,6 +96,9 @@ def _device() -> str:
 
 
 def _commit() -> str:
+    # A copy of the tree without its history is told the commit it was made of.
+    if commit := os.environ.get("VLLM_AFBS_COMMIT"):
+        return commit
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
