@@ -13,13 +13,21 @@ from vllm_afbs.kernels.selection import (
     pool_queries,
     select_blocks,
 )
-from vllm_afbs.kernels.tiles import TileTables, build_tile_tables, tile_prefill
+from vllm_afbs.kernels.tiles import (
+    TileLists,
+    TileTables,
+    build_tile_lists,
+    build_tile_tables,
+    tile_prefill,
+)
 
 __all__ = [
     "BlockGeometry",
     "BlockStats",
     "HeadThresholds",
+    "TileLists",
     "TileTables",
+    "build_tile_lists",
     "build_tile_tables",
     "pool_blocks",
     "pool_queries",

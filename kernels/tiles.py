@@ -15,6 +15,36 @@ from vllm_afbs.kernels.geometry import BlockGeometry
 
 
 @dataclass(frozen=True)
+class TileLists:
+    """Kept key blocks of one request's tiles, head-major: what selectors make and kernels take.
+
+    Attributes:
+        block_lists: Kept key blocks in ascending order, ``[num_heads * num_q_blocks, longest]``,
+            int32; what follows a tile's count is not read.
+        counts: Kept blocks of each tile, ``[num_heads * num_q_blocks]``, int32.
+        order: Tiles, the longest list first, int32.
+    """
+
+    block_lists: torch.Tensor
+    counts: torch.Tensor
+    order: torch.Tensor
+
+
+def build_tile_lists(keep: torch.Tensor) -> TileLists:
+    """Turns a mask of kept blocks into ragged lists without a host synchronisation.
+
+    Args:
+        keep: ``[num_heads, num_q_blocks, num_k_blocks]`` bool.
+    """
+    flat = keep.flatten(0, 1)
+    counts = flat.sum(-1, dtype=torch.int32)
+    # False sorts before True, and a stable sort keeps the order of the context.
+    lists = (~flat).to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32)
+    order = counts.argsort(descending=True).to(torch.int32)
+    return TileLists(lists, counts, order)
+
+
+@dataclass(frozen=True)
 class TileTables:
     """A batch of single-head sequences for a dense paged kernel, head-major.
 
@@ -35,16 +65,16 @@ DensePagedAttention = Callable[[torch.Tensor, torch.Tensor, TileTables], None]
 
 
 def build_tile_tables(
-    keep: torch.Tensor,
+    lists: TileLists,
     geometry: BlockGeometry,
     pages: torch.Tensor,
     page_size: int,
     num_kv_heads: int,
 ) -> TileTables:
-    """Turns kept blocks into one block table per tile.
+    """Turns kept blocks into one block table per tile, on the lists' device.
 
     Args:
-        keep: ``[num_heads, num_q_blocks, num_k_blocks]`` bool from ``select_blocks``.
+        lists: The tiles' kept blocks.
         geometry: The step's blocks.
         pages: The request's row of the block table, at least ``ceil(kv_len / page_size)``, int.
         page_size: Keys of a page; divides ``geometry.block_k``.
@@ -60,39 +90,32 @@ def build_tile_tables(
         raise ValueError(
             f"page_size must divide block_k, got page_size={page_size}, block_k={geometry.block_k}"
         )
-    num_heads, num_q_blocks, _ = keep.shape
-    device = keep.device
-    num_pages = -(-geometry.kv_len // page_size)
-    page_index = torch.arange(num_pages, device=device)
-    last_positions = geometry.last_positions.to(device)
-    keep_pages = keep.repeat_interleave(geometry.block_k // page_size, dim=2)[:, :, :num_pages]
-    keep_pages = keep_pages & (page_index * page_size <= last_positions[:, None])
+    device = lists.counts.device
+    num_tiles, longest = lists.block_lists.shape
+    num_heads = num_tiles // geometry.num_q_blocks
+    pages_per_block = geometry.block_k // page_size
+    last_page = -(-geometry.kv_len // page_size) - 1
 
-    page_counts = keep_pages.sum(-1)
-    # False sorts before True, and a stable sort leaves the kept pages in the order of the
-    # context. The lists are not cut to the longest: to know it, the host would have to wait.
-    order = (~keep_pages).to(torch.uint8).sort(dim=-1, stable=True).indices
-    kv_heads = torch.arange(num_heads, device=device) // (num_heads // num_kv_heads)
-    block_table = pages.to(torch.int64)[order] * num_kv_heads + kv_heads[:, None, None]
-    block_table.masked_fill_(page_index >= page_counts[:, :, None], 0)
+    # The tables are not cut to the longest list: to know it, the host would have to wait.
+    parts = torch.arange(pages_per_block, dtype=torch.int32, device=device)
+    index = (lists.block_lists[:, :, None] * pages_per_block + parts).clamp_max_(last_page)
+    entries = pages.index_select(0, index.flatten()).to(torch.int32).view(num_heads, -1)
+    kv_heads = torch.arange(num_heads, dtype=torch.int32, device=device)
+    kv_heads //= num_heads // num_kv_heads
+    block_table = (entries * num_kv_heads + kv_heads[:, None]).view(num_tiles, -1)
+    place = torch.arange(longest * pages_per_block, dtype=torch.int32, device=device)
+    block_table.masked_fill_(place >= lists.counts[:, None] * pages_per_block, 0)
 
-    # Only whole pages are dropped: the one that the last row ends in is on the diagonal.
-    pages_visible = last_positions // page_size + 1
-    seq_lens = last_positions + 1 - (pages_visible - page_counts) * page_size
+    # Only whole blocks are dropped: the one that the last row ends in is on the diagonal.
+    last_positions = geometry.last_positions.to(device, torch.int32)
+    num_visible = last_positions // geometry.block_k + 1
+    dropped = num_visible - lists.counts.view(num_heads, -1)
+    seq_lens = last_positions + 1 - dropped * geometry.block_k
     row_starts = geometry.row_starts[:-1].to(device, torch.int32)
-    starts = torch.arange(num_heads, device=device)[:, None] * geometry.q_len + row_starts
-    query_start_loc = torch.full(
-        (num_heads * num_q_blocks + 1,),
-        num_heads * geometry.q_len,
-        dtype=torch.int32,
-        device=device,
-    )
-    query_start_loc[:-1] = starts.flatten()
-    return TileTables(
-        query_start_loc,
-        seq_lens.flatten().to(torch.int32),
-        block_table.flatten(0, 1).to(torch.int32),
-    )
+    heads = torch.arange(num_heads, dtype=torch.int32, device=device)
+    starts = (heads[:, None] * geometry.q_len + row_starts).flatten()
+    query_start_loc = torch.nn.functional.pad(starts, (0, 1), value=num_heads * geometry.q_len)
+    return TileTables(query_start_loc, seq_lens.flatten(), block_table)
 
 
 def tile_prefill(

@@ -6,45 +6,14 @@ loop, arXiv 2307.08691). Blocks that every row sees whole come first and need no
 diagonal ones come last.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.tiles import TileLists
 
 _LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class TileLists:
-    """Kept key blocks of one request's tiles, on the device.
-
-    Attributes:
-        block_lists: Kept key blocks in ascending order, ``[num_heads * num_q_blocks, longest]``,
-            int32; what follows a tile's count is not read.
-        counts: Kept blocks of each tile, ``[num_heads * num_q_blocks]``, int32.
-        order: Tiles, the longest list first, int32.
-    """
-
-    block_lists: torch.Tensor
-    counts: torch.Tensor
-    order: torch.Tensor
-
-
-def build_tile_lists(keep: torch.Tensor) -> TileLists:
-    """Turns a mask of kept blocks into ragged lists without a host synchronisation.
-
-    Args:
-        keep: ``[num_heads, num_q_blocks, num_k_blocks]`` bool.
-    """
-    flat = keep.flatten(0, 1)
-    counts = flat.sum(-1, dtype=torch.int32)
-    # False sorts before True, and a stable sort keeps the order of the context.
-    lists = (~flat).to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32)
-    order = counts.argsort(descending=True).to(torch.int32)
-    return TileLists(lists, counts, order)
 
 
 def triton_prefill(

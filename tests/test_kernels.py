@@ -9,6 +9,7 @@ from tests.problems import SCALE, PagedDense, Problem, make_problem, pooled_keys
 from vllm_afbs.kernels import (
     BlockGeometry,
     HeadThresholds,
+    build_tile_lists,
     build_tile_tables,
     pool_queries,
     select_blocks,
@@ -66,7 +67,7 @@ def test_tiles_equal_the_reference(drawn: tuple[Problem, int]) -> None:
     problem, page_size = drawn
     keep = select(problem)
     tables = build_tile_tables(
-        keep, problem.geometry, problem.pages, page_size, problem.num_kv_heads
+        build_tile_lists(keep), problem.geometry, problem.pages, page_size, problem.num_kv_heads
     )
     output = torch.empty_like(problem.query, dtype=torch.float64)
     tile_prefill(problem.query.double(), output, tables, PagedDense(problem, page_size))
@@ -136,7 +137,7 @@ def test_reference_lambda_skips_products_and_bounds_the_error() -> None:
 def test_page_size_must_divide_the_key_block() -> None:
     problem = make_problem(16, 16, 16, 16)
     with pytest.raises(ValueError, match="page_size must divide block_k"):
-        build_tile_tables(select(problem), problem.geometry, problem.pages, 12, 2)
+        build_tile_tables(build_tile_lists(select(problem)), problem.geometry, problem.pages, 12, 2)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 4), (5, 4)])

@@ -9,7 +9,8 @@ import torch
 
 from tests.problems import SCALE, Problem, make_problem
 from vllm_afbs.kernels.reference import reference_attention
-from vllm_afbs.kernels.triton_prefill import build_tile_lists, triton_prefill
+from vllm_afbs.kernels.tiles import build_tile_lists
+from vllm_afbs.kernels.triton_prefill import triton_prefill
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -3,8 +3,8 @@
     python -m vllm_afbs.benchmarks.prefill_gpu --output results.csv
 
 Blocks are drawn at random. Four ways on the same numbers: FlashAttention 3 dense; the same kernel
-over tiles (one launch, cache with the KV heads outside the pages), regrouping included; our
-Triton kernel; and the selector in plain PyTorch. Building the lists is timed by itself.
+over tiles (one launch, cache with the KV heads outside the pages), regrouping included; the same
+with the Triton selector and the building of block tables; and our Triton kernel.
 """
 
 import argparse
@@ -20,14 +20,18 @@ from vllm_afbs.benchmarks.table import Row, make_row, show_rows, time_in_turns, 
 from vllm_afbs.kernels import (
     BlockGeometry,
     HeadThresholds,
+    TileLists,
     TileTables,
+    build_tile_lists,
     build_tile_tables,
-    pool_blocks,
-    pool_queries,
-    select_blocks,
     tile_prefill,
 )
-from vllm_afbs.kernels.triton_prefill import TileLists, build_tile_lists, triton_prefill
+from vllm_afbs.kernels.triton_prefill import triton_prefill
+from vllm_afbs.kernels.triton_selection import (
+    pool_key_pages,
+    pool_query_blocks,
+    select_tile_lists,
+)
 
 LENGTHS = (8192, 32768, 131072)
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
@@ -76,26 +80,29 @@ class Case:
             self.scale, block_n=128, num_warps=8, num_stages=3,
         )  # fmt: skip
 
-    def tables(self, keep: torch.Tensor) -> TileTables:
+    def tables(self, lists: TileLists) -> TileTables:
         """Builds the tiles' block tables."""
-        return build_tile_tables(keep, self.geometry, self.pages, PAGE_SIZE, self.key.shape[2])
+        return build_tile_tables(lists, self.geometry, self.pages, PAGE_SIZE, self.key.shape[2])
 
-    def select(self) -> torch.Tensor:
-        """Chooses blocks with the PyTorch selector."""
+    def select(self) -> TileLists:
+        """Chooses blocks; the thresholds' values do not change the time."""
         num_heads = self.query.shape[1]
         thresholds = HeadThresholds(
             torch.full((num_heads,), 0.9, device="cuda"),
-            torch.full((num_heads,), -1.0, device="cuda"),
+            torch.full((num_heads,), 0.2, device="cuda"),
         )
-        key = self.key[self.pages.long()].permute(2, 0, 1, 3)
-        counts = torch.full((key.shape[1],), PAGE_SIZE, device="cuda")
-        return select_blocks(
-            pool_queries(self.query, self.geometry),
-            pool_blocks(key, counts),
+        return select_tile_lists(
+            pool_query_blocks(self.query, self.geometry),
+            pool_key_pages(self.key, self.pages, self.geometry),
             thresholds,
             self.geometry,
             self.scale,
         )
+
+    def whole(self, lists: TileLists) -> None:
+        """Does all that a layer does: selects, then attends to the given blocks."""
+        self.select()
+        self.tiles(self.tables(lists))
 
     def _flash(
         self,
@@ -124,21 +131,21 @@ def measure(case: Case, density: float, rounds: int) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     keep = random_blocks(num_heads, case.geometry, 1 - density, generator)
     reached = int(keep.sum()) / (num_heads * case.geometry.num_visible)
-    keep = keep.cuda()
-    tables, lists = case.tables(keep), build_tile_lists(keep)
+    lists = build_tile_lists(keep.cuda())
+    tables = case.tables(lists)
     _check_agreement(case, tables, lists)
     functions: dict[str, Callable[[], object]] = {
         "FA3 dense": case.dense,
         "FA3 tiles": functools.partial(case.tiles, tables),
+        "FA3 tiles and selection": functools.partial(case.whole, lists),
         "Triton": functools.partial(case.triton, lists),
-        "tile tables": functools.partial(case.tables, keep),
-        "tile lists": functools.partial(build_tile_lists, keep),
-        "PyTorch selector": case.select,
+        "tile tables": functools.partial(case.tables, lists),
+        "selector": case.select,
     }
     seconds = time_in_turns(functions, rounds)
     shape = f"L{length}-H{num_heads}/{case.key.shape[2]}-D{head_dim}-density{reached:.3f}"
     rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]
-    for name in ("FA3 tiles", "Triton"):
+    for name in ("FA3 tiles", "FA3 tiles and selection", "Triton"):
         ratios = [
             dense / own for dense, own in zip(seconds["FA3 dense"], seconds[name], strict=True)
         ]

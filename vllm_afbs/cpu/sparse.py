@@ -10,6 +10,7 @@ from vllm_afbs.kernels import (
     BlockStats,
     HeadThresholds,
     TileTables,
+    build_tile_lists,
     build_tile_tables,
     pool_blocks,
     pool_queries,
@@ -103,8 +104,9 @@ class SparsePrefill:
 
     def tables(self, keep: torch.Tensor, request: LongPrefill) -> TileTables:
         """Lays a request's kept blocks out as tiles."""
+        lists = build_tile_lists(keep)
         return build_tile_tables(
-            keep, request.geometry, request.pages, self._format.page_size, self._num_kv_heads
+            lists, request.geometry, request.pages, self._format.page_size, self._num_kv_heads
         )
 
     def attend(

@@ -1,0 +1,79 @@
+"""The device selector against the PyTorch one, compiled on a GPU and interpreted without."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.problems import SCALE, make_problem
+from tests.test_triton_prefill import INTERPRETED, paged
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.kernels.reference import reference_select
+from vllm_afbs.kernels.triton_selection import (
+    pool_key_pages,
+    pool_query_blocks,
+    select_tile_lists,
+)
+
+
+def check(
+    q_len: int, kv_len: int, block: int, page_size: int, head_dim: int, dtype: torch.dtype,
+    tau: float | None, device: str,
+) -> None:  # fmt: skip
+    problem = make_problem(q_len, kv_len, block, block, 2, 3, head_dim, page_size)
+    query, key = problem.query.to(device, dtype), problem.key.to(device, dtype)
+    thresholds = problem.thresholds
+    if tau is not None:
+        thresholds = HeadThresholds(torch.full((6,), tau), thresholds.theta)
+    pages = problem.pages.to(device, torch.int32)
+    lists = select_tile_lists(
+        pool_query_blocks(query, problem.geometry),
+        pool_key_pages(paged(key, pages, page_size), pages, problem.geometry),
+        HeadThresholds(thresholds.tau.to(device), thresholds.theta.to(device)),
+        problem.geometry,
+        SCALE,
+    )
+    expected = reference_select(query.cpu(), key.cpu(), thresholds, problem.geometry, SCALE)
+    expected = expected.flatten(0, 1)
+    assert torch.equal(lists.counts.cpu(), expected.sum(-1, dtype=torch.int32))
+    for tile, count in enumerate(lists.counts.tolist()):
+        kept = expected[tile].nonzero().flatten()
+        assert torch.equal(lists.block_lists[tile, :count].cpu().long(), kept)
+    assert lists.counts[lists.order.long()].diff().le(0).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_interpreter_tests_pass_in_a_process_of_their_own() -> None:
+    """Triton must be interpreted from its import on, and here vLLM has imported it already."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted_selector", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+SHAPES = [(96, 96, 32, 32, 16), (50, 131, 32, 8, 24), (33, 300, 16, 64, 32)]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
+@pytest.mark.parametrize("tau", [None, 1.0, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_interpreted_selector_equals_the_reference(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, tau: float | None
+) -> None:
+    check(*shape, dtype, tau, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tau", [None, 1.0, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "page_size"), [(640, 640, 128), (300, 1000, 16), (513, 2049, 64)], ids=str
+)
+def test_compiled_selector_equals_the_reference(
+    q_len: int, kv_len: int, page_size: int, head_dim: int, dtype: torch.dtype, tau: float | None
+) -> None:
+    check(q_len, kv_len, 128, page_size, head_dim, dtype, tau, "cuda")
