@@ -22,12 +22,10 @@ class TileLists:
         block_lists: Kept key blocks in ascending order, ``[num_heads * num_q_blocks, longest]``,
             int32; what follows a tile's count is not read.
         counts: Kept blocks of each tile, ``[num_heads * num_q_blocks]``, int32.
-        order: Tiles, the longest list first, int32.
     """
 
     block_lists: torch.Tensor
     counts: torch.Tensor
-    order: torch.Tensor
 
 
 def build_tile_lists(keep: torch.Tensor) -> TileLists:
@@ -40,8 +38,7 @@ def build_tile_lists(keep: torch.Tensor) -> TileLists:
     counts = flat.sum(-1, dtype=torch.int32)
     # False sorts before True, and a stable sort keeps the order of the context.
     lists = (~flat).to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32)
-    order = counts.argsort(descending=True).to(torch.int32)
-    return TileLists(lists, counts, order)
+    return TileLists(lists, counts)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,11 @@ def triton_prefill(
     """
     q_len, num_heads, head_dim = query.shape
     page_size, num_kv_heads = key_cache.shape[1:3]
-    _prefill_tile[(len(lists.order),)](
+    # A tile's time is its list's length: the longest go first, or they end last and alone.
+    order = lists.counts.argsort(descending=True).to(torch.int32)
+    _prefill_tile[(len(order),)](
         query, key_cache, value_cache, output, pages,
-        lists.block_lists, lists.counts, lists.order,
+        lists.block_lists, lists.counts, order,
         softmax_scale * _LOG2E,
         q_len, geometry.kv_len, geometry.num_q_blocks, lists.block_lists.stride(0),
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),

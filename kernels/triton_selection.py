@@ -67,8 +67,7 @@ def select_tile_lists(
     scores = by_kv_head @ keys.mean.transpose(1, 2)
     num_tiles = num_heads * num_q_blocks
     device = scores.device
-    # What follows a tile's count is read by nobody, but it is a valid block all the same.
-    block_lists = torch.zeros(num_tiles, num_k_blocks, dtype=torch.int32, device=device)
+    block_lists = torch.empty(num_tiles, num_k_blocks, dtype=torch.int32, device=device)
     counts = torch.empty(num_tiles, dtype=torch.int32, device=device)
     _select_tile[(num_tiles,)](
         scores, queries.similarity, keys.similarity, thresholds.tau, thresholds.theta,
@@ -81,8 +80,7 @@ def select_tile_lists(
         BISECTIONS=_BISECTIONS,
         num_warps=4,
     )  # fmt: skip
-    order = counts.argsort(descending=True).to(torch.int32)
-    return TileLists(block_lists, counts, order)
+    return TileLists(block_lists, counts)
 
 
 def _pool(

@@ -1,4 +1,4 @@
-"""The device selector against the PyTorch one, compiled on a GPU and interpreted without."""
+"""The device selector and table builder: compiled on a GPU, interpreted without."""
 
 import os
 import subprocess
@@ -7,15 +7,16 @@ import sys
 import pytest
 import torch
 
-from tests.problems import SCALE, make_problem
+from tests.problems import SCALE, Problem, make_problem
 from tests.test_triton_prefill import INTERPRETED, paged
-from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.kernels import HeadThresholds, TileLists, build_tile_tables
 from vllm_afbs.kernels.reference import reference_select
 from vllm_afbs.kernels.triton_selection import (
     pool_key_pages,
     pool_query_blocks,
     select_tile_lists,
 )
+from vllm_afbs.kernels.triton_tables import build_tile_tables_on_device
 
 
 def check(
@@ -36,12 +37,24 @@ def check(
         SCALE,
     )
     expected = reference_select(query.cpu(), key.cpu(), thresholds, problem.geometry, SCALE)
+    check_tables(lists, problem, pages, page_size)
     expected = expected.flatten(0, 1)
     assert torch.equal(lists.counts.cpu(), expected.sum(-1, dtype=torch.int32))
     for tile, count in enumerate(lists.counts.tolist()):
         kept = expected[tile].nonzero().flatten()
         assert torch.equal(lists.block_lists[tile, :count].cpu().long(), kept)
-    assert lists.counts[lists.order.long()].diff().le(0).all()
+
+
+def check_tables(lists: TileLists, problem: Problem, pages: torch.Tensor, page_size: int) -> None:
+    if problem.geometry.block_k % page_size:
+        return
+    arguments = (lists, problem.geometry, pages, page_size, problem.num_kv_heads)
+    built = build_tile_tables_on_device(*arguments)
+    lists.block_lists.clamp_(0, problem.geometry.num_k_blocks - 1)  # the tails are undefined
+    expected = build_tile_tables(*arguments)
+    assert torch.equal(built.query_start_loc, expected.query_start_loc)
+    assert torch.equal(built.seq_lens, expected.seq_lens)
+    assert torch.equal(built.block_table, expected.block_table)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")

@@ -23,7 +23,6 @@ from vllm_afbs.kernels import (
     TileLists,
     TileTables,
     build_tile_lists,
-    build_tile_tables,
     tile_prefill,
 )
 from vllm_afbs.kernels.triton_prefill import triton_prefill
@@ -32,6 +31,7 @@ from vllm_afbs.kernels.triton_selection import (
     pool_query_blocks,
     select_tile_lists,
 )
+from vllm_afbs.kernels.triton_tables import build_tile_tables_on_device
 
 LENGTHS = (8192, 32768, 131072)
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
@@ -82,7 +82,9 @@ class Case:
 
     def tables(self, lists: TileLists) -> TileTables:
         """Builds the tiles' block tables."""
-        return build_tile_tables(lists, self.geometry, self.pages, PAGE_SIZE, self.key.shape[2])
+        return build_tile_tables_on_device(
+            lists, self.geometry, self.pages, PAGE_SIZE, self.key.shape[2]
+        )
 
     def select(self) -> TileLists:
         """Chooses blocks; the thresholds' values do not change the time."""
