@@ -9,7 +9,8 @@ from vllm_afbs.kernels.geometry import BlockGeometry
 from vllm_afbs.kernels.selection import (
     BlockStats,
     HeadThresholds,
-    pool_blocks,
+    cut_keys,
+    pool_keys,
     pool_queries,
     select_blocks,
 )
@@ -29,7 +30,8 @@ __all__ = [
     "TileTables",
     "build_tile_lists",
     "build_tile_tables",
-    "pool_blocks",
+    "cut_keys",
+    "pool_keys",
     "pool_queries",
     "select_blocks",
     "tile_prefill",

@@ -98,3 +98,15 @@ class BlockGeometry:
     def num_visible(self) -> int:
         """Block products of dense causal attention for one head (of QK^T, and again of PV)."""
         return int(self.visible.sum())
+
+    def pages_per_block(self, page_size: int) -> int:
+        """Pages of a key block.
+
+        Raises:
+            ValueError: ``page_size`` does not divide ``block_k``.
+        """
+        if self.block_k % page_size:
+            raise ValueError(
+                f"page_size must divide block_k, got page_size={page_size}, block_k={self.block_k}"
+            )
+        return self.block_k // page_size

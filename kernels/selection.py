@@ -91,6 +91,39 @@ def pool_queries(query: torch.Tensor, geometry: BlockGeometry) -> BlockStats:
     )
 
 
+def pool_keys(key: torch.Tensor, geometry: BlockGeometry) -> BlockStats:
+    """Pools a context's keys into the blocks that ``geometry`` cuts.
+
+    Args:
+        key: ``[length, num_kv_heads, head_dim]`` with ``length >= geometry.kv_len``; what lies
+            past the context is ignored and need not be finite.
+        geometry: The step's blocks.
+
+    Returns:
+        Statistics of ``geometry.num_k_blocks`` blocks per KV head.
+    """
+    return pool_blocks(*cut_keys(key, geometry))
+
+
+def cut_keys(rows: torch.Tensor, geometry: BlockGeometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cuts a context's keys, or its values, into blocks.
+
+    Args:
+        rows: ``[length, num_kv_heads, head_dim]`` with ``length >= geometry.kv_len``.
+        geometry: The step's blocks.
+
+    Returns:
+        ``[num_kv_heads, num_k_blocks, block_k, head_dim]``, the last block padded with zeros, and
+        how many rows each block holds, ``[num_k_blocks]``.
+    """
+    _, num_kv_heads, head_dim = rows.shape
+    kv_len, num_blocks, block = geometry.kv_len, geometry.num_k_blocks, geometry.block_k
+    padded = rows.new_zeros(num_kv_heads, num_blocks * block, head_dim)
+    padded[:, :kv_len] = rows[:kv_len].transpose(0, 1)
+    starts = torch.arange(num_blocks, device=rows.device) * block
+    return padded.unflatten(1, (num_blocks, block)), (kv_len - starts).clamp_max(block)
+
+
 def select_blocks(
     queries: BlockStats,
     keys: BlockStats,

@@ -83,14 +83,10 @@ def build_tile_tables(
     Raises:
         ValueError: ``page_size`` does not divide ``geometry.block_k``.
     """
-    if geometry.block_k % page_size:
-        raise ValueError(
-            f"page_size must divide block_k, got page_size={page_size}, block_k={geometry.block_k}"
-        )
+    pages_per_block = geometry.pages_per_block(page_size)
     device = lists.counts.device
     num_tiles, longest = lists.block_lists.shape
     num_heads = num_tiles // geometry.num_q_blocks
-    pages_per_block = geometry.block_k // page_size
     last_page = -(-geometry.kv_len // page_size) - 1
 
     # The tables are not cut to the longest list: to know it, the host would have to wait.

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vllm_afbs.kernels.geometry import BlockGeometry
 from vllm_afbs.kernels.tiles import TileLists
+from vllm_afbs.kernels.triton_geometry import block_span
 
 _LOG2E = 1.4426950408889634
 
@@ -86,13 +87,11 @@ def _walk(
         if BLOCK_N <= PAGE_SIZE:
             page = tl.load(pages + first // PAGE_SIZE, mask=first < kv_len, other=0).to(tl.int64)
             slot = (first % PAGE_SIZE) + tl.arange(0, BLOCK_N)
-            key_rows = key_cache + page * stride_kp + slot * stride_kt
-            value_rows = value_cache + page * stride_vp + slot * stride_vt
         else:
             page = tl.load(pages + keys // PAGE_SIZE, mask=keys < kv_len, other=0).to(tl.int64)
             slot = keys % PAGE_SIZE
-            key_rows = key_cache + page * stride_kp + slot * stride_kt
-            value_rows = value_cache + page * stride_vp + slot * stride_vt
+        key_rows = key_cache + page * stride_kp + slot * stride_kt
+        value_rows = value_cache + page * stride_vp + slot * stride_vt
         key_at = key_rows[None, :] + kv_head * stride_kh + columns[:, None]
         value_at = value_rows[:, None] + kv_head * stride_vh + columns[None, :]
         if MASKED:
@@ -139,10 +138,9 @@ def _prefill_tile(
     block_list = block_lists + tile.to(tl.int64) * stride_list
 
     # Blocks are cut at absolute positions; the step may begin inside the first one.
-    first_row = kv_len - q_len
-    block_start = (first_row // BLOCK_M + q_block) * BLOCK_M
+    block_start, first_position, last_position = block_span(q_block, q_len, kv_len, BLOCK_M)
     positions = block_start + tl.arange(0, BLOCK_M)
-    rows = positions - first_row
+    rows = positions - (kv_len - q_len)
     present = (rows >= 0) & (rows < q_len)
     columns = tl.arange(0, PADDED_DIM)
     in_tile = present[:, None] & (columns < HEAD_DIM)[None, :]
@@ -150,8 +148,6 @@ def _prefill_tile(
     q = tl.load(query + q_at, mask=in_tile, other=0.0)
 
     # Diagonal blocks, which need the mask, end the list: those that end past the first row.
-    first_position = tl.maximum(block_start, first_row)
-    last_position = tl.minimum(block_start + BLOCK_M, kv_len) - 1
     diagonal = last_position // BLOCK_K - (first_position + 1) // BLOCK_K + 1
     whole = count - diagonal
 

@@ -1,4 +1,4 @@
-"""Block selection on the device: three launches, no host synchronisation.
+"""Block selection on the device: four launches, no host synchronisation.
 
 The rule is ``selection``'s. Q and K are read once, to pool them; the pooled scores are one small
 matrix product; and one program per tile turns its row of scores into a list of kept blocks. The
@@ -13,6 +13,7 @@ import triton.language as tl
 from vllm_afbs.kernels.geometry import BlockGeometry
 from vllm_afbs.kernels.selection import BlockStats, HeadThresholds
 from vllm_afbs.kernels.tiles import TileLists
+from vllm_afbs.kernels.triton_geometry import block_span
 
 _BISECTIONS = 30  # of a mass in [0, 1]: to 1e-9, below fp32's rounding of a row's sum
 
@@ -72,7 +73,7 @@ def select_tile_lists(
     _select_tile[(num_tiles,)](
         scores, queries.similarity, keys.similarity, thresholds.tau, thresholds.theta,
         block_lists, counts,
-        softmax_scale, num_q_blocks, num_k_blocks, geometry.first_row, geometry.kv_len,
+        softmax_scale, num_q_blocks, num_k_blocks, geometry.q_len, geometry.kv_len,
         GROUP=num_heads // num_kv_heads,
         BLOCK_Q=geometry.block_q,
         BLOCK_K=geometry.block_k,
@@ -142,7 +143,7 @@ def _pool_block(
 @triton.jit
 def _select_tile(
     scores, query_similarity, key_similarity, taus, thetas, block_lists, counts,
-    softmax_scale, num_q_blocks, num_k_blocks, first_row, kv_len,
+    softmax_scale, num_q_blocks, num_k_blocks, q_len, kv_len,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROW: tl.constexpr,
     BISECTIONS: tl.constexpr,
 ):  # fmt: skip
@@ -150,9 +151,7 @@ def _select_tile(
     head = tile // num_q_blocks
     tau = tl.load(taus + head)
     theta = tl.load(thetas + head)
-    block_start = (first_row // BLOCK_Q + tile % num_q_blocks) * BLOCK_Q
-    first_position = tl.maximum(block_start, first_row)
-    last_position = tl.minimum(block_start + BLOCK_Q, kv_len) - 1
+    _, first_position, last_position = block_span(tile % num_q_blocks, q_len, kv_len, BLOCK_Q)
 
     blocks = tl.arange(0, ROW)
     visible = (blocks < num_k_blocks) & (blocks * BLOCK_K <= last_position)

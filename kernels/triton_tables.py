@@ -6,6 +6,7 @@ import triton.language as tl
 
 from vllm_afbs.kernels.geometry import BlockGeometry
 from vllm_afbs.kernels.tiles import TileLists, TileTables
+from vllm_afbs.kernels.triton_geometry import block_span
 
 
 def build_tile_tables_on_device(
@@ -27,12 +28,8 @@ def build_tile_tables_on_device(
     Raises:
         ValueError: ``page_size`` does not divide ``geometry.block_k``.
     """
-    if geometry.block_k % page_size:
-        raise ValueError(
-            f"page_size must divide block_k, got page_size={page_size}, block_k={geometry.block_k}"
-        )
+    pages_per_block = geometry.pages_per_block(page_size)
     num_tiles, longest = lists.block_lists.shape
-    pages_per_block = geometry.block_k // page_size
     # A kernel may fetch entries ahead of a tile's end, so what follows names a valid page.
     block_table = lists.counts.new_zeros(num_tiles, longest * pages_per_block)
     seq_lens = lists.counts.new_empty(num_tiles)
@@ -60,16 +57,13 @@ def _write_table(
 ):  # fmt: skip
     tile = tl.program_id(0)
     head = tile // num_q_blocks
-    first_row = kv_len - q_len
-    block_start = (first_row // BLOCK_Q + tile % num_q_blocks) * BLOCK_Q
-    first_position = tl.maximum(block_start, first_row)
-    last_position = tl.minimum(block_start + BLOCK_Q, kv_len) - 1
+    _, first_position, last_position = block_span(tile % num_q_blocks, q_len, kv_len, BLOCK_Q)
     count = tl.load(counts + tile)
 
     # Only whole blocks are dropped: the one that the last row ends in is on the diagonal.
     dropped = last_position // BLOCK_K + 1 - count
     tl.store(seq_lens + tile, last_position + 1 - dropped * BLOCK_K)
-    tl.store(query_start_loc + tile, head * q_len + first_position - first_row)
+    tl.store(query_start_loc + tile, head * q_len + first_position - (kv_len - q_len))
     tl.store(query_start_loc + num_tiles, (num_tiles // num_q_blocks) * q_len)
 
     last_page = (kv_len + BLOCK_K // PAGES_PER_BLOCK - 1) // (BLOCK_K // PAGES_PER_BLOCK) - 1

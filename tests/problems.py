@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_afbs.kernels import BlockGeometry, BlockStats, HeadThresholds, TileTables, pool_blocks
+from vllm_afbs.kernels import BlockGeometry, HeadThresholds, TileTables
 
 SCALE = 0.35
 
@@ -59,15 +59,9 @@ def make_problem(
     )
 
 
-def pooled_keys(problem: Problem) -> BlockStats:
-    """Statistics of contiguous keys."""
-    geometry = problem.geometry
-    num_blocks, block = geometry.num_k_blocks, geometry.block_k
-    padded = torch.zeros(problem.num_kv_heads, num_blocks * block, problem.key.shape[2])
-    padded[:, : geometry.kv_len] = problem.key.transpose(0, 1)
-    counts = torch.full((num_blocks,), block)
-    counts[-1] = geometry.kv_len - (num_blocks - 1) * block
-    return pool_blocks(padded.unflatten(1, (num_blocks, block)), counts)
+def relative_l1(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Error of an output relative to the fp64 expectation."""
+    return float((output.double() - expected).abs().sum() / expected.abs().sum())
 
 
 class PagedDense:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tests.profiles import uniform_profile
 from vllm_afbs.demo.assets import prepare
+from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 from vllm_afbs.profile import ModelFingerprint, write_atomically
 
 Generate = Callable[..., list[dict[str, Any]]]
@@ -40,8 +41,6 @@ def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Gen
         prompts: list[list[int]], max_tokens: int, tau: float | None, chunk: int = 8192
     ) -> list[dict[str, Any]]:
         directory = tmp_path_factory.mktemp("generate")
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
         llm: dict[str, Any] = {
             "model": str(smollm2_dir),
             # bf16 products are emulated, several times slower, on CPUs without AVX-512.
@@ -60,7 +59,7 @@ def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Gen
         done = subprocess.run(
             [sys.executable, "-m", "tests.generate", str(request), str(answer)],
             cwd=Path(__file__).parent.parent,
-            env=environment,
+            env=os.environ | SERVER_ENVIRONMENT,
             capture_output=True,
             text=True,
             check=False,

@@ -5,7 +5,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from tests.problems import SCALE, Problem, make_problem
+from tests.problems import SCALE, Problem, make_problem, relative_l1
 from vllm_afbs.cpu.key_pages import KeyPageReader
 from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill, split_cache
 from vllm_afbs.kernels.reference import reference_attention, reference_select
@@ -44,10 +44,6 @@ def case(
     sparse = SparsePrefill(problem.thresholds, 2, HEAD_DIM, SCALE, cache_format)
     request = LongPrefill(slice(0, q_len), problem.geometry, problem.pages.to(torch.int32))
     return problem, cache_format, sparse, request
-
-
-def relative_l1(output: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((output.double() - expected).abs().sum() / expected.abs().sum())
 
 
 @pytest.mark.parametrize("isa", ["vec", "vec16"])

@@ -5,12 +5,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.problems import SCALE, PagedDense, Problem, make_problem, pooled_keys
+from tests.problems import SCALE, PagedDense, Problem, make_problem
 from vllm_afbs.kernels import (
     BlockGeometry,
     HeadThresholds,
     build_tile_lists,
     build_tile_tables,
+    pool_keys,
     pool_queries,
     select_blocks,
     tile_prefill,
@@ -25,7 +26,7 @@ from vllm_afbs.kernels.reference import (
 def select(problem: Problem) -> torch.Tensor:
     return select_blocks(
         pool_queries(problem.query, problem.geometry),
-        pooled_keys(problem),
+        pool_keys(problem.key, problem.geometry),
         problem.thresholds,
         problem.geometry,
         SCALE,

@@ -13,16 +13,11 @@ from transformers import AutoConfig
 
 from tests.profiles import uniform_profile
 from vllm_afbs.demo.client import Counters, complete, growth, scrape
-from vllm_afbs.demo.server import HOST, free_port, running_server, vllm_command
+from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, running_server, vllm_command
 from vllm_afbs.profile import ModelFingerprint, Profile, write_atomically
 
 PROMPT_TOKENS, CHUNK, BLOCK = 3000, 2048, 128
-ENVIRONMENT = {
-    **os.environ,
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
+ENVIRONMENT = os.environ | SERVER_ENVIRONMENT
 
 
 @pytest.fixture(scope="module")

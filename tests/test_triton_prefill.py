@@ -1,30 +1,13 @@
 """The Triton kernel against the fp64 reference: on a GPU, and in Triton's interpreter without."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.problems import SCALE, Problem, make_problem
+from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
+from tests.problems import SCALE, Problem, make_problem, relative_l1
 from vllm_afbs.kernels.reference import reference_attention
 from vllm_afbs.kernels.tiles import build_tile_lists
 from vllm_afbs.kernels.triton_prefill import triton_prefill
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def paged(rows: torch.Tensor, pages: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Lays rows out as ``[num_pages, page_size, num_kv_heads, head_dim]``; free slots are NaN."""
-    cache = rows.new_full((int(pages.max()) + 1, page_size, *rows.shape[1:]), torch.nan)
-    positions = torch.arange(len(rows), device=rows.device)
-    cache[pages[positions // page_size].long(), positions % page_size] = rows
-    return cache
-
-
-def relative_l1(output: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((output.double() - expected).abs().sum() / expected.abs().sum())
 
 
 def dense_error(problem: Problem) -> float:
@@ -87,12 +70,8 @@ def check(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_interpreter_tests_pass_in_a_process_of_their_own() -> None:
-    """Triton must be interpreted from its import on, and here vLLM has imported it already."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted_kernel", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_this_module_passes_in_the_interpreter() -> None:
+    assert_passes_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")

@@ -1,14 +1,10 @@
 """The device selector and table builder: compiled on a GPU, interpreted without."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
 from tests.problems import SCALE, Problem, make_problem
-from tests.test_triton_prefill import INTERPRETED, paged
 from vllm_afbs.kernels import HeadThresholds, TileLists, build_tile_tables
 from vllm_afbs.kernels.reference import reference_select
 from vllm_afbs.kernels.triton_selection import (
@@ -58,12 +54,8 @@ def check_tables(lists: TileLists, problem: Problem, pages: torch.Tensor, page_s
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_interpreter_tests_pass_in_a_process_of_their_own() -> None:
-    """Triton must be interpreted from its import on, and here vLLM has imported it already."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted_selector", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_this_module_passes_in_the_interpreter() -> None:
+    assert_passes_interpreted(__file__)
 
 
 SHAPES = [(96, 96, 32, 32, 16), (50, 131, 32, 8, 24), (33, 300, 16, 64, 32)]

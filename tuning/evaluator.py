@@ -19,7 +19,8 @@ import torch
 from vllm_afbs.kernels import (
     BlockGeometry,
     HeadThresholds,
-    pool_blocks,
+    cut_keys,
+    pool_keys,
     pool_queries,
     select_blocks,
 )
@@ -105,7 +106,7 @@ class LayerEvaluator:
         self._softmax_scale = tensors.softmax_scale
         self.sampled_blocks = _spread(self.geometry.num_q_blocks, row_share)
         self._queries = pool_queries(self._query, self.geometry)
-        self._keys = pool_blocks(*_padded_blocks(self._key, block_k))
+        self._keys = pool_keys(self._key, self.geometry)
         self._cache_bytes = cache_bytes
 
     @property
@@ -169,8 +170,8 @@ class LayerEvaluator:
         num_kv_heads, head_dim = self._key.shape[1:]
         group = self.num_heads // num_kv_heads
         block_k = self.geometry.block_k
-        keys, _ = _padded_blocks(self._key.float() * self._softmax_scale, block_k)
-        values, _ = _padded_blocks(self._value.float(), block_k)
+        keys, _ = cut_keys(self._key.float() * self._softmax_scale, self.geometry)
+        values, _ = cut_keys(self._value.float(), self.geometry)
         # A column of ones makes the product with V sum the weights as well.
         values = torch.nn.functional.pad(values, (0, 1), value=1.0)
         for i in self.sampled_blocks:
@@ -215,16 +216,3 @@ def _spread(num_blocks: int, share: float) -> list[int]:
     """Evenly spaced block numbers that end with the last one."""
     count = max(1, round(num_blocks * share))
     return [(step + 1) * num_blocks // count - 1 for step in range(count)]
-
-
-def _padded_blocks(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cuts ``[length, num_heads, head_dim]`` into ``[num_heads, blocks, block, head_dim]``.
-
-    Also returns how many rows each block holds; the last block is padded with zeros.
-    """
-    length, num_heads, head_dim = rows.shape
-    num_blocks = -(-length // block)
-    padded = rows.new_zeros(num_heads, num_blocks * block, head_dim)
-    padded[:, :length] = rows.transpose(0, 1)
-    counts = (length - torch.arange(num_blocks) * block).clamp_max(block)
-    return padded.view(num_heads, num_blocks, block, head_dim), counts

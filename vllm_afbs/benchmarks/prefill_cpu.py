@@ -7,17 +7,22 @@ building the tile tables, regrouping Q and the output, and the kernel. Selection
 the random data; the blocks then computed are drawn at random to hit the sparsity exactly.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
 from vllm_afbs.benchmarks.lists import random_blocks
-from vllm_afbs.benchmarks.table import Row, make_row, show_rows, time_in_turns, write_rows
+from vllm_afbs.benchmarks.table import (
+    Row,
+    layer_parser,
+    make_row,
+    ratio_row,
+    report_rows,
+    time_in_turns,
+)
 from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill, dense_paged_attention, split_cache
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, TileTables
 from vllm_afbs.steps import LongPrefill
@@ -88,19 +93,14 @@ def measure(case: Case, rounds: int, generator: torch.Generator) -> list[Row]:
     shape = f"L{length}-H{num_heads}/{case.kv_cache.shape[1]}-D{head_dim}-{case.cache.isa}"
     rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]
     for name, sparsity in reached.items():
-        ratios = [dense / own for dense, own in zip(seconds["dense"], seconds[name], strict=True)]
-        rows.append(make_row(f"speedup at sparsity {sparsity:.3f}", shape, ratios, "ratio"))
+        what = f"speedup at sparsity {sparsity:.3f}"
+        rows.append(ratio_row(what, shape, seconds["dense"], seconds[name]))
     return rows
 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="CSV to write")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--num-heads", type=int, default=9)
-    parser.add_argument("--num-kv-heads", type=int, default=3)
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser = layer_parser((__doc__ or "").splitlines()[0], 9, 3, 64)
     parser.add_argument("--isa", default="vec", help="vLLM's CPU kernels: vec, vec16, amx, ...")
     args = parser.parse_args()
     current_platform.import_kernels()
@@ -111,9 +111,7 @@ def main() -> None:
     for length in LENGTHS:
         case = Case(length, args.num_heads, args.num_kv_heads, args.head_dim, cache)
         rows += measure(case, args.rounds, generator)
-    show_rows(rows)
-    if args.output:
-        write_rows(args.output, rows)
+    report_rows(rows, args.output)
 
 
 if __name__ == "__main__":

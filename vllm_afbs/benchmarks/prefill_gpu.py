@@ -7,16 +7,21 @@ over tiles (one launch, cache with the KV heads outside the pages), regrouping i
 with the Triton selector and the building of block tables; and our Triton kernel.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from vllm_afbs.benchmarks.lists import random_blocks
-from vllm_afbs.benchmarks.table import Row, make_row, show_rows, time_in_turns, write_rows
+from vllm_afbs.benchmarks.table import (
+    Row,
+    layer_parser,
+    make_row,
+    ratio_row,
+    report_rows,
+    time_in_turns,
+)
 from vllm_afbs.kernels import (
     BlockGeometry,
     HeadThresholds,
@@ -148,10 +153,7 @@ def measure(case: Case, density: float, rounds: int) -> list[Row]:
     shape = f"L{length}-H{num_heads}/{case.key.shape[2]}-D{head_dim}-density{reached:.3f}"
     rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]
     for name in ("FA3 tiles", "FA3 tiles and selection", "Triton"):
-        ratios = [
-            dense / own for dense, own in zip(seconds["FA3 dense"], seconds[name], strict=True)
-        ]
-        rows.append(make_row(f"{name}: speedup", shape, ratios, "ratio"))
+        rows.append(ratio_row(f"{name}: speedup", shape, seconds["FA3 dense"], seconds[name]))
     return rows
 
 
@@ -166,12 +168,7 @@ def _check_agreement(case: Case, tables: TileTables, lists: TileLists) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="CSV to write")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--num-heads", type=int, default=32)
-    parser.add_argument("--num-kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser = layer_parser((__doc__ or "").splitlines()[0], 32, 8, 128)
     args = parser.parse_args()
     torch.manual_seed(0)
     rows: list[Row] = []
@@ -179,9 +176,7 @@ def main() -> None:
         case = Case(length, args.num_heads, args.num_kv_heads, args.head_dim)
         for density in DENSITIES:
             rows += measure(case, density, args.rounds)
-    show_rows(rows)
-    if args.output:
-        write_rows(args.output, rows)
+    report_rows(rows, args.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Timing in turns, and the CSV that every benchmark writes."""
 
+import argparse
 import csv
 import os
 import platform
@@ -66,6 +67,32 @@ def make_row(what: str, shape: str, samples: Sequence[float], unit: str) -> Row:
     p20, p50, p80 = (round(float(p), 6) for p in np.percentile(samples, (20, 50, 80)))
     versions = " ".join(f"{name}={version(name)}" for name in ("torch", "triton", "vllm"))
     return Row(what, shape, p20, p50, p80, unit, _device(), versions, _commit())
+
+
+def ratio_row(what: str, shape: str, baseline: Sequence[float], own: Sequence[float]) -> Row:
+    """How many times faster than the baseline, round by round."""
+    ratios = [slow / fast for slow, fast in zip(baseline, own, strict=True)]
+    return make_row(what, shape, ratios, "ratio")
+
+
+def layer_parser(
+    description: str, num_heads: int, num_kv_heads: int, head_dim: int
+) -> argparse.ArgumentParser:
+    """Arguments of a benchmark of one layer, with that layer's shape as default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--num-heads", type=int, default=num_heads)
+    parser.add_argument("--num-kv-heads", type=int, default=num_kv_heads)
+    parser.add_argument("--head-dim", type=int, default=head_dim)
+    return parser
+
+
+def report_rows(rows: Sequence[Row], output: Path | None) -> None:
+    """Prints a benchmark's figures and writes them where asked to."""
+    show_rows(rows)
+    if output:
+        write_rows(output, rows)
 
 
 def show_rows(rows: Sequence[Row]) -> None:

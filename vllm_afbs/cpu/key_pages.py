@@ -1,5 +1,7 @@
 """Reading keys back from vLLM's CPU cache, whatever way its kernels pack them."""
 
+import functools
+
 import torch
 from vllm import _custom_ops as ops
 
@@ -58,3 +60,9 @@ class KeyPageReader:
         packed = key_cache[pages].flatten(2)
         rows = packed.index_select(2, self._place_of)
         return rows.view(*packed.shape[:2], *self._shape).transpose(0, 1)
+
+
+@functools.cache
+def key_page_reader(isa: str, page_size: int, head_dim: int, dtype: torch.dtype) -> KeyPageReader:
+    """The reader of a packing, learnt once for all layers; see ``KeyPageReader``."""
+    return KeyPageReader(isa, page_size, head_dim, dtype)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from vllm import _custom_ops as ops
 
-from vllm_afbs.cpu.key_pages import KeyPageReader
+from vllm_afbs.cpu.key_pages import key_page_reader
 from vllm_afbs.kernels import (
     BlockStats,
     HeadThresholds,
     TileTables,
     build_tile_lists,
     build_tile_tables,
-    pool_blocks,
+    pool_keys,
     pool_queries,
     select_blocks,
     tile_prefill,
@@ -60,10 +60,9 @@ class SparsePrefill:
         """
         self._thresholds = thresholds
         self._num_kv_heads = num_kv_heads
-        self._head_dim = head_dim
         self._softmax_scale = softmax_scale
         self._format = cache_format
-        self._reader = KeyPageReader(
+        self._reader = key_page_reader(
             cache_format.isa, cache_format.page_size, head_dim, cache_format.dtype
         )
 
@@ -92,15 +91,8 @@ class SparsePrefill:
     def _pool_keys(self, kv_cache: torch.Tensor, request: LongPrefill) -> BlockStats:
         geometry, page_size = request.geometry, self._format.page_size
         pages = request.pages[: -(-geometry.kv_len // page_size)]
-        key = self._reader.read(split_cache(kv_cache)[0], pages).flatten(1, 2)
-        padded = key.new_zeros(
-            self._num_kv_heads, geometry.num_k_blocks * geometry.block_k, self._head_dim
-        )
-        # What the last page holds past the context belongs to nobody and may not even be finite.
-        padded[:, : geometry.kv_len] = key[:, : geometry.kv_len]
-        counts = torch.full((geometry.num_k_blocks,), geometry.block_k)
-        counts[-1] = geometry.kv_len - (geometry.num_k_blocks - 1) * geometry.block_k
-        return pool_blocks(padded.unflatten(1, (geometry.num_k_blocks, geometry.block_k)), counts)
+        key = self._reader.read(split_cache(kv_cache)[0], pages)
+        return pool_keys(key.flatten(1, 2).transpose(0, 1), geometry)
 
     def tables(self, keep: torch.Tensor, request: LongPrefill) -> TileTables:
         """Lays a request's kept blocks out as tiles."""

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from vllm_afbs.demo import client, divergence
 from vllm_afbs.demo.client import Completion, Counters
-from vllm_afbs.demo.server import running_server, vllm_command
+from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
 from vllm_afbs.serving import PROFILE_VARIABLE
 
 MAX_MODEL_LEN = 8192
@@ -33,11 +33,7 @@ class Arm:
 
     def environment(self) -> dict[str, str]:
         """This process's environment with what the server needs."""
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
+        environment = os.environ | SERVER_ENVIRONMENT
         for name in (PROFILE_VARIABLE, "VLLM_PLUGINS"):
             environment.pop(name, None)
         if not self.plugins:

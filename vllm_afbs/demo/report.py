@@ -42,13 +42,13 @@ def write(outcomes: list[Outcome], setup: dict[str, Any], directory: Path) -> No
         OSError: The directory cannot be written.
     """
     servers = rows(outcomes)
+    write_atomically(directory / "servers.csv", _csv(servers))
     for record, outcome in zip(servers, outcomes, strict=True):
         record["fallbacks"] = outcome.fallbacks
         record["sparsity_by_layer"] = outcome.sparsity_by_layer
         record["text"] = outcome.completion.text
     results = {"setup": setup, "servers": servers}
     write_atomically(directory / "results.json", json.dumps(results, indent=2) + "\n")
-    write_atomically(directory / "servers.csv", _csv(rows(outcomes)))
     layers = [
         {"server": outcome.arm.name, "layer": layer, "sparsity": sparsity}
         for outcome in outcomes

@@ -13,6 +13,12 @@ from pathlib import Path
 import httpx
 
 HOST = "127.0.0.1"
+SERVER_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""A small model of our own, and nothing of the internet."""
 POLL_SECONDS = 0.5
 START_SECONDS = 600.0
 STOP_SECONDS = 20.0

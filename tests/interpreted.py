@@ -1,0 +1,28 @@
+"""Running a test module's kernels in Triton's interpreter, and the paged cache they read."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def assert_passes_interpreted(test_file: str) -> None:
+    """Runs the module's interpreted tests in a process of their own.
+
+    Triton must be interpreted from its import on, and in this process vLLM has imported it.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", test_file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def paged(rows: torch.Tensor, pages: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Lays rows out as ``[num_pages, page_size, num_kv_heads, head_dim]``; free slots are NaN."""
+    cache = rows.new_full((int(pages.max()) + 1, page_size, *rows.shape[1:]), torch.nan)
+    positions = torch.arange(len(rows), device=rows.device)
+    cache[pages[positions // page_size].long(), positions % page_size] = rows
+    return cache
