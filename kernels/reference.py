@@ -78,12 +78,15 @@ def reference_attention(
     geometry: BlockGeometry,
     softmax_scale: float,
     lambda_: torch.Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, BlockProducts]:
     """Attends to the kept blocks of one request with an online softmax.
 
     A kept block whose scores lie so far under the running maximum that
     ``max over rows of (m_local - m_new) < lambda_`` gives its share to the denominator, but its
-    product with V is skipped.
+    product with V is skipped. A row that sees no key of its kept blocks becomes zero.
 
     Args:
         query: ``[q_len, num_heads, head_dim]``.
@@ -93,6 +96,9 @@ def reference_attention(
         geometry: The blocks.
         softmax_scale: Factor of the scores.
         lambda_: ``[num_heads]``, each <= 0; None skips no product with V.
+        softcap: Bounds the scaled scores, ``softcap * tanh(scores / softcap)``; 0 for none.
+        window: A row at position ``p`` sees keys in ``(p - window, p]``, and blocks that no row
+            of the query block sees cost nothing; None for all keys up to ``p``.
 
     Returns:
         The output, ``[q_len, num_heads, head_dim]`` in fp64, and the block products done.
@@ -114,21 +120,31 @@ def reference_attention(
             denominator = torch.zeros(len(rows), dtype=torch.float64)
             numerator = torch.zeros_like(rows)
             for j in keep[head, i].nonzero().flatten().tolist():
-                scores = rows @ key_blocks[j].T * softmax_scale
                 keys_at = j * geometry.block_k + torch.arange(len(key_blocks[j]))
-                scores.masked_fill_(keys_at[None, :] > positions[:, None], -torch.inf)
+                if window is not None and keys_at[-1] <= positions[0] - window:
+                    continue
+                scores = rows @ key_blocks[j].T * softmax_scale
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                hidden = keys_at[None, :] > positions[:, None]
+                if window is not None:
+                    hidden |= keys_at[None, :] <= positions[:, None] - window
+                scores.masked_fill_(hidden, -torch.inf)
                 local_max = scores.amax(-1)
                 new_max = torch.maximum(running_max, local_max)
-                weights = torch.exp(scores - new_max[:, None])
-                correction = torch.exp(running_max - new_max)
+                # A row may have seen no key yet.
+                shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
+                weights = torch.exp(scores - shift[:, None])
+                correction = torch.exp(running_max - shift)
                 denominator = denominator * correction + weights.sum(-1)
                 numerator = numerator * correction[:, None]
                 computed += 1
-                if float((local_max - new_max).max()) >= threshold:
+                if float((local_max - shift).max()) >= threshold:
                     numerator += weights @ value_blocks[j]
                     computed += 1
                 running_max = new_max
             start, stop = (int(row) for row in geometry.row_starts[i : i + 2])
+            denominator.masked_fill_(denominator == 0.0, 1.0)
             output[start:stop, head] = numerator / denominator[:, None]
     return output, BlockProducts(computed, 2 * num_heads * geometry.num_visible)
 

@@ -57,6 +57,35 @@ class TileTables:
     block_table: torch.Tensor
 
 
+def one_head_view(cache: torch.Tensor) -> torch.Tensor:
+    """Sees a paged cache as one with a single KV head, so that one launch serves all heads.
+
+    Page ``page * heads_per_page + kv_head`` of the view is KV head ``kv_head`` of page ``page``,
+    with ``heads_per_page = cache.stride(0) // cache.stride(2)``. Where heads lie outside the
+    tokens of a page (HND) that is ``num_kv_heads``. Where they lie inside (NHD), pages of the view
+    overlap in memory, and most of its page numbers are never used.
+
+    Args:
+        cache: ``[num_pages, page_size, num_kv_heads, head_dim]``.
+
+    Returns:
+        ``[num_pages * heads_per_page or less, page_size, 1, head_dim]`` over the same memory.
+
+    Raises:
+        ValueError: A page is not a whole number of heads' strides long.
+    """
+    num_pages, page_size, num_kv_heads, head_dim = cache.shape
+    stride_page, stride_token, stride_head, stride_column = cache.stride()
+    if stride_page % stride_head:
+        raise ValueError(
+            f"the cache's page stride must be a multiple of its head stride, got {cache.stride()}"
+        )
+    return cache.as_strided(
+        ((num_pages - 1) * (stride_page // stride_head) + num_kv_heads, page_size, 1, head_dim),
+        (stride_head, stride_token, stride_token, stride_column),
+    )
+
+
 DensePagedAttention = Callable[[torch.Tensor, torch.Tensor, TileTables], None]
 """Runs dense causal attention of ``query [num_rows, 1, head_dim]`` into ``output`` (alike)."""
 

@@ -1,12 +1,17 @@
-"""``BlockGeometry`` inside kernels."""
+"""``QueryBlocks`` inside kernels."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def block_span(q_block, q_len, kv_len, BLOCK_Q: tl.constexpr):
-    """Positions of a step's query block: where it is cut, its first row and its last."""
-    first_row = kv_len - q_len
-    start = (first_row // BLOCK_Q + q_block) * BLOCK_Q
-    return start, tl.maximum(start, first_row), tl.minimum(start + BLOCK_Q, kv_len) - 1
+def load_query_block(table, num_blocks, index):
+    """A query block: its first row, rows, first position, place when packed, block table row."""
+    at = table + index
+    return (
+        tl.load(at),
+        tl.load(at + num_blocks),
+        tl.load(at + 2 * num_blocks),
+        tl.load(at + 3 * num_blocks),
+        tl.load(at + 4 * num_blocks),
+    )

@@ -1,20 +1,74 @@
-"""Sparse prefill over a paged KV cache in one Triton launch.
+"""Sparse prefill over a paged KV cache: a step's requests in one Triton launch.
 
-A tile is one query block of one query head, as in ``tiles``; a program takes one tile, the
-longest first, and walks its list of kept key blocks with an online softmax (FlashAttention-2's
-loop, arXiv 2307.08691). Blocks that every row sees whole come first and need no mask; the
-diagonal ones come last.
+A tile is one query block of one query head. A program takes one tile and walks its list of kept
+key blocks with an online softmax (FlashAttention-2's loop, arXiv 2307.08691). Blocks that every
+row sees whole come first and need no mask; the diagonal ones come last.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.query_blocks import QueryBlocks
 from vllm_afbs.kernels.tiles import TileLists
-from vllm_afbs.kernels.triton_geometry import block_span
+from vllm_afbs.kernels.triton_geometry import load_query_block
 
-_LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(1.4426950408889634)
+_L2_BYTES = 32 * 2**20  # of an H100's 50 MB: what stays cached while other traffic passes
+
+
+@dataclass(frozen=True)
+class PrefillFeatures:
+    """What a model asks of attention beyond causal softmax; what is unused costs nothing.
+
+    Attributes:
+        softcap: Bounds the scaled scores: ``softcap * tanh(scores / softcap)``; 0 for none.
+        window: A row at position ``p`` sees keys in ``(p - window, p]``; None for all up to ``p``.
+        lambda_: ``[num_heads]``, fp32, each <= 0, as in ``reference.reference_attention``; None
+            skips no product with V.
+        k_scale: Scalar that the cached keys, in FP8, are to be multiplied by; None for 1.
+        v_scale: Like ``k_scale``, for the values.
+        products: ``[2]``, int64, counters that the computed block products of QK^T and of PV are
+            added to; None to count nothing.
+    """
+
+    softcap: float = 0.0
+    window: int | None = None
+    lambda_: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    products: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a tile is run; none of it changes what is computed.
+
+    Attributes:
+        block_n: Keys taken at a time; divides ``block_k``.
+        num_warps: Of a program.
+        num_stages: Of the load pipeline.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def default_config(head_dim: int, block_k: int, whole_blocks: bool = False) -> LaunchConfig:
+    """Chooses what was fastest on an H100; past 128 columns, what fits its shared memory.
+
+    Args:
+        head_dim: Size of a head.
+        block_k: Keys of a key block.
+        whole_blocks: Whether a block must be taken at once, as ``lambda_`` demands.
+    """
+    if head_dim <= 128:
+        return LaunchConfig(block_k if whole_blocks else min(block_k, 128), 8, 3)
+    block_n = block_k if whole_blocks else min(block_k, 64)
+    return LaunchConfig(block_n, 8, 2 if block_n <= 64 else 1)
 
 
 def triton_prefill(
@@ -22,39 +76,55 @@ def triton_prefill(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     output: torch.Tensor,
-    pages: torch.Tensor,
+    block_table: torch.Tensor,
     lists: TileLists,
-    geometry: BlockGeometry,
+    blocks: QueryBlocks,
     softmax_scale: float,
     *,
-    block_n: int = 64,
-    num_warps: int = 8,
-    num_stages: int = 3,
+    features: PrefillFeatures = PrefillFeatures(),
+    config: LaunchConfig | None = None,
 ) -> None:
-    """Attends to the kept blocks of one request.
+    """Attends to the kept blocks of a step's long prefills.
+
+    A row that sees no key of its kept blocks becomes zero.
 
     Args:
-        query: ``[q_len, num_heads, head_dim]``.
-        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, any strides.
+        query: ``[num_tokens, num_heads, head_dim]``, the step's rows.
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, any strides but the last;
+            in the query's dtype or in FP8.
         value_cache: Like ``key_cache``.
-        output: Like ``query``; written.
-        pages: The request's pages in the order of its context, int32.
-        lists: The tiles' kept blocks; every tile's diagonal blocks are among them.
-        geometry: The step's blocks; ``block_q`` and ``block_k`` are powers of two.
+        output: Like ``query``; the rows of ``blocks`` are written, others are not touched.
+        block_table: ``[num_reqs, max_pages]``, int32, the pages of each request's context.
+        lists: The tiles' kept blocks, tile ``head * num_blocks + index`` being that of the
+            table's block ``index``; every tile's diagonal blocks are among them.
+        blocks: The step's query blocks; ``block_q`` and ``block_k`` are powers of two.
         softmax_scale: Factor of the scores.
-        block_n: Keys taken at a time; divides ``geometry.block_k``.
-        num_warps: Of a program.
-        num_stages: Of the load pipeline.
+        features: What else the model asks for.
+        config: How to run; None for ``default_config``.
+
+    Raises:
+        ValueError: ``block_n`` does not divide ``block_k``, or is less and ``lambda_`` is given.
     """
-    q_len, num_heads, head_dim = query.shape
+    num_heads, head_dim = query.shape[1:]
     page_size, num_kv_heads = key_cache.shape[1:3]
-    # A tile's time is its list's length: the longest go first, or they end last and alone.
-    order = lists.counts.argsort(descending=True).to(torch.int32)
-    _prefill_tile[(len(order),)](
-        query, key_cache, value_cache, output, pages,
-        lists.block_lists, lists.counts, order,
-        softmax_scale * _LOG2E,
-        q_len, geometry.kv_len, geometry.num_q_blocks, lists.block_lists.stride(0),
+    block_k, whole_blocks = blocks.block_k, features.lambda_ is not None
+    config = config or default_config(head_dim, block_k, whole_blocks)
+    if block_k % config.block_n or (whole_blocks and block_k != config.block_n):
+        raise ValueError(
+            "block_n must divide block_k, and with lambda_ be equal to it, "
+            f"got block_n={config.block_n}, block_k={block_k}, lambda_ given: {whole_blocks}"
+        )
+    context_bytes = blocks.max_k_blocks * block_k * head_dim * 2 * key_cache.element_size()
+    # exp(x) is taken as exp2(x * log2(e)), and a cap's tanh(x) through exp(2 * x).
+    softcap = features.softcap or None
+    scale = softmax_scale * _LOG2E.value * (2 / softcap if softcap else 1)
+    _prefill_tile[(blocks.num_blocks * num_heads,)](
+        query, key_cache, value_cache, output, block_table, blocks.table,
+        lists.block_lists, lists.counts,
+        scale, softcap and softcap * _LOG2E.value, features.window, features.lambda_,
+        features.k_scale, features.v_scale, features.products,
+        blocks.num_blocks, _heads_at_once(num_heads, num_kv_heads, context_bytes),
+        block_table.stride(0), lists.block_lists.stride(0),
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         value_cache.stride(0), value_cache.stride(1), value_cache.stride(2),
@@ -62,110 +132,176 @@ def triton_prefill(
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),
         PAGE_SIZE=page_size,
-        BLOCK_M=geometry.block_q,
-        BLOCK_K=geometry.block_k,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        BLOCK_M=blocks.block_q,
+        BLOCK_K=block_k,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def _heads_at_once(num_heads: int, num_kv_heads: int, context_bytes: int) -> int:
+    """Query heads whose contexts fit into the L2 cache together, at least one KV head's."""
+    fitting = max(1, _L2_BYTES // context_bytes)
+    divisors = (n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0)
+    return max(n for n in divisors if n <= fitting) * (num_heads // num_kv_heads)
+
+
+@triton.jit
+def _load(at, in_head, in_context, dtype, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        part = tl.load(at, mask=in_head & in_context, other=0.0)
+    elif PADDED:
+        part = tl.load(at, mask=in_head, other=0.0)
+    else:
+        part = tl.load(at)
+    return part.to(dtype)
+
+
+@triton.jit
+def _add_values(
+    acc, weights, at, in_head, in_context, dtype, PADDED: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    v = _load(at, in_head[None, :], in_context[:, None], dtype, PADDED, MASKED)
+    return tl.dot(weights.to(dtype), v, acc)
 
 
 @triton.jit
 def _walk(
-    acc, denominator, row_max, q, key_cache, value_cache, pages, block_list, start, stop,
-    scale, kv_len, positions, kv_head,
+    acc, denominator, row_max, skipped, q, key_cache, value_cache, pages, block_list, start, stop,
+    scale, softcap, window, threshold, positions, present, last_position, kv_head,
     stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK_K // BLOCK_N
+    PADDED: tl.constexpr = HEAD_DIM != PADDED_DIM
     columns = tl.arange(0, PADDED_DIM)
     in_head = columns < HEAD_DIM
     for step in tl.range(start * PARTS, stop * PARTS):
         first = tl.load(block_list + step // PARTS) * BLOCK_K + (step % PARTS) * BLOCK_N
         keys = first + tl.arange(0, BLOCK_N)
-        if BLOCK_N <= PAGE_SIZE:
-            page = tl.load(pages + first // PAGE_SIZE, mask=first < kv_len, other=0).to(tl.int64)
+        in_context = keys <= last_position
+        if PAGE_SIZE % BLOCK_N == 0:
+            # A part of the last block may lie past the context, on no page.
+            there = first <= last_position
+            page = tl.load(pages + first // PAGE_SIZE, mask=there, other=0).to(tl.int64)
             slot = (first % PAGE_SIZE) + tl.arange(0, BLOCK_N)
         else:
-            page = tl.load(pages + keys // PAGE_SIZE, mask=keys < kv_len, other=0).to(tl.int64)
+            page = tl.load(pages + keys // PAGE_SIZE, mask=in_context, other=0).to(tl.int64)
             slot = keys % PAGE_SIZE
-        key_rows = key_cache + page * stride_kp + slot * stride_kt
-        value_rows = value_cache + page * stride_vp + slot * stride_vt
-        key_at = key_rows[None, :] + kv_head * stride_kh + columns[:, None]
-        value_at = value_rows[:, None] + kv_head * stride_vh + columns[None, :]
-        if MASKED:
-            k = tl.load(key_at, mask=in_head[:, None] & (keys < kv_len)[None, :], other=0.0)
-        elif HEAD_DIM == PADDED_DIM:
-            k = tl.load(key_at)
-        else:
-            k = tl.load(key_at, mask=in_head[:, None], other=0.0)
+        key_rows = key_cache + page * stride_kp + slot * stride_kt + kv_head * stride_kh
+        value_rows = value_cache + page * stride_vp + slot * stride_vt + kv_head * stride_vh
+        key_at = key_rows[None, :] + columns[:, None]
+        value_at = value_rows[:, None] + columns[None, :]
+        k = _load(key_at, in_head[:, None], in_context[None, :], q.dtype, PADDED, MASKED)
         scores = tl.dot(q, k)
+        # Without a cap, scores are scaled below, in one fused multiply-add with the shift.
+        unit = scale
+        if softcap is not None:
+            scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * scale) + 1.0))
+            unit = 1.0
         if MASKED:
-            scores = tl.where(positions[:, None] >= keys[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
-        # A part of a diagonal block may lie wholly behind a row.
+            seen = positions[:, None] >= keys[None, :]
+            if window is not None:
+                seen &= positions[:, None] - window < keys[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        local_max = tl.max(scores, 1) * unit
+        new_max = tl.maximum(row_max, local_max)
+        # A part of a masked block may hold no key that a row sees.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-        # Scaled here, where it is one fused multiply-add with the shift.
-        weights = tl.exp2(scores * scale - shift[:, None])
+        weights = tl.exp2(scores * unit - shift[:, None])
         correction = tl.exp2(row_max - shift)
         denominator = denominator * correction + tl.sum(weights, 1)
         acc = acc * correction[:, None]
-        if MASKED:
-            v = tl.load(value_at, mask=in_head[None, :] & (keys < kv_len)[:, None], other=0.0)
-        elif HEAD_DIM == PADDED_DIM:
-            v = tl.load(value_at)
-        else:
-            v = tl.load(value_at, mask=in_head[None, :], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc)
         row_max = new_max
-    return acc, denominator, row_max
+        if threshold is None:
+            acc = _add_values(acc, weights, value_at, in_head, in_context, q.dtype, PADDED, MASKED)
+        else:
+            # No difference of the two is taken: fused with the scaling above, it would not be
+            # zero where they are equal. Triton prefetches nothing that a branch loads, so V
+            # is waited for here.
+            needed = present & (local_max >= shift + threshold)
+            if tl.max(needed.to(tl.int32), 0) > 0:
+                acc = _add_values(
+                    acc, weights, value_at, in_head, in_context, q.dtype, PADDED, MASKED
+                )
+            else:
+                skipped += 1
+    return acc, denominator, row_max, skipped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "heads_at_once", "stride_table", "stride_list"])
 def _prefill_tile(
-    query, key_cache, value_cache, output, pages, block_lists, counts, order, scale,
-    q_len, kv_len, num_q_blocks, stride_list,
+    query, key_cache, value_cache, output, block_table, table, block_lists, counts,
+    scale, softcap, window, lambdas, k_scale, v_scale, products,
+    num_blocks, heads_at_once, stride_table, stride_list,
     stride_qt, stride_qh, stride_ot, stride_oh,
     stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.load(order + tl.program_id(0))
-    head = tile // num_q_blocks
-    q_block = tile % num_q_blocks
+    # Heads go in sections whose contexts fit into the L2 cache; within one, the longest tiles go
+    # first, and those of one query block, which share much of their lists, together.
+    program = tl.program_id(0)
+    section = heads_at_once * num_blocks
+    head = program // section * heads_at_once + program % heads_at_once
+    index = program % section // heads_at_once
+    tile = head * num_blocks + index
     count = tl.load(counts + tile)
     block_list = block_lists + tile.to(tl.int64) * stride_list
+    first_row, num_rows, first_position, _, table_row = load_query_block(table, num_blocks, index)
+    pages = block_table + table_row.to(tl.int64) * stride_table
+    last_position = first_position + num_rows - 1
 
-    # Blocks are cut at absolute positions; the step may begin inside the first one.
-    block_start, first_position, last_position = block_span(q_block, q_len, kv_len, BLOCK_M)
-    positions = block_start + tl.arange(0, BLOCK_M)
-    rows = positions - (kv_len - q_len)
-    present = (rows >= 0) & (rows < q_len)
-    columns = tl.arange(0, PADDED_DIM)
-    in_tile = present[:, None] & (columns < HEAD_DIM)[None, :]
-    q_at = rows.to(tl.int64)[:, None] * stride_qt + head * stride_qh + columns[None, :]
-    q = tl.load(query + q_at, mask=in_tile, other=0.0)
+    row = tl.arange(0, BLOCK_M)
+    present = row < num_rows
+    positions = first_position + row
+    rows = (first_row + row).to(tl.int64)[:, None]
+    columns = tl.arange(0, PADDED_DIM)[None, :]
+    in_tile = present[:, None] & (columns < HEAD_DIM)
+    q = tl.load(query + rows * stride_qt + head * stride_qh + columns, mask=in_tile, other=0.0)
+    if k_scale is not None:
+        scale *= tl.load(k_scale)
+    threshold = None
+    if lambdas is not None:
+        threshold = tl.load(lambdas + head) * _LOG2E
 
-    # Diagonal blocks, which need the mask, end the list: those that end past the first row.
-    diagonal = last_position // BLOCK_K - (first_position + 1) // BLOCK_K + 1
-    whole = count - diagonal
+    start = 0
+    if window is None:
+        # Diagonal blocks, which need the mask, end the list: those that end past the first row.
+        whole = count - (last_position // BLOCK_K - (first_position + 1) // BLOCK_K + 1)
+    else:
+        # A diagonal block, which is in the list, lies in the window: this ends.
+        while (tl.load(block_list + start) + 1) * BLOCK_K <= first_position + 1 - window:
+            start += 1
+        whole = start
 
+    kv_head = (head // GROUP).to(tl.int64)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     denominator = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
-    acc, denominator, row_max = _walk(
-        acc, denominator, row_max, q, key_cache, value_cache, pages, block_list, 0, whole,
-        scale, kv_len, positions, head // GROUP,
-        stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
-        HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K, BLOCK_N, False,
-    )  # fmt: skip
-    acc, denominator, row_max = _walk(
-        acc, denominator, row_max, q, key_cache, value_cache, pages, block_list, whole, count,
-        scale, kv_len, positions, head // GROUP,
-        stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+    skipped = tl.full([], 0, tl.int32)
+    if window is None:
+        acc, denominator, row_max, skipped = _walk(
+            acc, denominator, row_max, skipped, q, key_cache, value_cache, pages, block_list,
+            0, whole, scale, softcap, window, threshold, positions, present, last_position,
+            kv_head, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+            HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K, BLOCK_N, False,
+        )  # fmt: skip
+    acc, denominator, row_max, skipped = _walk(
+        acc, denominator, row_max, skipped, q, key_cache, value_cache, pages, block_list,
+        whole, count, scale, softcap, window, threshold, positions, present, last_position,
+        kv_head, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
         HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K, BLOCK_N, True,
     )  # fmt: skip
-    result = acc / denominator[:, None]
-    o_at = rows.to(tl.int64)[:, None] * stride_ot + head * stride_oh + columns[None, :]
-    tl.store(output + o_at, result.to(output.dtype.element_ty), mask=in_tile)
+    if products is not None:
+        scored = count - start
+        tl.atomic_add(products, scored.to(tl.int64), sem="relaxed")
+        tl.atomic_add(products + 1, (scored - skipped).to(tl.int64), sem="relaxed")
+    # Rows that are absent, or see no key in their window, have no weights.
+    inverse = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
+    if v_scale is not None:
+        inverse *= tl.load(v_scale)
+    result = (acc * inverse[:, None]).to(output.dtype.element_ty)
+    tl.store(output + rows * stride_ot + head * stride_oh + columns, result, mask=in_tile)

@@ -1,157 +1,139 @@
-"""Block selection on the device: four launches, no host synchronisation.
+"""Choosing key blocks on the device; ``selection`` says by which rule.
 
-The rule is ``selection``'s. Q and K are read once, to pool them; the pooled scores are one small
-matrix product; and one program per tile turns its row of scores into a list of kept blocks. The
-smallest set that reaches tau is found by bisecting the mass that a block must have, which needs
-no sort: blocks of equal mass are kept or dropped together.
+Nothing here waits for the device: lists are as wide as the context, and how long they are stays
+there. The chosen blocks are written as what the attention kernel at hand takes: lists of blocks,
+or block tables of tiles.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.query_blocks import QueryBlocks
 from vllm_afbs.kernels.selection import BlockStats, HeadThresholds
-from vllm_afbs.kernels.tiles import TileLists
-from vllm_afbs.kernels.triton_geometry import block_span
+from vllm_afbs.kernels.tiles import TileLists, TileTables
+from vllm_afbs.kernels.triton_geometry import load_query_block
+from vllm_afbs.kernels.triton_pooling import pool_key_pages
 
-_BISECTIONS = 30  # of a mass in [0, 1]: to 1e-9, below fp32's rounding of a row's sum
-
-
-def pool_query_blocks(query: torch.Tensor, geometry: BlockGeometry) -> BlockStats:
-    """Pools a step's query rows, as ``selection.pool_queries`` does.
-
-    Args:
-        query: ``[q_len, num_heads, head_dim]``.
-        geometry: The step's blocks; ``block_q`` is a power of two.
-    """
-    strides = (0, query.stride(0), query.stride(1))
-    return _pool(query, query.shape[1], geometry.num_q_blocks, geometry.block_q,
-                 geometry.first_row, geometry.q_len, strides, None, 1)  # fmt: skip
-
-
-def pool_key_pages(
-    key_cache: torch.Tensor, pages: torch.Tensor, geometry: BlockGeometry
-) -> BlockStats:
-    """Pools a request's keys straight from the paged cache.
-
-    Args:
-        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, any strides.
-        pages: The request's pages in the order of its context, int32.
-        geometry: The step's blocks; ``block_k`` is a power of two.
-    """
-    strides = key_cache.stride()[:3]
-    page_size, num_kv_heads = key_cache.shape[1:3]
-    return _pool(key_cache, num_kv_heads, geometry.num_k_blocks, geometry.block_k,
-                 0, geometry.kv_len, strides, pages, page_size)  # fmt: skip
+_BISECTIONS = 24
+"""Halvings of the mass threshold: fp32 has no finer one within a row's largest mass."""
 
 
 def select_tile_lists(
     queries: BlockStats,
-    keys: BlockStats,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
     thresholds: HeadThresholds,
-    geometry: BlockGeometry,
+    blocks: QueryBlocks,
     softmax_scale: float,
+    num_kept: torch.Tensor,
 ) -> TileLists:
-    """Chooses key blocks as ``selection.select_blocks`` does, as lists.
+    """Chooses each tile's key blocks, as ``select_blocks`` does, and lists them.
 
     Args:
         queries: Statistics of the step's query blocks, ``num_heads`` heads.
-        keys: Statistics of the context's key blocks, ``num_kv_heads`` heads.
-        thresholds: tau and theta of each query head, on the device.
-        geometry: The step's blocks.
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, any strides but the last.
+        block_table: ``[num_reqs, max_pages]``, int32.
+        thresholds: tau and theta of each query head.
+        blocks: The step's query blocks.
         softmax_scale: Factor of the scores.
+        num_kept: int64 scalar to which the number of kept blocks of all tiles is added.
+
+    Returns:
+        The lists of ``num_heads * blocks.num_blocks`` tiles.
     """
-    num_heads, num_q_blocks, head_dim = queries.mean.shape
-    num_kv_heads, num_k_blocks, _ = keys.mean.shape
-    by_kv_head = queries.mean.view(num_kv_heads, -1, head_dim)
-    scores = by_kv_head @ keys.mean.transpose(1, 2)
-    num_tiles = num_heads * num_q_blocks
-    device = scores.device
-    block_lists = torch.empty(num_tiles, num_k_blocks, dtype=torch.int32, device=device)
-    counts = torch.empty(num_tiles, dtype=torch.int32, device=device)
-    _select_tile[(num_tiles,)](
-        scores, queries.similarity, keys.similarity, thresholds.tau, thresholds.theta,
-        block_lists, counts,
-        softmax_scale, num_q_blocks, num_k_blocks, geometry.q_len, geometry.kv_len,
-        GROUP=num_heads // num_kv_heads,
-        BLOCK_Q=geometry.block_q,
-        BLOCK_K=geometry.block_k,
-        ROW=triton.next_power_of_2(num_k_blocks),
-        BISECTIONS=_BISECTIONS,
-        num_warps=4,
+    num_tiles = len(queries.mean) * blocks.num_blocks
+    lists = TileLists(
+        block_table.new_empty(num_tiles, blocks.max_k_blocks), block_table.new_empty(num_tiles)
+    )
+    _select(
+        queries, key_cache, block_table, thresholds, blocks, softmax_scale, num_kept,
+        lists.block_lists, lists.counts, None,
     )  # fmt: skip
-    return TileLists(block_lists, counts)
+    return lists
 
 
-def _pool(
-    rows: torch.Tensor,
-    num_heads: int,
-    num_blocks: int,
-    block: int,
-    first_position: int,
-    length: int,
-    strides: tuple[int, ...],
-    pages: torch.Tensor | None,
-    page_size: int,
-) -> BlockStats:
-    head_dim = rows.shape[-1]
-    mean = torch.empty(num_heads, num_blocks, head_dim, dtype=torch.float32, device=rows.device)
-    similarity = torch.empty(num_heads, num_blocks, dtype=torch.float32, device=rows.device)
-    _pool_block[(num_blocks, num_heads)](
-        rows, pages, mean, similarity, first_position, length, num_blocks, *strides,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=triton.next_power_of_2(head_dim),
-        PAGE_SIZE=page_size,
-        BLOCK=block,
-        PAGED=pages is not None,
-        num_warps=4,
+def select_tile_tables(
+    queries: BlockStats,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    thresholds: HeadThresholds,
+    blocks: QueryBlocks,
+    softmax_scale: float,
+    num_kept: torch.Tensor,
+) -> TileTables:
+    """Does what ``select_tile_lists`` does, and writes block tables for ``tiles.one_head_view``.
+
+    Raises:
+        ValueError: The page size does not divide ``block_k``.
+    """
+    num_tiles = len(queries.mean) * blocks.num_blocks
+    pages_per_block = blocks.requests[0].geometry.pages_per_block(key_cache.shape[1])
+    tables = TileTables(
+        block_table.new_empty(num_tiles + 1),
+        block_table.new_empty(num_tiles),
+        # A kernel may fetch entries ahead of a tile's end, so what follows names a valid page.
+        block_table.new_zeros(num_tiles, blocks.max_k_blocks * pages_per_block),
+    )
+    _select(
+        queries, key_cache, block_table, thresholds, blocks, softmax_scale, num_kept,
+        tables.block_table, tables.seq_lens, tables.query_start_loc,
     )  # fmt: skip
-    return BlockStats(mean, similarity)
+    return tables
 
 
-@triton.jit
-def _pool_block(
-    rows, pages, mean, similarity, first_position, length, num_blocks,
-    stride_page, stride_token, stride_head,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, PAGED: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0)
-    head = tl.program_id(1)
-    # Blocks are cut at absolute positions; the rows may begin inside the first one.
-    token = (first_position // BLOCK + index) * BLOCK + tl.arange(0, BLOCK) - first_position
-    present = (token >= 0) & (token < length)
-    columns = tl.arange(0, PADDED_DIM)
-    if PAGED:
-        page = tl.load(pages + token // PAGE_SIZE, mask=present, other=0).to(tl.int64)
-        at = page * stride_page + (token % PAGE_SIZE) * stride_token
-    else:
-        at = token.to(tl.int64) * stride_token
-    mask = present[:, None] & (columns < HEAD_DIM)[None, :]
-    at = at[:, None] + head * stride_head + columns[None, :]
-    values = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
-
-    count = tl.sum(present.to(tl.float32), 0)
-    norms = tl.sqrt(tl.sum(values * values, 1))
-    direction = tl.sum(values / tl.maximum(norms, 1e-12)[:, None], 0) / count
-    out = head * num_blocks + index
-    tl.store(similarity + out, tl.sum(direction * direction, 0))
-    tl.store(mean + out * HEAD_DIM + columns, tl.sum(values, 0) / count, mask=columns < HEAD_DIM)
+def _select(
+    queries: BlockStats,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    thresholds: HeadThresholds,
+    blocks: QueryBlocks,
+    softmax_scale: float,
+    num_kept: torch.Tensor,
+    entries: torch.Tensor,
+    lengths: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+) -> None:
+    num_heads = len(queries.mean)
+    _, page_size, num_kv_heads, _ = key_cache.shape
+    by_kv_head = queries.mean.unflatten(0, (num_kv_heads, -1))
+    for request, span in zip(blocks.requests, blocks.slices, strict=True):
+        num_q_blocks, num_k_blocks = span.stop - span.start, request.geometry.num_k_blocks
+        pages = block_table[request.table_row]
+        keys = pool_key_pages(key_cache, pages, request.geometry)
+        scores = by_kv_head[:, :, span].flatten(1, 2) @ keys.mean.transpose(1, 2)
+        _select_tile[(num_heads * num_q_blocks,)](
+            scores, queries.similarity, keys.similarity, thresholds.tau, thresholds.theta,
+            blocks.table, pages, entries, lengths, query_start_loc, num_kept,
+            softmax_scale, blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks,
+            num_k_blocks, entries.stride(0), num_heads,
+            key_cache.stride(0) // key_cache.stride(2),
+            GROUP=num_heads // num_kv_heads,
+            BLOCK_K=request.geometry.block_k,
+            PAGE_SIZE=page_size,
+            ROW=triton.next_power_of_2(num_k_blocks),
+            BISECTIONS=_BISECTIONS,
+            num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
 def _select_tile(
-    scores, query_similarity, key_similarity, taus, thetas, block_lists, counts,
-    softmax_scale, num_q_blocks, num_k_blocks, q_len, kv_len,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROW: tl.constexpr,
+    scores, query_similarity, key_similarity, taus, thetas,
+    table, pages, entries, lengths, query_start_loc, num_kept,
+    softmax_scale, num_blocks, num_rows, first_block, num_q_blocks,
+    num_k_blocks, stride_entries, num_heads, heads_per_page,
+    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW: tl.constexpr,
     BISECTIONS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    head = tile // num_q_blocks
+    program = tl.program_id(0)
+    head = program // num_q_blocks
+    index = first_block + program % num_q_blocks
+    tile = head * num_blocks + index
+    _, count, first_position, place, _ = load_query_block(table, num_blocks, index)
+    last_position = first_position + count - 1
     tau = tl.load(taus + head)
     theta = tl.load(thetas + head)
-    _, first_position, last_position = block_span(tile % num_q_blocks, q_len, kv_len, BLOCK_Q)
 
     blocks = tl.arange(0, ROW)
     visible = (blocks < num_k_blocks) & (blocks * BLOCK_K <= last_position)
@@ -162,7 +144,7 @@ def _select_tile(
     unlike = likeness < theta
     pooled = visible & (likeness >= theta)
 
-    row = scores + tile.to(tl.int64) * num_k_blocks
+    row = scores + program.to(tl.int64) * num_k_blocks
     score = tl.load(row + blocks, mask=pooled, other=float("-inf")) * softmax_scale
     highest = tl.max(score, 0)
     weight = tl.exp(score - tl.where(highest == float("-inf"), 0.0, highest))
@@ -182,6 +164,24 @@ def _select_tile(
     least = tl.where(keep_all, -1.0, least)
     keep = ((pooled & (mass >= least)) | unlike | always) & visible
     kept = keep.to(tl.int32)
-    place = tl.cumsum(kept, 0) - 1
-    tl.store(block_lists + tile.to(tl.int64) * num_k_blocks + place, blocks, mask=keep)
-    tl.store(counts + tile, tl.sum(kept, 0))
+    number = tl.sum(kept, 0)
+    tl.atomic_add(num_kept, number.to(tl.int64), sem="relaxed")
+
+    out = entries + tile.to(tl.int64) * stride_entries
+    rank = tl.cumsum(kept, 0) - 1
+    if query_start_loc is None:
+        tl.store(out + rank, blocks, mask=keep)
+        tl.store(lengths + tile, number)
+    else:
+        PARTS: tl.constexpr = BLOCK_K // PAGE_SIZE
+        kv_head = head // GROUP
+        for part in tl.static_range(PARTS):
+            page_index = blocks * PARTS + part
+            here = keep & (page_index * PAGE_SIZE <= last_position)
+            page = tl.load(pages + page_index, mask=here, other=0)
+            tl.store(out + rank * PARTS + part, page * heads_per_page + kv_head, mask=here)
+        # Only whole blocks are dropped: the one that the last row ends in is on the diagonal.
+        dropped = last_position // BLOCK_K + 1 - number
+        tl.store(lengths + tile, last_position + 1 - dropped * BLOCK_K)
+        tl.store(query_start_loc + tile, head * num_rows + place)
+        tl.store(query_start_loc + num_heads * num_blocks, num_heads * num_rows)

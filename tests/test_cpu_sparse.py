@@ -8,8 +8,8 @@ from vllm.platforms import current_platform
 from tests.problems import SCALE, Problem, make_problem, relative_l1
 from vllm_afbs.cpu.key_pages import KeyPageReader
 from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill, split_cache
+from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.kernels.reference import reference_attention, reference_select
-from vllm_afbs.steps import LongPrefill
 
 HEAD_DIM = 64
 
@@ -35,14 +35,14 @@ def fill_cache(problem: Problem, cache_format: CacheFormat) -> torch.Tensor:
 
 def case(
     q_len: int, kv_len: int, page_size: int, dtype: torch.dtype, isa: str
-) -> tuple[Problem, CacheFormat, SparsePrefill, LongPrefill]:
+) -> tuple[Problem, CacheFormat, SparsePrefill, PrefillRequest]:
     problem = make_problem(q_len, kv_len, 128, 128, 2, 3, HEAD_DIM, page_size)
     problem.query, problem.key, problem.value = (
         rows.to(dtype) for rows in (problem.query, problem.key, problem.value)
     )
     cache_format = CacheFormat(isa, page_size, dtype)
     sparse = SparsePrefill(problem.thresholds, 2, HEAD_DIM, SCALE, cache_format)
-    request = LongPrefill(slice(0, q_len), problem.geometry, problem.pages.to(torch.int32))
+    request = PrefillRequest(0, 0, problem.geometry)
     return problem, cache_format, sparse, request
 
 
@@ -72,7 +72,8 @@ def test_sparse_prefill_equals_the_reference(
 ) -> None:
     problem, cache_format, sparse, request = case(q_len, kv_len, page_size, dtype, isa)
     cache = fill_cache(problem, cache_format)
-    keep = sparse.select(problem.query, cache, request)
+    pages = problem.pages.to(torch.int32)
+    keep = sparse.select(problem.query, cache, request, pages)
     assert torch.equal(
         keep,
         reference_select(problem.query, problem.key, problem.thresholds, problem.geometry, SCALE),
@@ -83,7 +84,8 @@ def test_sparse_prefill_equals_the_reference(
     errors = []
     for blocks in (everything, keep):
         output = torch.empty_like(problem.query)
-        sparse.attend(problem.query, output, cache, request, sparse.tables(blocks, request))
+        tables = sparse.tables(blocks, request, pages)
+        sparse.attend(problem.query, output, cache, request, tables)
         expected, _ = reference_attention(
             problem.query, problem.key, problem.value, blocks, problem.geometry, SCALE
         )

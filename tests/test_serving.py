@@ -17,21 +17,20 @@ def test_requests_are_sorted_by_what_the_profile_covers() -> None:
     q_lens = torch.tensor([1, 100, 500, 2000, 300])
     seq_lens = torch.tensor([3000, 4000, 500, 2500, 9000], dtype=torch.int32)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), q_lens.cumsum(0)])
-    table = torch.arange(5)[:, None].expand(5, 80)
-    step = sort_requests(starts, seq_lens, table, uniform_profile())
+    step = sort_requests(starts, seq_lens, uniform_profile())
     assert step.others == [0, 1, 2, 4]
     assert dict(step.dense_reasons) == {"short_query": 1, "short_context": 1, "long_context": 1}
     (request,) = step.long_prefills
     assert request.rows == slice(601, 2601)
     assert (request.geometry.q_len, request.geometry.kv_len) == (2000, 2500)
-    assert int(request.pages[0]) == 3
+    assert request.table_row == 3
 
 
 def test_without_a_profile_prefills_are_dense_and_decodes_are_no_prefill() -> None:
     starts, seq_lens = torch.tensor([0, 1, 3]), torch.tensor([9, 9])
-    step = sort_requests(starts, seq_lens, torch.zeros(2, 1), None)
+    step = sort_requests(starts, seq_lens, None)
     assert dict(step.dense_reasons) == {"no_profile": 1}
-    assert not sort_requests(starts[:2], seq_lens[:1], torch.zeros(1, 1), None).has_prefill
+    assert not sort_requests(starts[:2], seq_lens[:1], None).has_prefill
 
 
 @pytest.mark.parametrize(

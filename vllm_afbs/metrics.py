@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from prometheus_client.utils import floatToGoString
 from vllm_afbs.profile import Profile
 
 DIRECTORY_VARIABLE = "VLLM_AFBS_METRICS_DIR"
+_LOCK = threading.Lock()
 SECONDS_BUCKETS = (
     1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, float("inf"),
 )  # fmt: skip
@@ -166,7 +168,8 @@ def _remove_if_owner(directory: Path, pid: int) -> None:
 
 
 def _add(file: MmapedDict, key: str, amount: float) -> None:
-    file.write_value(key, file.read_value(key)[0] + amount, 0.0)
+    with _LOCK:  # on CUDA a thread reports what the device has finished
+        file.write_value(key, file.read_value(key)[0] + amount, 0.0)
 
 
 def _file(kind: str) -> MmapedDict:

@@ -11,13 +11,17 @@ def platform() -> str | None:
     """The ``vllm.platform_plugins`` entry point.
 
     Returns:
-        The qualified name of our CPU platform on vLLM's CPU build; None elsewhere, which leaves
-        the platform to vLLM.
+        The qualified name of our platform on vLLM's CPU and CUDA builds; None elsewhere, which
+        leaves the platform to vLLM.
     """
-    from vllm.platforms import cpu_platform_plugin
+    from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
-    if cpu_platform_plugin() is None:
+    if cpu_platform_plugin() is not None:
+        backend, ours = compat.CPU_BACKEND_PATH, "vllm_afbs.cpu.platform.AfbsCpuPlatform"
+    elif cuda_platform_plugin() is not None:
+        backend, ours = compat.CUDA_BACKEND_PATH, "vllm_afbs.cuda.platform.AfbsCudaPlatform"
+    else:
         return None
-    compat.register_backend(compat.CPU_BACKEND_PATH)
+    compat.register_backend(backend)
     metrics.publish()
-    return "vllm_afbs.cpu.platform.AfbsCpuPlatform"
+    return ours

@@ -3,15 +3,18 @@
 import functools
 import logging
 import os
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile import (
-    LayerProfile,
+    HeadProfile,
     ModelFingerprint,
     Profile,
     ProfileError,
@@ -37,11 +40,22 @@ class LayerPlan:
         layer: Index of the decoder layer.
         thresholds: Of this rank's query heads; None if the layer is dense.
         dense_reason: Why it is dense; None if it is sparse.
+        calibration: Mean sparsity of this rank's heads by calibrated length, shortest first.
     """
 
     layer: int
     thresholds: HeadThresholds | None
     dense_reason: str | None
+    calibration: tuple[tuple[int, float], ...] = ()
+
+    def expected_sparsity(self, kv_len: int) -> float:
+        """Sparsity that calibration promises at a context length, between its lengths linear."""
+        lengths = [length for length, _ in self.calibration]
+        upper = min(bisect_left(lengths, kv_len), len(lengths) - 1)
+        lower = max(upper - 1, 0)
+        (start, low), (stop, high) = self.calibration[lower], self.calibration[upper]
+        share = (kv_len - start) / (stop - start) if stop > start else 0.0
+        return low + (high - low) * min(max(share, 0.0), 1.0)
 
 
 def configured_profile(vllm_config: "VllmConfig") -> str | None:
@@ -60,6 +74,20 @@ def configured_profile(vllm_config: "VllmConfig") -> str | None:
             f'--additional-config: afbs: {{"profile": "PATH"}} expected, got {settings!r}'
         )
     return settings.get("profile") or os.environ.get(PROFILE_VARIABLE) or None
+
+
+def admit_or_exit(vllm_config: "VllmConfig") -> None:
+    """Does what ``admit`` does where the afbs backend is chosen; platforms call it.
+
+    Raises:
+        SystemExit: With one line; an exception would be buried in vLLM's traceback.
+    """
+    if vllm_config.model_config is None or not compat.is_afbs(vllm_config.attention_config.backend):
+        return
+    try:
+        admit(vllm_config)
+    except ProfileError as error:
+        raise SystemExit(f"vllm-afbs: {error}") from None
 
 
 def _additional(vllm_config: "VllmConfig") -> dict[str, Any]:
@@ -130,18 +158,59 @@ def plan_layer(
     if unsupported is not None:
         return LayerPlan(layer, None, unsupported)
     tuned = profile.layers[layer]
-    if _mean_sparsity(tuned) < MIN_LAYER_SPARSITY:
+    calibration = _mean_calibration(tuned.heads)
+    if not calibration or calibration[-1][1] < MIN_LAYER_SPARSITY:
         return LayerPlan(layer, None, "profile_dense")
     heads = tuned.heads[rank * num_heads : (rank + 1) * num_heads]
     thresholds = HeadThresholds(
         torch.tensor([head.tau for head in heads]), torch.tensor([head.theta for head in heads])
     )
-    return LayerPlan(layer, thresholds, None)
+    return LayerPlan(layer, thresholds, None, _mean_calibration(heads))
 
 
-def _mean_sparsity(layer: LayerProfile) -> float:
-    """Mean tuned sparsity over the heads at the longest length; a head of tau = 1 has none."""
-    return sum(
-        head.calibration[-1].sparsity if head.tau < 1 and head.calibration else 0.0
-        for head in layer.heads
-    ) / len(layer.heads)
+def plan_layers(
+    vllm_config: "VllmConfig", layer_names: list[str], page_size: int
+) -> Iterator[tuple[Any, LayerPlan]]:
+    """Decides what each attention layer of these names serves.
+
+    Args:
+        vllm_config: With an admitted profile, or none.
+        layer_names: The layers of one metadata builder.
+        page_size: Keys of a page of their cache.
+
+    Yields:
+        The layer's implementation and its plan.
+    """
+    profile = admitted_profile(vllm_config)
+    rank = compat.tensor_parallel_rank()
+    for name, layer in compat.attention_layers(vllm_config, layer_names).items():
+        impl = layer.impl
+        unsupported = impl.unsupported_feature(page_size, profile)
+        index = compat.layer_index(name)
+        yield impl, plan_layer(profile, index, impl.num_heads, rank, unsupported)
+
+
+def common_limits(impl: Any, page_size: int, profile: Profile | None) -> dict[str, bool]:
+    """What no platform's sparse prefill can do, by name, and whether this layer asks for it."""
+    return {
+        "attention_type": impl.attn_type != "decoder",
+        "kv_sharing": impl.kv_sharing_target_layer_name is not None,
+        "alibi": impl.alibi_slopes is not None,
+        "sinks": impl.sinks is not None,
+        "page_size": profile is not None and profile.block_k % page_size != 0,
+    }
+
+
+def first_true(conditions: dict[str, bool]) -> str | None:
+    """Name of the first condition that holds, None if none does."""
+    return next((name for name, holds in conditions.items() if holds), None)
+
+
+def _mean_calibration(heads: list[HeadProfile]) -> tuple[tuple[int, float], ...]:
+    """Mean tuned sparsity of heads by length; a head of tau = 1 has none."""
+    by_length: dict[int, float] = {}
+    for head in heads:
+        for measured in head.calibration:
+            sparsity = measured.sparsity if head.tau < 1 else 0.0
+            by_length[measured.length] = by_length.get(measured.length, 0.0) + sparsity
+    return tuple((length, total / len(heads)) for length, total in sorted(by_length.items()))

@@ -1,27 +1,18 @@
 """Which requests of a step are long prefills, and why the others are not."""
 
+import itertools
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_afbs.kernels import BlockGeometry
+from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.profile import Profile
 
-
-@dataclass(frozen=True)
-class LongPrefill:
-    """A request whose rows of this step may run sparse.
-
-    Attributes:
-        rows: Its rows among the step's tokens.
-        geometry: Its blocks.
-        pages: Its row of the block table.
-    """
-
-    rows: slice
-    geometry: BlockGeometry
-    pages: torch.Tensor
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,7 @@ class Step:
         dense_reasons: How many prefills among the others have each reason to run dense.
     """
 
-    long_prefills: list[LongPrefill] = field(default_factory=list)
+    long_prefills: list[PrefillRequest] = field(default_factory=list)
     others: list[int] = field(default_factory=list)
     dense_reasons: Counter[str] = field(default_factory=Counter)
 
@@ -47,28 +38,26 @@ class Step:
 def sort_requests(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
     profile: Profile | None,
+    plain_causal: bool = True,
 ) -> Step:
     """Tells long prefills from everything else.
 
     Args:
         query_start_loc: ``[num_reqs + 1]``, int32, on the CPU.
         seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU.
-        block_table: ``[num_reqs, max_pages]``, int32.
         profile: The served profile; without one nothing runs sparse.
+        plain_causal: Whether the step's mask is causal and nothing else; no other runs sparse.
     """
     starts = query_start_loc.tolist()
     step = Step()
-    for request, kv_len in enumerate(seq_lens.tolist()):
-        start, stop = starts[request : request + 2]
+    for request, (start, stop) in enumerate(itertools.pairwise(starts)):
+        kv_len = int(seq_lens[request])
         q_len = stop - start
-        reason = _dense_reason(q_len, kv_len, profile)
+        reason = _dense_reason(q_len, kv_len, profile) if plain_causal else "attention_mask"
         if profile is not None and reason is None:
             geometry = BlockGeometry(q_len, kv_len, profile.block_q, profile.block_k)
-            step.long_prefills.append(
-                LongPrefill(slice(start, stop), geometry, block_table[request])
-            )
+            step.long_prefills.append(PrefillRequest(start, request, geometry))
             continue
         step.others.append(request)
         if q_len > 1:
@@ -87,3 +76,39 @@ def _dense_reason(q_len: int, kv_len: int, profile: Profile | None) -> str | Non
     if kv_len > profile.max_seq_len:
         return "long_context"
     return None
+
+
+def restrict(
+    common: "CommonAttentionMetadata", requests: list[int]
+) -> tuple[torch.Tensor, "CommonAttentionMetadata"]:
+    """Cuts a step's metadata down to some of its requests.
+
+    Args:
+        common: The step's metadata.
+        requests: Indices of the requests to keep; at least one.
+
+    Returns:
+        Their rows among the step's tokens, and the metadata as if the step held only these.
+    """
+    device = common.seq_lens.device
+    starts = common.query_start_loc_cpu.tolist()
+    rows = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in requests]).to(device)
+    index = torch.tensor(requests)
+    query_lens = common.query_start_loc_cpu.diff()[index]
+    query_start_loc = torch.zeros(len(requests) + 1, dtype=torch.int32)
+    query_start_loc[1:] = query_lens.cumsum(0)
+    on_device = index.to(device)
+    known = common.seq_lens_cpu_upper_bound
+    return rows, replace(
+        common,
+        query_start_loc=query_start_loc.to(device),
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=common.seq_lens[on_device],
+        seq_lens_cpu_upper_bound=None if known is None else known[index],
+        num_reqs=len(requests),
+        num_actual_tokens=len(rows),
+        max_query_len=int(query_lens.max()),
+        max_seq_len=common.max_seq_len if known is None else int(known[index].max()),
+        block_table_tensor=common.block_table_tensor[on_device],
+        slot_mapping=common.slot_mapping[rows],
+    )

@@ -2,7 +2,8 @@
 
 import torch
 
-from vllm_afbs.kernels import BlockGeometry
+from vllm_afbs.kernels import BlockGeometry, TileLists, TileTables
+from vllm_afbs.kernels.query_blocks import QueryBlocks
 
 
 def random_blocks(
@@ -14,12 +15,39 @@ def random_blocks(
         num_heads: Query heads; all share the number of blocks, not the blocks.
         geometry: The blocks.
         sparsity: Share to skip, reached to within one block unless the always-kept ones exceed it.
-        generator: Source of the draw.
+        generator: Source of the draw, on the device to draw on.
     """
     num_kept = round((1 - sparsity) * geometry.num_visible)
     shape = (num_heads, *geometry.visible.shape)
-    priority = torch.rand(shape, generator=generator).masked_fill_(geometry.always, 2.0)
-    priority.masked_fill_(~geometry.visible, -1.0)
+    device = generator.device
+    always, visible = geometry.always.to(device), geometry.visible.to(device)
+    priority = torch.rand(shape, generator=generator, device=device).masked_fill_(always, 2.0)
+    priority.masked_fill_(~visible, -1.0)
     best = priority.flatten(1).topk(num_kept, dim=1).indices
-    keep = torch.zeros(num_heads, geometry.visible.numel(), dtype=torch.bool)
-    return keep.scatter_(1, best, True).view(shape) | geometry.always
+    keep = torch.zeros(num_heads, visible.numel(), dtype=torch.bool, device=device)
+    return keep.scatter_(1, best, True).view(shape) | always
+
+
+def tile_tables(
+    lists: TileLists, blocks: QueryBlocks, key_cache: torch.Tensor, pages: torch.Tensor
+) -> TileTables:
+    """Writes given lists of one request as the block tables that selection would write.
+
+    Args:
+        lists: The tiles' kept blocks, a page each, in the order of ``blocks``.
+        blocks: The request's query blocks.
+        key_cache: ``[num_pages, block_k, num_kv_heads, head_dim]``.
+        pages: The request's pages, int32.
+    """
+    num_heads = len(lists.counts) // blocks.num_blocks
+    kv_heads = torch.arange(num_heads, device=pages.device) // (num_heads // key_cache.shape[2])
+    heads_per_page = key_cache.stride(0) // key_cache.stride(2)
+    by_head = pages[lists.block_lists.long()].view(num_heads, -1) * heads_per_page
+    block_table = (by_head + kv_heads[:, None]).to(torch.int32).view_as(lists.block_lists)
+    _, counts, first_positions, places, _ = blocks.table
+    last_positions = first_positions + counts - 1
+    dropped = last_positions // blocks.block_k + 1 - lists.counts.view(num_heads, -1)
+    seq_lens = (last_positions + 1 - dropped * blocks.block_k).to(torch.int32).flatten()
+    heads = torch.arange(num_heads + 1, dtype=torch.int32, device=pages.device)
+    starts = (heads[:, None] * blocks.num_rows + places).flatten()[: len(lists.counts) + 1]
+    return TileTables(starts, seq_lens, block_table)

@@ -25,7 +25,7 @@ from vllm_afbs.benchmarks.table import (
 )
 from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill, dense_paged_attention, split_cache
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, TileTables
-from vllm_afbs.steps import LongPrefill
+from vllm_afbs.kernels.query_blocks import PrefillRequest
 
 LENGTHS = (2048, 4096, 8192)
 SPARSITIES = (0.0, 0.5, 0.8)
@@ -54,7 +54,7 @@ class Case:
             key, torch.randn_like(key), *split_cache(self.kv_cache), slots.long(), cache.isa
         )
         geometry = BlockGeometry(length, length, cache.page_size, cache.page_size)
-        self.request = LongPrefill(slice(0, length), geometry, pages)
+        self.request, self.pages = PrefillRequest(0, 0, geometry), pages
         thresholds = HeadThresholds(torch.full((num_heads,), 0.9), torch.zeros(num_heads))
         self.sparse = SparsePrefill(thresholds, num_kv_heads, head_dim, self.scale, cache)
 
@@ -64,18 +64,18 @@ class Case:
         whole = TileTables(
             torch.tensor([0, length], dtype=torch.int32),
             torch.tensor([length], dtype=torch.int32),
-            self.request.pages[None],
+            self.pages[None],
         )
         dense_paged_attention(self.query, self.output, self.kv_cache, whole, self.scale, self.cache)
 
     def select(self) -> torch.Tensor:
         """Chooses blocks as the backend does."""
-        return self.sparse.select(self.query, self.kv_cache, self.request)
+        return self.sparse.select(self.query, self.kv_cache, self.request, self.pages)
 
     def attend(self, keep: torch.Tensor) -> None:
         """Selects, then attends to the given blocks instead of the selected ones."""
         self.select()
-        tables = self.sparse.tables(keep, self.request)
+        tables = self.sparse.tables(keep, self.request, self.pages)
         self.sparse.attend(self.query, self.output, self.kv_cache, self.request, tables)
 
 

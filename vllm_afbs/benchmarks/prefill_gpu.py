@@ -2,18 +2,24 @@
 
     python -m vllm_afbs.benchmarks.prefill_gpu --output results.csv
 
-Blocks are drawn at random. Four ways on the same numbers: FlashAttention 3 dense; the same kernel
-over tiles (one launch, cache with the KV heads outside the pages), regrouping included; the same
-with the Triton selector and the building of block tables; and our Triton kernel.
+Three ways on the same numbers: FlashAttention 3 dense, the same kernel over tiles, and our Triton
+kernel (at density 1 it is the dense Triton kernel). The sparse times are everything the backend
+does for a layer: packing and pooling Q, pooling K from the cache, selection, writing lists or
+block tables, attention, and unpacking. Selection runs for real; the blocks then computed are drawn
+at random to hit the density exactly, or, with ``selected`` in the shape, are those it chose from
+structured keys.
 """
 
 import functools
+import statistics
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from vllm_afbs.benchmarks.lists import random_blocks
+from vllm_afbs.benchmarks.lists import random_blocks, tile_tables
 from vllm_afbs.benchmarks.table import (
     Row,
     layer_parser,
@@ -22,145 +28,141 @@ from vllm_afbs.benchmarks.table import (
     report_rows,
     time_in_turns,
 )
-from vllm_afbs.kernels import (
-    BlockGeometry,
-    HeadThresholds,
-    TileLists,
-    TileTables,
-    build_tile_lists,
-    tile_prefill,
-)
-from vllm_afbs.kernels.triton_prefill import triton_prefill
-from vllm_afbs.kernels.triton_selection import (
-    pool_key_pages,
-    pool_query_blocks,
-    select_tile_lists,
-)
-from vllm_afbs.kernels.triton_tables import build_tile_tables_on_device
+from vllm_afbs.cuda.dispatch import WAYS, Measurement, Way, update_measurements
+from vllm_afbs.cuda.sparse import Layer, SparsePrefill, StepInputs, TilePrefill, TritonPrefill
+from vllm_afbs.kernels import BlockGeometry, HeadThresholds, build_tile_lists
+from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
 
-LENGTHS = (8192, 32768, 131072)
-DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
+LENGTHS = (8192, 32768, 65536, 131072)
+DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
+SELECTED_DENSITIES = (0.2, 0.1)
 PAGE_SIZE = BLOCK = 128
 MAX_RELATIVE_L1 = 5e-3  # twice what either kernel shows against fp64 in bf16
 
 
 class Case:
-    """One layer's prefill of a whole prompt with random contents, pages shuffled."""
+    """One layer's prefill of a whole prompt, pages shuffled.
 
-    def __init__(self, length: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        """Fills the cache in both of vLLM's layouts."""
+    Queries and keys are random, or, where ``structured``, wander from block to block, so that
+    near and recurring blocks attract each other as a real head's do.
+    """
+
+    def __init__(
+        self, length: int, num_heads: int, num_kv_heads: int, head_dim: int, structured: bool
+    ) -> None:
+        """Fills a cache of vLLM's default layout."""
         num_pages = length // PAGE_SIZE
-        options = {"device": "cuda", "dtype": torch.bfloat16}
-        self.scale = head_dim**-0.5
-        self.query = torch.randn(length, num_heads, head_dim, **options)  # type: ignore[call-overload]
-        self.output = torch.empty_like(self.query)
-        shape = (num_pages, PAGE_SIZE, num_kv_heads, head_dim)
-        self.key, self.value = (torch.randn(shape, **options) for _ in range(2))  # type: ignore[call-overload]
-        self.key_by_head, self.value_by_head = (
-            cache.transpose(1, 2).reshape(-1, PAGE_SIZE, 1, head_dim)
-            for cache in (self.key, self.value)
-        )
+        shape = (num_pages, PAGE_SIZE, num_kv_heads, 2 * head_dim)
+        cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        query = torch.randn(length, num_heads, head_dim, device="cuda", dtype=torch.bfloat16)
         self.pages = torch.randperm(num_pages, device="cuda").to(torch.int32)
+        if structured:
+            walk = torch.randn(num_pages, 1, num_kv_heads, head_dim, device="cuda").cumsum(0)
+            walk *= 0.9 / walk.std()
+            cache[self.pages.long(), :, :, :head_dim] += walk
+            by_head = walk.squeeze(1).repeat_interleave(num_heads // num_kv_heads, 1)
+            query += by_head.repeat_interleave(PAGE_SIZE, 0)
+        self.scale = head_dim**-0.5
         self.geometry = BlockGeometry(length, length, BLOCK, BLOCK)
+        blocks = cut_query_blocks([PrefillRequest(0, 0, self.geometry)], torch.device("cuda"))
+        key, value = cache.split(head_dim, dim=-1)
+        self.step = StepInputs(query, key, value, self.pages[None], blocks)
+        self.output = torch.empty_like(query)
+        self.num_kept = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self.num_blocks = num_heads * blocks.num_visible
+
+    def ways(self, tau: float) -> dict[str, SparsePrefill]:
+        """The backend's two ways of sparse prefill."""
+        num_heads = self.step.query.shape[1]
+        thresholds = HeadThresholds(
+            torch.full((num_heads,), tau, device="cuda"),
+            torch.full((num_heads,), -1.0, device="cuda"),
+        )
+        layer = Layer(thresholds, self.scale, 0.0)
+        return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
 
     def dense(self) -> None:
-        """Runs FlashAttention 3 on the whole prompt."""
-        length = len(self.query)
+        """Runs FlashAttention 3 on the whole prompt, as vLLM's FLASH_ATTN does."""
+        length = len(self.step.query)
         starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-        whole = TileTables(starts, starts[1:], self.pages[None])
-        self._flash(self.query, self.output, whole, self.key, self.value, length)
-
-    def tiles(self, tables: TileTables) -> None:
-        """Runs FlashAttention 3 tile by tile in one launch."""
-
-        def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
-            self._flash(query, output, tables, self.key_by_head, self.value_by_head, BLOCK)
-
-        tile_prefill(self.query, self.output, tables, dense)
-
-    def triton(self, lists: TileLists) -> None:
-        """Runs our kernel."""
-        triton_prefill(
-            self.query, self.key, self.value, self.output, self.pages, lists, self.geometry,
-            self.scale, block_n=128, num_warps=8, num_stages=3,
-        )  # fmt: skip
-
-    def tables(self, lists: TileLists) -> TileTables:
-        """Builds the tiles' block tables."""
-        return build_tile_tables_on_device(
-            lists, self.geometry, self.pages, PAGE_SIZE, self.key.shape[2]
-        )
-
-    def select(self) -> TileLists:
-        """Chooses blocks; the thresholds' values do not change the time."""
-        num_heads = self.query.shape[1]
-        thresholds = HeadThresholds(
-            torch.full((num_heads,), 0.9, device="cuda"),
-            torch.full((num_heads,), 0.2, device="cuda"),
-        )
-        return select_tile_lists(
-            pool_query_blocks(self.query, self.geometry),
-            pool_key_pages(self.key, self.pages, self.geometry),
-            thresholds,
-            self.geometry,
-            self.scale,
-        )
-
-    def whole(self, lists: TileLists) -> None:
-        """Does all that a layer does: selects, then attends to the given blocks."""
-        self.select()
-        self.tiles(self.tables(lists))
-
-    def _flash(
-        self,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        tables: TileTables,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        max_q_len: int,
-    ) -> None:
         flash_attn_varlen_func(
-            query, key, value, out=output, causal=True, fa_version=3,
-            softmax_scale=self.scale, block_table=tables.block_table,
-            max_seqlen_q=max_q_len, cu_seqlens_q=tables.query_start_loc,
-            max_seqlen_k=len(self.query), seqused_k=tables.seq_lens,
+            self.step.query, self.step.key_cache, self.step.value_cache, out=self.output,
+            cu_seqlens_q=starts, max_seqlen_q=length, seqused_k=starts[1:], max_seqlen_k=length,
+            softmax_scale=self.scale, causal=True, block_table=self.step.block_table,
+            fa_version=3,
         )  # fmt: skip
 
+    def run(self, way: SparsePrefill, replaced: Any) -> None:
+        """Does all that a layer does; attends to other blocks than the chosen ones if given."""
+        chosen = way.choose(self.step, self.num_kept)
+        way.attend(self.step, chosen if replaced is None else replaced, self.output)
 
-def measure(case: Case, density: float, rounds: int) -> list[Row]:
-    """Times every way in turns for one length and density.
+    def density(self, tau: float) -> float:
+        """Share of the blocks that selection keeps at this tau."""
+        self.num_kept.zero_()
+        self.ways(tau)["triton"].choose(self.step, self.num_kept)
+        return int(self.num_kept) / self.num_blocks
+
+    def tau_for(self, density: float) -> float:
+        """The tau at which selection keeps this share of the blocks, by bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.density(middle) < density else (low, middle)
+        return high
+
+    def random(self, density: float) -> tuple[float, dict[str, Any]]:
+        """Random blocks: the density reached, and the blocks as each way takes them."""
+        num_heads = self.step.query.shape[1]
+        generator = torch.Generator("cuda").manual_seed(0)
+        keep = random_blocks(num_heads, self.geometry, 1 - density, generator)
+        lists = build_tile_lists(keep.flip(1))
+        packed, _ = self.ways(1.0)["tiles"].choose(self.step, self.num_kept)
+        tables = tile_tables(lists, self.step.blocks, self.step.key_cache, self.pages)
+        return int(keep.sum()) / self.num_blocks, {"tiles": (packed, tables), "triton": lists}
+
+
+def measure(
+    case: Case, tau: float, replaced: dict[str, Any], shape: str, rounds: int
+) -> tuple[list[Row], dict[Way, float]]:
+    """Times every way in turns.
+
+    Args:
+        case: The prompt.
+        tau: What selection runs with.
+        replaced: Blocks to attend to by way, instead of the chosen ones; may be empty.
+        shape: For the rows.
+        rounds: Timed calls of each.
+
+    Returns:
+        The rows, and the median seconds by way.
 
     Raises:
         RuntimeError: The two sparse kernels do not agree.
     """
-    length, num_heads, head_dim = case.query.shape
-    generator = torch.Generator().manual_seed(0)
-    keep = random_blocks(num_heads, case.geometry, 1 - density, generator)
-    reached = int(keep.sum()) / (num_heads * case.geometry.num_visible)
-    lists = build_tile_lists(keep.cuda())
-    tables = case.tables(lists)
-    _check_agreement(case, tables, lists)
-    functions: dict[str, Callable[[], object]] = {
-        "FA3 dense": case.dense,
-        "FA3 tiles": functools.partial(case.tiles, tables),
-        "FA3 tiles and selection": functools.partial(case.whole, lists),
-        "Triton": functools.partial(case.triton, lists),
-        "tile tables": functools.partial(case.tables, lists),
-        "selector": case.select,
-    }
+    ways = case.ways(tau)
+    functions: dict[str, Callable[[], object]] = {"dense": case.dense}
+    for name, way in ways.items():
+        functions[name] = functools.partial(case.run, way, replaced.get(name))
+    functions["selection for tiles"] = functools.partial(
+        ways["tiles"].choose, case.step, case.num_kept
+    )
+    _check_agreement(case, functions)
     seconds = time_in_turns(functions, rounds)
-    shape = f"L{length}-H{num_heads}/{case.key.shape[2]}-D{head_dim}-density{reached:.3f}"
     rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]
-    for name in ("FA3 tiles", "FA3 tiles and selection", "Triton"):
-        rows.append(ratio_row(f"{name}: speedup", shape, seconds["FA3 dense"], seconds[name]))
-    return rows
+    rows += [
+        ratio_row(f"{name}: speedup over dense FA3", shape, seconds["dense"], seconds[name])
+        for name in ways
+    ]
+    medians = {way: statistics.median(seconds[way]) for way in WAYS}
+    return rows, medians
 
 
-def _check_agreement(case: Case, tables: TileTables, lists: TileLists) -> None:
-    case.tiles(tables)
+def _check_agreement(case: Case, functions: dict[str, Callable[[], object]]) -> None:
+    functions["tiles"]()
     by_tiles = case.output.clone()
-    case.triton(lists)
+    case.output.zero_()
+    functions["triton"]()
     error = float((case.output - by_tiles).abs().sum() / by_tiles.abs().sum())
     if not error <= MAX_RELATIVE_L1:
         raise RuntimeError(f"FA3 tiles and Triton differ by {error:.2e} (relative L1)")
@@ -169,14 +171,34 @@ def _check_agreement(case: Case, tables: TileTables, lists: TileLists) -> None:
 def main() -> None:
     """Runs the benchmark."""
     parser = layer_parser((__doc__ or "").splitlines()[0], 32, 8, 128)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument(
+        "--dispatch", type=Path, help="JSON of the dispatcher, whose rows of this head size to set"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     rows: list[Row] = []
-    for length in LENGTHS:
-        case = Case(length, args.num_heads, args.num_kv_heads, args.head_dim)
+    measured = []
+    for length in args.lengths:
+        shape = f"L{length}-H{args.num_heads}/{args.num_kv_heads}-D{args.head_dim}"
+        arguments = (length, args.num_heads, args.num_kv_heads, args.head_dim)
+        case = Case(*arguments, structured=False)
         for density in DENSITIES:
-            rows += measure(case, density, args.rounds)
+            reached, blocks = case.random(density)
+            name = f"{shape}-density{reached:.3f}"
+            more, medians = measure(case, 0.9, blocks, name, args.rounds)
+            rows += more
+            measured.append(Measurement(args.head_dim, length, reached, medians))
+        del case, blocks
+        case = Case(*arguments, structured=True)
+        for density in SELECTED_DENSITIES:
+            tau = case.tau_for(density)
+            name = f"{shape}-density{case.density(tau):.3f}-selected"
+            rows += measure(case, tau, {}, name, args.rounds)[0]
+        del case
     report_rows(rows, args.output)
+    if args.dispatch:
+        update_measurements(args.dispatch, measured)
 
 
 if __name__ == "__main__":

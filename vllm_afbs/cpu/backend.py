@@ -2,11 +2,11 @@
 
 import functools
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -19,7 +19,7 @@ from vllm_afbs.cpu.sparse import MAX_DENSITY, CacheFormat, SparsePrefill
 from vllm_afbs.kernels import TileTables
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import LayerPlan
-from vllm_afbs.steps import Step, sort_requests
+from vllm_afbs.steps import Step, restrict, sort_requests
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -74,16 +74,7 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.profile = serving.admitted_profile(vllm_config)
         metrics.report_profile(self.profile)
         cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)
-        rank = compat.tensor_parallel_rank()
-        for name, layer in compat.attention_layers(vllm_config, layer_names).items():
-            impl = layer.impl
-            plan = serving.plan_layer(
-                self.profile,
-                compat.layer_index(name),
-                impl.num_heads,
-                rank,
-                impl.unsupported_feature(self.block_size, self.profile),
-            )
+        for impl, plan in serving.plan_layers(vllm_config, layer_names, self.block_size):
             impl.configure(plan, cache_format)
 
     def build(
@@ -97,41 +88,16 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         step = sort_requests(
             common_attn_metadata.query_start_loc_cpu,
             whole.seq_lens,
-            whole.block_table,
-            self.profile if whole.causal is True and whole.dynamic_causal is None else None,
+            self.profile,
+            plain_causal=whole.causal is True and whole.dynamic_causal is None,
         )
         metadata = AfbsCPUMetadata(
             **{item.name: getattr(whole, item.name) for item in fields(whole)}, step=step
         )
         if step.long_prefills and step.others:
-            metadata.other_rows, common = _only(common_attn_metadata, step.others)
+            metadata.other_rows, common = restrict(common_attn_metadata, step.others)
             metadata.others = super().build(0, common, fast_build)
         return metadata
-
-
-def _only(
-    common: CommonAttentionMetadata, requests: list[int]
-) -> tuple[torch.Tensor, CommonAttentionMetadata]:
-    """The rows of some of a step's requests, and the step's metadata as if it held only these."""
-    starts = common.query_start_loc_cpu.tolist()
-    rows = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in requests])
-    index = torch.tensor(requests)
-    query_lens = common.query_start_loc_cpu.diff()[index]
-    query_start_loc = torch.zeros(len(requests) + 1, dtype=torch.int32)
-    query_start_loc[1:] = query_lens.cumsum(0)
-    seq_lens = common.seq_lens[index]
-    return rows, replace(
-        common,
-        query_start_loc=query_start_loc,
-        query_start_loc_cpu=query_start_loc,
-        seq_lens=seq_lens,
-        num_reqs=len(requests),
-        num_actual_tokens=len(rows),
-        max_query_len=int(query_lens.max()),
-        max_seq_len=int(seq_lens.max()),
-        block_table_tensor=common.block_table_tensor[index],
-        slot_mapping=common.slot_mapping[rows],
-    )
 
 
 class AfbsCPUImpl(CPUAttentionBackendImpl):
@@ -142,17 +108,14 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
 
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> str | None:
         """Names what keeps this layer from running sparse whatever its thresholds; or None."""
-        conditions = {
-            "attention_type": self.attn_type != AttentionType.DECODER,
-            "kv_sharing": self.kv_sharing_target_layer_name is not None,
-            "kv_cache_dtype": self.is_fp8_kv_cache,
-            "sliding_window": self.sliding_window != -1,
-            "alibi": self.alibi_slopes is not None,
-            "softcap": bool(self.logits_soft_cap),
-            "sinks": self.sinks is not None,
-            "page_size": profile is not None and profile.block_k % page_size != 0,
-        }
-        return next((name for name, holds in conditions.items() if holds), None)
+        return serving.first_true(
+            serving.common_limits(self, page_size, profile)
+            | {
+                "kv_cache_dtype": self.is_fp8_kv_cache,
+                "sliding_window": self.sliding_window != -1,
+                "softcap": bool(self.logits_soft_cap),
+            }
+        )
 
     def configure(self, plan: LayerPlan, cache_format: CacheFormat) -> None:
         """Takes the layer's plan; the metadata builder calls this before the first step."""
@@ -190,7 +153,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             return dense(query=query, attn_metadata=attn_metadata, output=output)
 
         start_seconds = time.perf_counter()
-        tables = self._choose(query, kv_cache, attn_metadata.step)
+        tables = self._choose(query, kv_cache, attn_metadata)
         if self._sparse is None or not tables:
             path = "dense"
             dense(query=query, attn_metadata=attn_metadata, output=output)
@@ -206,8 +169,11 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         metrics.PREFILL_ATTENTION_SECONDS.observe(time.perf_counter() - start_seconds, path)
         return output
 
-    def _choose(self, query: torch.Tensor, kv_cache: torch.Tensor, step: Step) -> list[TileTables]:
+    def _choose(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: AfbsCPUMetadata
+    ) -> list[TileTables]:
         """Tiles of the step's long prefills; none where the parent is to do the whole step."""
+        step, block_table = attn_metadata.step, attn_metadata.block_table
         metrics.count_fallbacks(step.dense_reasons)
         num_long = len(step.long_prefills)
         num_blocks = self.num_heads * sum(r.geometry.num_visible for r in step.long_prefills)
@@ -217,14 +183,17 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             metrics.count_fallbacks({str(self._plan.dense_reason): num_long})
         elif num_long:
             start_seconds = time.perf_counter()
-            keeps = [self._sparse.select(query, kv_cache, each) for each in step.long_prefills]
+            keeps = [
+                self._sparse.select(query, kv_cache, each, block_table[each.table_row])
+                for each in step.long_prefills
+            ]
             num_selected = sum(int(keep.sum()) for keep in keeps)
             if num_selected > MAX_DENSITY * num_blocks:
                 metrics.count_fallbacks({"low_sparsity": num_long})
             else:
                 num_kept = num_selected
                 tables = [
-                    self._sparse.tables(keep, request)
+                    self._sparse.tables(keep, request, block_table[request.table_row])
                     for keep, request in zip(keeps, step.long_prefills, strict=True)
                 ]
             metrics.SELECTOR_SECONDS.observe(time.perf_counter() - start_seconds)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_afbs import compat, serving
-from vllm_afbs.profile import ProfileError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,11 +42,4 @@ class AfbsCpuPlatform(CpuPlatform):
             SystemExit: With one line; an exception would be buried in vLLM's traceback.
         """
         super().check_and_update_config(vllm_config)
-        if vllm_config.model_config is None or not compat.is_afbs(
-            vllm_config.attention_config.backend
-        ):
-            return
-        try:
-            serving.admit(vllm_config)
-        except ProfileError as error:
-            raise SystemExit(f"vllm-afbs: {error}") from None
+        serving.admit_or_exit(vllm_config)

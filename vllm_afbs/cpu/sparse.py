@@ -7,6 +7,7 @@ from vllm import _custom_ops as ops
 
 from vllm_afbs.cpu.key_pages import key_page_reader
 from vllm_afbs.kernels import (
+    BlockGeometry,
     BlockStats,
     HeadThresholds,
     TileTables,
@@ -17,7 +18,7 @@ from vllm_afbs.kernels import (
     select_blocks,
     tile_prefill,
 )
-from vllm_afbs.steps import LongPrefill
+from vllm_afbs.kernels.query_blocks import PrefillRequest
 
 MAX_DENSITY = 0.9
 """Above this share of blocks kept, tiles and selection cost what they save: the parent runs."""
@@ -67,7 +68,11 @@ class SparsePrefill:
         )
 
     def select(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, request: LongPrefill
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        request: PrefillRequest,
+        pages: torch.Tensor,
     ) -> torch.Tensor:
         """Chooses a request's key blocks.
 
@@ -76,29 +81,33 @@ class SparsePrefill:
             kv_cache: The layer's cache, this step's keys included,
                 ``[num_pages, num_kv_heads, page_size, 2 * head_dim]``.
             request: The request.
+            pages: Its row of the block table.
 
         Returns:
             ``[num_heads, num_q_blocks, num_k_blocks]`` bool.
         """
         return select_blocks(
             pool_queries(query[request.rows], request.geometry),
-            self._pool_keys(kv_cache, request),
+            self._pool_keys(kv_cache, request.geometry, pages),
             self._thresholds,
             request.geometry,
             self._softmax_scale,
         )
 
-    def _pool_keys(self, kv_cache: torch.Tensor, request: LongPrefill) -> BlockStats:
-        geometry, page_size = request.geometry, self._format.page_size
-        pages = request.pages[: -(-geometry.kv_len // page_size)]
-        key = self._reader.read(split_cache(kv_cache)[0], pages)
+    def _pool_keys(
+        self, kv_cache: torch.Tensor, geometry: BlockGeometry, pages: torch.Tensor
+    ) -> BlockStats:
+        num_pages = -(-geometry.kv_len // self._format.page_size)
+        key = self._reader.read(split_cache(kv_cache)[0], pages[:num_pages])
         return pool_keys(key.flatten(1, 2).transpose(0, 1), geometry)
 
-    def tables(self, keep: torch.Tensor, request: LongPrefill) -> TileTables:
+    def tables(
+        self, keep: torch.Tensor, request: PrefillRequest, pages: torch.Tensor
+    ) -> TileTables:
         """Lays a request's kept blocks out as tiles."""
         lists = build_tile_lists(keep)
         return build_tile_tables(
-            lists, request.geometry, request.pages, self._format.page_size, self._num_kv_heads
+            lists, request.geometry, pages, self._format.page_size, self._num_kv_heads
         )
 
     def attend(
@@ -106,7 +115,7 @@ class SparsePrefill:
         query: torch.Tensor,
         output: torch.Tensor,
         kv_cache: torch.Tensor,
-        request: LongPrefill,
+        request: PrefillRequest,
         tables: TileTables,
     ) -> None:
         """Attends to a request's kept blocks, into its rows of ``output``."""

@@ -1,0 +1,115 @@
+"""The query blocks of a step's long prefills, as one table that kernels on a device walk.
+
+Kernels that walk this table know nothing of requests but a row of the block table, so one launch
+serves a batch of any lengths, chunked or not. ``BlockGeometry`` stays the only place that says
+where blocks are cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_afbs.kernels.geometry import BlockGeometry
+
+
+@dataclass(frozen=True)
+class PrefillRequest:
+    """One long prefill of a step.
+
+    Attributes:
+        first_row: Its first row among the step's tokens.
+        table_row: Its row of the block table.
+        geometry: Its blocks.
+    """
+
+    first_row: int
+    table_row: int
+    geometry: BlockGeometry
+
+    @property
+    def rows(self) -> slice:
+        """Its rows among the step's tokens."""
+        return slice(self.first_row, self.first_row + self.geometry.q_len)
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Query blocks of all requests of a step, request by request, longest context first.
+
+    The longest go first, or they would end last and alone.
+
+    Attributes:
+        table: ``[5, num_blocks]``, int32, by row: the block's first row among the step's tokens;
+            its number of rows; the absolute position of its first row; the rows of the blocks
+            before it (its place once blocks are packed one after another); its request's row of
+            the block table.
+        requests: The requests, in the table's order.
+        slices: Each request's blocks.
+        num_rows: Rows of all blocks.
+    """
+
+    table: torch.Tensor
+    requests: tuple[PrefillRequest, ...]
+    slices: tuple[slice, ...]
+    num_rows: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Query blocks of the step; every head has as many tiles."""
+        return self.table.shape[1]
+
+    @property
+    def block_q(self) -> int:
+        """Rows of a whole query block."""
+        return self.requests[0].geometry.block_q
+
+    @property
+    def block_k(self) -> int:
+        """Keys of a whole key block."""
+        return self.requests[0].geometry.block_k
+
+    @property
+    def max_k_blocks(self) -> int:
+        """Key blocks of the longest context."""
+        return max(request.geometry.num_k_blocks for request in self.requests)
+
+    @property
+    def num_visible(self) -> int:
+        """Block products of dense causal attention for one head (of QK^T, and again of PV)."""
+        return sum(request.geometry.num_visible for request in self.requests)
+
+
+def cut_query_blocks(requests: Sequence[PrefillRequest], device: torch.device) -> QueryBlocks:
+    """Lists the query blocks of a step's long prefills.
+
+    Args:
+        requests: At least one; all with the same block sizes.
+        device: Where kernels will read the table.
+
+    Raises:
+        ValueError: There is no request, or block sizes differ.
+    """
+    sizes = {(request.geometry.block_q, request.geometry.block_k) for request in requests}
+    if len(sizes) != 1:
+        raise ValueError(f"requests with one pair of block sizes expected, got {sizes}")
+    ordered = tuple(sorted(requests, key=lambda request: -request.geometry.kv_len))
+    parts, slices, start = [], [], 0
+    for request in ordered:
+        geometry = request.geometry
+        first_rows, counts = geometry.row_starts[:-1], geometry.row_starts.diff()
+        part = torch.zeros(5, geometry.num_q_blocks, dtype=torch.int64)
+        part[0] = first_rows + request.first_row
+        part[1] = counts
+        part[2] = geometry.first_positions
+        part[4] = request.table_row
+        parts.append(part.flip(1))
+        slices.append(slice(start, start + geometry.num_q_blocks))
+        start += geometry.num_q_blocks
+    table = torch.cat(parts, dim=1)
+    table[3] = table[1].cumsum(0) - table[1]
+    host = table.to(torch.int32)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    num_rows = sum(request.geometry.q_len for request in ordered)
+    return QueryBlocks(host.to(device, non_blocking=True), ordered, tuple(slices), num_rows)

@@ -1,0 +1,117 @@
+"""Regrouping a step's queries into tiles and their results back.
+
+A dense kernel that runs tiles wants each head's query blocks one after another: ``packed`` holds
+``[num_heads * num_rows, 1, head_dim]``, head by head, and within a head in the order of
+``QueryBlocks``. Selection reads the same rows, so they are pooled on the way.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_afbs.kernels.query_blocks import QueryBlocks
+from vllm_afbs.kernels.selection import BlockStats
+from vllm_afbs.kernels.triton_geometry import load_query_block
+from vllm_afbs.kernels.triton_pooling import pool_rows
+
+
+def pack_queries(query: torch.Tensor, blocks: QueryBlocks) -> tuple[torch.Tensor, BlockStats]:
+    """Regroups a step's queries and pools them, reading them once.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_dim]``, rows and heads of any stride.
+        blocks: The step's query blocks.
+
+    Returns:
+        The packed queries, and the statistics of ``blocks.num_blocks`` blocks per head.
+    """
+    _, num_heads, head_dim = query.shape
+    packed = query.new_empty(num_heads * blocks.num_rows, 1, head_dim)
+    return packed, _pool(query, packed, blocks)
+
+
+def pool_queries_in_place(query: torch.Tensor, blocks: QueryBlocks) -> BlockStats:
+    """Pools a step's queries without regrouping them; see ``pack_queries``."""
+    return _pool(query, None, blocks)
+
+
+def _pool(query: torch.Tensor, packed: torch.Tensor | None, blocks: QueryBlocks) -> BlockStats:
+    _, num_heads, head_dim = query.shape
+    mean = query.new_empty(num_heads, blocks.num_blocks, head_dim, dtype=torch.float32)
+    similarity = query.new_empty(num_heads, blocks.num_blocks, dtype=torch.float32)
+    _pool_block[(blocks.num_blocks, num_heads)](
+        query, packed, mean, similarity, blocks.table,
+        blocks.num_blocks, blocks.num_rows, query.stride(0), query.stride(1),
+        **_block_shape(head_dim, blocks),
+    )  # fmt: skip
+    return BlockStats(mean, similarity)
+
+
+def unpack_output(packed: torch.Tensor, output: torch.Tensor, blocks: QueryBlocks) -> None:
+    """Puts packed results back where their queries came from.
+
+    Args:
+        packed: ``[num_heads * num_rows, 1, head_dim]``.
+        output: ``[num_tokens, num_heads, head_dim]``; the blocks' rows are written.
+        blocks: The step's query blocks.
+    """
+    _, num_heads, head_dim = output.shape
+    _unpack_block[(blocks.num_blocks, num_heads)](
+        packed, output, blocks.table,
+        blocks.num_blocks, blocks.num_rows, output.stride(0), output.stride(1),
+        **_block_shape(head_dim, blocks),
+    )  # fmt: skip
+
+
+def _block_shape(head_dim: int, blocks: QueryBlocks) -> dict[str, int]:
+    return {
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": triton.next_power_of_2(head_dim),
+        "BLOCK": triton.next_power_of_2(blocks.block_q),
+        "num_warps": 8,
+    }
+
+
+@triton.jit
+def _places(
+    table, num_blocks, num_rows, stride_token, stride_head,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where a block of a head lies: in the step, packed, which of it exists, and its rows."""
+    index = tl.program_id(0)
+    head = tl.program_id(1)
+    first_row, count, _, place, _ = load_query_block(table, num_blocks, index)
+    row = tl.arange(0, BLOCK)
+    columns = tl.arange(0, PADDED_DIM)
+    token = (first_row + row).to(tl.int64)
+    at = token[:, None] * stride_token + head * stride_head + columns[None, :]
+    packed_row = head.to(tl.int64) * num_rows + place + row
+    packed_at = packed_row[:, None] * HEAD_DIM + columns[None, :]
+    mask = (row < count)[:, None] & (columns < HEAD_DIM)[None, :]
+    return at, packed_at, mask, count
+
+
+@triton.jit
+def _pool_block(
+    query, packed, mean, similarity, table, num_blocks, num_rows, stride_token, stride_head,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at, packed_at, mask, count = _places(
+        table, num_blocks, num_rows, stride_token, stride_head, HEAD_DIM, PADDED_DIM, BLOCK
+    )
+    rows = tl.load(query + at, mask=mask, other=0.0)
+    if packed is not None:
+        tl.store(packed + packed_at, rows, mask=mask)
+    out = tl.program_id(1) * num_blocks + tl.program_id(0)
+    pool_rows(rows, count, mean, similarity, out, HEAD_DIM, PADDED_DIM)
+
+
+@triton.jit
+def _unpack_block(
+    packed, output, table, num_blocks, num_rows, stride_token, stride_head,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at, packed_at, mask, _ = _places(
+        table, num_blocks, num_rows, stride_token, stride_head, HEAD_DIM, PADDED_DIM, BLOCK
+    )
+    tl.store(output + at, tl.load(packed + packed_at, mask=mask, other=0.0), mask=mask)

@@ -1,0 +1,75 @@
+"""A step of several requests over one paged cache."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tests.interpreted import paged
+from tests.problems import Problem, make_problem
+from vllm_afbs.kernels.query_blocks import PrefillRequest, QueryBlocks, cut_query_blocks
+
+GAP = 5
+"""Rows of other requests before each one."""
+
+
+@dataclass
+class Batch:
+    """The step's tensors; ``problems`` hold each request's own, in the step's order."""
+
+    problems: list[Problem]
+    blocks: QueryBlocks
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_table: torch.Tensor
+
+    def in_step_order(self, per_request: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Each request's ``[num_heads, num_q_blocks, ...]``, as the kernels go through them."""
+        return [per_request[r.table_row - 1].flip(1) for r in self.blocks.requests]
+
+
+def make_batch(
+    lengths: list[tuple[int, int]],
+    block: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    heads_outside: bool = False,
+) -> Batch:
+    """Draws requests of these ``(q_len, kv_len)``, their pages mixed and their rows apart.
+
+    Args:
+        lengths: Of the requests.
+        block: Rows of a query block and keys of a key block.
+        page_size: Keys of a page.
+        head_dim: Size of a head.
+        dtype: Of queries and cache.
+        device: Where the tensors lie.
+        heads_outside: Whether a page holds head by head (HND) rather than token by token (NHD).
+    """
+    problems = [
+        make_problem(q_len, kv_len, block, block, 2, 3, head_dim, page_size, seed=seed)
+        for seed, (q_len, kv_len) in enumerate(lengths)
+    ]
+    queries, requests, key_pages, value_pages, rows, first_page = [], [], [], [], 0, 0
+    # Row 0 of the block table is another request's.
+    block_table = torch.zeros(len(lengths) + 1, 160, dtype=torch.int32)
+    for index, problem in enumerate(problems):
+        problem.query, problem.key, problem.value = (
+            part.to(dtype) for part in (problem.query, problem.key, problem.value)
+        )
+        queries += [torch.full((GAP, *problem.query.shape[1:]), torch.nan).to(dtype)]
+        queries += [problem.query]
+        requests.append(PrefillRequest(rows + GAP, index + 1, problem.geometry))
+        rows += GAP + len(problem.query)
+        key_pages.append(paged(problem.key, problem.pages, page_size))
+        value_pages.append(paged(problem.value, problem.pages, page_size))
+        block_table[index + 1, : len(problem.pages)] = problem.pages + first_page
+        first_page += len(key_pages[-1])
+    caches = [torch.cat(pages).to(device) for pages in (key_pages, value_pages)]
+    if heads_outside:
+        caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
+    blocks = cut_query_blocks(requests, torch.device(device))
+    query = torch.cat(queries).to(device)
+    return Batch(problems, blocks, query, caches[0], caches[1], block_table.to(device))

@@ -1,0 +1,235 @@
+"""The attention backend on CUDA: long prefills run sparse, all else in vLLM's FlashAttention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_afbs import compat, metrics, serving
+from vllm_afbs.cuda.dispatch import Way, fastest_way
+from vllm_afbs.cuda.meter import DeviceMeter, LayerWork, mark
+from vllm_afbs.cuda.sparse import Layer, SparsePrefill, StepInputs, TilePrefill, TritonPrefill
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
+from vllm_afbs.profile import Profile
+from vllm_afbs.serving import LayerPlan
+from vllm_afbs.steps import Step, restrict, sort_requests
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PAGE_SIZE = 128
+"""With pages as long as FlashAttention 3's key tiles, the copy engine fetches them whole."""
+
+
+class AfbsCUDABackend(FlashAttentionBackend):
+    """FlashAttention with sparse prefill; cache layout, decode and CUDA graphs are the parent's."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name behind ``--attention-backend``."""
+        return compat.BACKEND_NAME
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """The page size where the user names none."""
+        return int(super().get_preferred_block_size(max(default_block_size, PAGE_SIZE)))
+
+    @staticmethod
+    def get_impl_cls() -> type["AfbsCUDAImpl"]:
+        """The layer's implementation."""
+        return AfbsCUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["AfbsCUDAMetadataBuilder"]:
+        """The step's metadata builder."""
+        return AfbsCUDAMetadataBuilder
+
+
+@dataclass
+class AfbsCUDAMetadata(FlashAttentionMetadata):
+    """The parent's metadata of a step that has long prefills, and what these need.
+
+    Attributes:
+        blocks: The long prefills' query blocks.
+        others: Metadata of the other requests alone; None if there are none.
+        other_rows: Their rows among the step's tokens.
+    """
+
+    blocks: QueryBlocks | None = None
+    others: FlashAttentionMetadata | None = None
+    other_rows: torch.Tensor | None = None
+
+
+class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
+    """Builds the parent's metadata and tells each layer what its profile says."""
+
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: "VllmConfig",
+        device: torch.device,
+    ) -> None:
+        """Reads the admitted profile and hands each layer its plan."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.profile = serving.admitted_profile(vllm_config)
+        metrics.report_profile(self.profile)
+        plans = list(serving.plan_layers(vllm_config, layer_names, kv_cache_spec.block_size))
+        self._plans = [plan for _, plan in plans]
+        meter = DeviceMeter(len(plans), device)
+        for slot, (impl, plan) in enumerate(plans):
+            impl.configure(plan, slot, meter, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> FlashAttentionMetadata:
+        """Builds a step's metadata; see the parent.
+
+        A step without long prefills gets the parent's own metadata, and its layers the parent's
+        own work.
+        """
+        whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if common_attn_metadata.max_query_len == 1:
+            return whole
+        step = sort_requests(
+            common_attn_metadata.query_start_loc_cpu,
+            compat.host_seq_lens(common_attn_metadata),
+            self.profile,
+            plain_causal=compat.is_plain_causal(whole),
+        )
+        self._count_fallbacks(step)
+        if not step.long_prefills:
+            return whole
+        metadata = AfbsCUDAMetadata(
+            **{item.name: getattr(whole, item.name) for item in fields(whole)},
+            blocks=cut_query_blocks(step.long_prefills, self.device),
+        )
+        if compat.has_rows(common_attn_metadata, step.others):
+            metadata.other_rows, common = restrict(common_attn_metadata, step.others)
+            metadata.others = super().build(0, common, fast_build=True)
+        return metadata
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> FlashAttentionMetadata:
+        """Builds the parent's metadata: a captured graph replays dense attention only."""
+        return super().build(0, common_attn_metadata)
+
+    def _count_fallbacks(self, step: Step) -> None:
+        """Counts prefills that layers leave to the parent, as each layer would."""
+        num_layers = len(self._plans)
+        metrics.count_fallbacks({why: n * num_layers for why, n in step.dense_reasons.items()})
+        for plan in self._plans:
+            if plan.dense_reason is not None:
+                metrics.count_fallbacks({plan.dense_reason: len(step.long_prefills)})
+
+
+class AfbsCUDAImpl(FlashAttentionImpl):
+    """One layer's attention."""
+
+    _plan: LayerPlan
+    _slot: int
+    _meter: DeviceMeter
+    _ways: dict[Way, SparsePrefill]
+
+    def unsupported_feature(self, page_size: int, profile: Profile | None) -> str | None:
+        """Names what keeps this layer from running sparse whatever its thresholds; or None."""
+        return serving.first_true(
+            serving.common_limits(self, page_size, profile)
+            | {
+                "kv_cache_dtype": self.kv_cache_dtype not in ("auto", "float16", "bfloat16"),
+                "sliding_window": tuple(self.sliding_window) != (-1, -1),
+                "flash_attention_version": self.vllm_flash_attn_version != 3,
+                "context_parallel": self.dcp_world_size > 1,
+            }
+        )
+
+    def configure(
+        self, plan: LayerPlan, slot: int, meter: DeviceMeter, device: torch.device
+    ) -> None:
+        """Takes the layer's plan; the metadata builder calls this before the first step."""
+        self._plan, self._slot, self._meter, self._ways = plan, slot, meter, {}
+        if plan.thresholds is not None:
+            thresholds = HeadThresholds(
+                plan.thresholds.tau.to(device), plan.thresholds.theta.to(device)
+            )
+            layer = Layer(thresholds, self.scale, float(self.logits_soft_cap))
+            self._ways = {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FlashAttentionMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends; shapes and arguments are the parent's."""
+
+        def dense(
+            query: torch.Tensor, metadata: FlashAttentionMetadata, output: torch.Tensor
+        ) -> torch.Tensor:
+            return super(AfbsCUDAImpl, self).forward(
+                layer, query, key, value, kv_cache, metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
+
+        if not isinstance(attn_metadata, AfbsCUDAMetadata):
+            return dense(query, attn_metadata, output)
+        self._attend_long(query, kv_cache, attn_metadata, output, dense)
+        return output
+
+    def _attend_long(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AfbsCUDAMetadata,
+        output: torch.Tensor,
+        dense: Callable[[torch.Tensor, FlashAttentionMetadata, torch.Tensor], torch.Tensor],
+    ) -> None:
+        blocks = metadata.blocks
+        assert blocks is not None  # this metadata is made for steps that have long prefills
+        prefill = self._choose_way(blocks)
+        started, chosen_at = mark(), None
+        if prefill is None:
+            dense(query, metadata, output)
+        else:
+            key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            step = StepInputs(query, key_cache, value_cache, metadata.block_table, blocks)
+            chosen = prefill.choose(step, self._meter.counter(self._slot))
+            chosen_at = mark()
+            prefill.attend(step, chosen, output)
+            if metadata.others is not None:
+                rows = metadata.other_rows
+                others = torch.empty_like(output[rows])
+                dense(query[rows], metadata.others, others)
+                output[rows] = others
+        path = "dense" if prefill is None else "sparse"
+        num_blocks = self.num_heads * blocks.num_visible
+        self._meter.add(
+            LayerWork(self._plan.layer, self._slot, path, num_blocks, started, chosen_at, mark())
+        )
+
+    def _choose_way(self, blocks: QueryBlocks) -> SparsePrefill | None:
+        """The fastest way for what the profile promises; None where the parent is."""
+        if not self._ways:
+            return None
+        kv_len = blocks.requests[0].geometry.kv_len
+        density = 1.0 - self._plan.expected_sparsity(kv_len)
+        return self._ways.get(fastest_way(self.head_size, kv_len, round(density, 2)))
