@@ -5,7 +5,11 @@ key blocks with an online softmax (FlashAttention-2's loop, arXiv 2307.08691). B
 row sees whole come first and need no mask; the diagonal ones come last.
 """
 
+import dataclasses
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -14,6 +18,8 @@ import triton.language as tl
 from vllm_afbs.kernels.query_blocks import QueryBlocks
 from vllm_afbs.kernels.tiles import TileLists
 from vllm_afbs.kernels.triton_geometry import load_query_block
+
+CONFIGS = Path(__file__).with_name("triton_configs.json")
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _L2_BYTES = 32 * 2**20  # of an H100's 50 MB: what stays cached while other traffic passes
@@ -57,18 +63,31 @@ class LaunchConfig:
     num_stages: int
 
 
-def default_config(head_dim: int, block_k: int, whole_blocks: bool = False) -> LaunchConfig:
-    """Chooses what was fastest on an H100; past 128 columns, what fits its shared memory.
+@functools.cache
+def fastest_config(head_dim: int, block_k: int, whole_blocks: bool = False) -> LaunchConfig:
+    """Chooses what was fastest on an H100, by ``triton_configs.json``.
+
+    The file is written by ``python -m vllm_afbs.benchmarks.triton_configs``. A head size that was
+    not measured takes the next larger one's.
 
     Args:
         head_dim: Size of a head.
         block_k: Keys of a key block.
         whole_blocks: Whether a block must be taken at once, as ``lambda_`` demands.
+
+    Raises:
+        ValueError: The head is larger than any that was measured.
     """
-    if head_dim <= 128:
-        return LaunchConfig(block_k if whole_blocks else min(block_k, 128), 8, 3)
-    block_n = block_k if whole_blocks else min(block_k, 64)
-    return LaunchConfig(block_n, 8, 2 if block_n <= 64 else 1)
+    measured = json.loads(CONFIGS.read_text(encoding="utf-8"))
+    sizes = [int(size) for size in measured if int(size) >= head_dim]
+    if not sizes:
+        raise ValueError(f"head_dim up to {max(map(int, measured))} expected, got {head_dim}")
+    config = LaunchConfig(**measured[str(min(sizes))])
+    if not whole_blocks:
+        return dataclasses.replace(config, block_n=min(config.block_n, block_k))
+    # A larger part may not fit the shared memory as often.
+    fits = config.block_n >= block_k
+    return LaunchConfig(block_k, config.num_warps, config.num_stages if fits else 1)
 
 
 def triton_prefill(
@@ -100,7 +119,7 @@ def triton_prefill(
         blocks: The step's query blocks; ``block_q`` and ``block_k`` are powers of two.
         softmax_scale: Factor of the scores.
         features: What else the model asks for.
-        config: How to run; None for ``default_config``.
+        config: How to run; None for ``fastest_config``.
 
     Raises:
         ValueError: ``block_n`` does not divide ``block_k``, or is less and ``lambda_`` is given.
@@ -108,7 +127,7 @@ def triton_prefill(
     num_heads, head_dim = query.shape[1:]
     page_size, num_kv_heads = key_cache.shape[1:3]
     block_k, whole_blocks = blocks.block_k, features.lambda_ is not None
-    config = config or default_config(head_dim, block_k, whole_blocks)
+    config = config or fastest_config(head_dim, block_k, whole_blocks)
     if block_k % config.block_n or (whole_blocks and block_k != config.block_n):
         raise ValueError(
             "block_n must divide block_k, and with lambda_ be equal to it, "

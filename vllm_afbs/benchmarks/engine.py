@@ -4,6 +4,7 @@ python -m vllm_afbs.benchmarks.engine job.json result.json
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 MAX_BATCHED_TOKENS = 16384
+SHORT_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def run_job(job: Job) -> dict[str, Any]:
 
     Returns:
         ``first_token_seconds``: per prompt length, the samples; ``decode_seconds``: per decode,
-        seconds per token; ``answers``: per prompt, ``token_ids`` and the first token's
-        ``logprobs``; ``block_products``: ``computed`` and ``skipped``.
+        seconds per token; ``answers``: per prompt, ``token_ids`` and ``next_token``, the
+        likeliest first tokens' probabilities; ``block_products``: ``computed`` and ``skipped``.
 
     Raises:
         RuntimeError: The engine failed; the message ends with its log.
@@ -107,7 +109,7 @@ class _Engine:
             dtype="bfloat16",
             max_model_len=job.max_model_len,
             max_num_batched_tokens=min(MAX_BATCHED_TOKENS, job.max_model_len),
-            max_num_seqs=max(decode_sizes),
+            max_num_seqs=max(*decode_sizes, len(job.prompts)),
             enable_prefix_caching=False,
             attention_config={"backend": job.backend},
             # Prefills run eagerly, decodes from graphs; nothing waits for a compiler.
@@ -143,9 +145,11 @@ class _Engine:
         samples: dict[str, list[float]] = {}
         for prompt in self._job.prompts:
             self.generate([prompt], 1)
-            samples[str(len(prompt))] = [
-                self.generate([prompt], 1)[0] for _ in range(self._job.rounds)
-            ]
+            # Short ones are cheap, and their differences small.
+            rounds = self._job.rounds * (5 if len(prompt) <= SHORT_TOKENS else 1)
+            samples.setdefault(str(len(prompt)), []).extend(
+                self.generate([prompt], 1)[0] for _ in range(rounds)
+            )
         return samples
 
     def decode_seconds(self) -> dict[str, list[float]]:
@@ -169,10 +173,11 @@ class _Engine:
         if not self._job.num_answer_tokens:
             return []
         answers = []
-        for prompt in self._job.prompts:
-            _, (output,) = self.generate([prompt], self._job.num_answer_tokens, logprobs=20)
-            logprobs = {token: entry.logprob for token, entry in output.logprobs[0].items()}
-            answers.append({"token_ids": list(output.token_ids), "logprobs": logprobs})
+        # At once, so that prefills share steps with other prefills and with decodes.
+        _, outputs = self.generate(self._job.prompts, self._job.num_answer_tokens, logprobs=20)
+        for output in outputs:
+            top = {token: math.exp(entry.logprob) for token, entry in output.logprobs[0].items()}
+            answers.append({"token_ids": list(output.token_ids), "next_token": top})
         return answers
 
 

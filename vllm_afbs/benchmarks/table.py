@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ class Row:
 
 
 def time_in_turns(
-    functions: dict[str, Callable[[], object]], rounds: int
+    functions: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, list[float]]:
     """Times functions one after another, round by round, so that drift hits all alike.
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from vllm.vllm_flash_attn import flash_attn_varlen_func
 
+from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds, TileLists, TileTables
 from vllm_afbs.kernels.query_blocks import QueryBlocks
 from vllm_afbs.kernels.tiles import one_head_view
@@ -96,7 +96,7 @@ class TilePrefill:
         """See ``SparsePrefill``."""
         packed, tables = chosen
         packed_output = torch.empty_like(packed)
-        flash_attn_varlen_func(
+        compat.flash_attention()(
             packed,
             one_head_view(step.key_cache),
             one_head_view(step.value_cache),

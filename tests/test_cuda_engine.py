@@ -1,0 +1,64 @@
+"""The backend in a real engine on a GPU beside FLASH_ATTN, on a small model of random weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_afbs.benchmarks.engine import Decode, Job, run_job
+from vllm_afbs.benchmarks.serving_gpu import LLAMA_8B, uniform_profile
+from vllm_afbs.demo.divergence import total_variation
+from vllm_afbs.kernels import BlockGeometry
+from vllm_afbs.profile import ModelFingerprint, write_atomically
+
+NUM_LAYERS, NUM_HEADS = 2, 8
+PROMPT_LENS = (20000, 300, 9000, 40)
+CHUNKS = ((16384, 16384), (3616, 20000), (9000, 9000))
+"""Query rows and context of the long prompts' prefills when each is alone."""
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    changes = {"num_hidden_layers": NUM_LAYERS, "num_attention_heads": NUM_HEADS}
+    changes |= {"num_key_value_heads": 2, "hidden_size": 1024, "intermediate_size": 2048}
+    changes |= {"vocab_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | changes), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.gpu
+def test_engine_answers_as_flash_attention_does(model_dir: Path) -> None:
+    from transformers import AutoConfig
+
+    fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model_dir))
+    # Calibrated as sparse, so that it runs sparse, but with a tau that keeps nearly every block.
+    nearly_all = uniform_profile(fingerprint, 0.2, 32768)
+    head = nearly_all.layers[0].heads[0].model_copy(update={"tau": 1 - 1e-6})
+    layer = nearly_all.layers[0].model_copy(update={"heads": [head] * NUM_HEADS})
+    nearly_all = nearly_all.model_copy(update={"layers": [layer] * NUM_LAYERS})
+    path = model_dir / "profile.json"
+    write_atomically(path, nearly_all.to_json())
+    prompts = [[(11 * i + n) % 1000 for i in range(n)] for n in PROMPT_LENS]
+
+    def answers(backend: str, profile: str | None) -> dict[str, Any]:
+        return run_job(
+            Job(
+                backend, backend, str(model_dir), True, 32768, prompts, 1,
+                decodes=[Decode(2, 200, 17)], profile=profile, num_answer_tokens=8,
+            )
+        )  # fmt: skip
+
+    stock, dense, sparse = (
+        answers("FLASH_ATTN", None), answers("AFBS", None), answers("AFBS", str(path)),
+    )  # fmt: skip
+    assert stock["block_products"] == dense["block_products"] == {"computed": 0, "skipped": 0}
+    for arm, bound in ((dense, 0.002), (sparse, 0.01)):
+        for mine, theirs in zip(arm["answers"], stock["answers"], strict=True):
+            assert total_variation(mine["next_token"], theirs["next_token"]) < bound
+    # Each long prompt is prefilled twice alone (once to warm up) before the products are read.
+    visible = sum(BlockGeometry(q, kv, 128, 128).num_visible for q, kv in CHUNKS)
+    products = sparse["block_products"]
+    total = products["computed"] + products["skipped"]
+    assert total == 2 * NUM_LAYERS * NUM_HEADS * visible * 2
+    assert products["computed"] > 0.99 * total

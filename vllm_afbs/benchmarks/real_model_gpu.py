@@ -1,0 +1,82 @@
+"""A real model with its tuned profile in vLLM on an NVIDIA GPU, beside FLASH_ATTN.
+
+    python -m vllm_afbs.benchmarks.real_model_gpu --profile profile.json --output results.csv
+
+Times to first token, and how far the answers moved: the next-token distribution after the prompt
+and the greedy continuation, both against FLASH_ATTN's. The difference between FLASH_ATTN and afbs
+without a profile is what rounding alone does.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vllm_afbs.benchmarks.engine import Decode, Job, run_job
+from vllm_afbs.benchmarks.serving_gpu import rows_of
+from vllm_afbs.benchmarks.table import Row, make_row, report_rows
+from vllm_afbs.demo import divergence
+from vllm_afbs.demo.assets import prepare
+
+NUM_ANSWER_TOKENS = 64
+PROMPT_TOKENS = 7936
+
+
+def prompts(model_dir: Path, text_file: Path, count: int) -> list[list[int]]:
+    """Consecutive stretches of a text, as token ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    token_ids = tokenizer(text_file.read_text(encoding="utf-8"), verbose=False).input_ids
+    return [token_ids[i * PROMPT_TOKENS :][:PROMPT_TOKENS] for i in range(count)]
+
+
+def answer_rows(name: str, stock: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[Row]:
+    """How far an engine's answers lie from the stock engine's, over the prompts."""
+    pairs = list(zip(stock, own, strict=True))
+    tops = [(a["next_token"], b["next_token"]) for a, b in pairs]
+    kl = [divergence.kl_divergence(*each) for each in tops]
+    variation = [divergence.total_variation(*each) for each in tops]
+    rows = [
+        make_row(f"{name}: next token, KL to FLASH_ATTN", "all", kl, "nats"),
+        make_row(f"{name}: next token, total variation", "all", variation, "probability"),
+    ]
+    agreed = [divergence.agreement_length(a["token_ids"], b["token_ids"]) for a, b in pairs]
+    what = f"{name}: greedy tokens agreed, of {NUM_ANSWER_TOKENS}"
+    return [*rows, make_row(what, "all", agreed, "tokens")]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="by default the demo's SmolLM2-135M")
+    parser.add_argument("--text", type=Path, help="text of the prompts; by default the demo's")
+    parser.add_argument("--num-prompts", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    args = parser.parse_args()
+    model, text = args.model, args.text
+    if model is None or text is None:
+        assets = prepare()
+        model, text = model or assets.model_dir, text or assets.prompt_file
+    chosen = prompts(model, text, args.num_prompts)
+    results: dict[str, dict[str, Any]] = {}
+    for name, backend, profile in (
+        ("FLASH_ATTN", "FLASH_ATTN", None),
+        ("afbs, no profile", "AFBS", None),
+        ("afbs, tuned", "AFBS", str(args.profile.absolute())),
+    ):
+        job = Job(
+            name, backend, str(model), False, 8192, chosen, args.rounds,
+            decodes=[Decode(1, 2048)], profile=profile, num_answer_tokens=NUM_ANSWER_TOKENS,
+        )  # fmt: skip
+        results[name] = run_job(job)
+    rows = rows_of(results)
+    stock = results["FLASH_ATTN"]["answers"]
+    for name, result in list(results.items())[1:]:
+        rows += answer_rows(name, stock, result["answers"])
+    report_rows(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()
