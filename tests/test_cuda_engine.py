@@ -49,13 +49,10 @@ def test_engine_answers_as_flash_attention_does(model_dir: Path) -> None:
             )
         )  # fmt: skip
 
-    stock, dense, sparse = (
-        answers("FLASH_ATTN", None), answers("AFBS", None), answers("AFBS", str(path)),
-    )  # fmt: skip
-    assert stock["block_products"] == dense["block_products"] == {"computed": 0, "skipped": 0}
-    for arm, bound in ((dense, 0.002), (sparse, 0.01)):
-        for mine, theirs in zip(arm["answers"], stock["answers"], strict=True):
-            assert total_variation(mine["next_token"], theirs["next_token"]) < bound
+    stock, sparse = answers("FLASH_ATTN", None), answers("AFBS", str(path))
+    assert stock["block_products"] == {"computed": 0, "skipped": 0}
+    for mine, theirs in zip(sparse["answers"], stock["answers"], strict=True):
+        assert total_variation(mine["next_token"], theirs["next_token"]) < 0.01
     # Each long prompt is prefilled twice alone (once to warm up) before the products are read.
     visible = sum(BlockGeometry(q, kv, 128, 128).num_visible for q, kv in CHUNKS)
     products = sparse["block_products"]

@@ -34,6 +34,11 @@ class Decode:
     prompt_len: int
     num_tokens: int = 129
 
+    @property
+    def name(self) -> str:
+        """For the report: batch x prompt length."""
+        return f"{self.batch}x{self.prompt_len}"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -96,13 +101,16 @@ def run_job(job: Job) -> dict[str, Any]:
         return result
 
 
-class _Engine:
+class Engine:
+    """A job's engine, in this process."""
+
     def __init__(self, job: Job) -> None:
+        """Starts it."""
         from vllm import LLM
 
         self._job = job
         decode_sizes = sorted({each.batch for each in job.decodes}) or [1]
-        self._llm = LLM(
+        self.llm = LLM(
             model=job.model,
             load_format="dummy" if job.random_weights else "auto",
             skip_tokenizer_init=True,
@@ -120,11 +128,12 @@ class _Engine:
             },
         )
         if job.random_weights:
-            self._llm.apply_model(_draw_weights)
+            self.llm.apply_model(_draw_weights)
 
     def generate(
         self, prompts: list[list[int]], num_tokens: int, logprobs: int | None = None
     ) -> tuple[float, list[Any]]:
+        """Generates greedily; seconds, and each prompt's output."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -136,12 +145,13 @@ class _Engine:
             logprobs=logprobs,
         )
         start = time.perf_counter()
-        outputs = self._llm.generate(
+        outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False
         )
         return time.perf_counter() - start, [output.outputs[0] for output in outputs]
 
     def first_token_seconds(self) -> dict[str, list[float]]:
+        """Times each prompt's first token, by prompt length."""
         samples: dict[str, list[float]] = {}
         for prompt in self._job.prompts:
             self.generate([prompt], 1)
@@ -153,23 +163,26 @@ class _Engine:
         return samples
 
     def decode_seconds(self) -> dict[str, list[float]]:
+        """Times a token of each batch, by its shape."""
         samples: dict[str, list[float]] = {}
         for decode in self._job.decodes:
-            # Every prompt differs, or they would share their way through the cache.
-            prompts = [
-                [(7 * row + 3 * column) % 997 for column in range(decode.prompt_len)]
-                for row in range(decode.batch)
-            ]
-            name = f"{decode.batch}x{decode.prompt_len}"
-            self.generate(prompts, decode.num_tokens)
-            samples[name] = []
-            for _ in range(self._job.rounds):
-                first, _ = self.generate(prompts, 1)
-                whole, _ = self.generate(prompts, decode.num_tokens)
-                samples[name].append((whole - first) / (decode.num_tokens - 1))
+            self.time_decode(decode)
+            samples[decode.name] = [self.time_decode(decode) for _ in range(self._job.rounds)]
         return samples
 
+    def time_decode(self, decode: Decode) -> float:
+        """Seconds of a token after the first."""
+        # Every prompt differs, or they would share their way through the cache.
+        prompts = [
+            [(7 * row + 3 * column) % 997 for column in range(decode.prompt_len)]
+            for row in range(decode.batch)
+        ]
+        first, _ = self.generate(prompts, 1)
+        whole, _ = self.generate(prompts, decode.num_tokens)
+        return (whole - first) / (decode.num_tokens - 1)
+
     def answers(self) -> list[dict[str, Any]]:
+        """Each prompt's greedy tokens, and the likeliest first tokens' probabilities."""
         if not self._job.num_answer_tokens:
             return []
         answers = []
@@ -211,7 +224,7 @@ def main() -> None:
     values = json.loads(job_file.read_text(encoding="utf-8"))
     values["decodes"] = [Decode(**each) for each in values["decodes"]]
     job = Job(**values)
-    engine = _Engine(job)
+    engine = Engine(job)
     result = {
         "first_token_seconds": engine.first_token_seconds(),
         "block_products": _block_products(),
