@@ -47,8 +47,10 @@ def time_both(
     stock: list[float] = []
     own: list[float] = []
     call()
+    turns = [(stock, 2), (own, 1)]
     for _ in range(rounds):
-        for samples, place in ((stock, 2), (own, 1)):
+        turns.reverse()
+        for samples, place in turns:
             for each in objects:
                 each[0].__class__ = each[place]
             samples.append(call())

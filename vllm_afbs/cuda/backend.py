@@ -1,5 +1,6 @@
 """The attention backend on CUDA: long prefills run sparse, all else in vLLM's FlashAttention."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -129,11 +130,13 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def _count_fallbacks(self, step: Step) -> None:
         """Counts prefills that layers leave to the parent, as each layer would."""
-        num_layers = len(self._plans)
-        metrics.count_fallbacks({why: n * num_layers for why, n in step.dense_reasons.items()})
-        for plan in self._plans:
-            if plan.dense_reason is not None:
-                metrics.count_fallbacks({plan.dense_reason: len(step.long_prefills)})
+        num_layers, num_long = len(self._plans), len(step.long_prefills)
+        counts = Counter({why: n * num_layers for why, n in step.dense_reasons.items()})
+        if num_long:
+            for plan in self._plans:
+                if plan.dense_reason is not None:
+                    counts[plan.dense_reason] += num_long
+        metrics.count_fallbacks(counts)
 
 
 class AfbsCUDAImpl(FlashAttentionImpl):
@@ -181,17 +184,21 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attends; shapes and arguments are the parent's."""
+        parent = super().forward
+        if not isinstance(attn_metadata, AfbsCUDAMetadata):
+            return parent(
+                layer, query, key, value, kv_cache, attn_metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
 
         def dense(
             query: torch.Tensor, metadata: FlashAttentionMetadata, output: torch.Tensor
-        ) -> torch.Tensor:
-            return super(AfbsCUDAImpl, self).forward(
+        ) -> None:
+            parent(
                 layer, query, key, value, kv_cache, metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
 
-        if not isinstance(attn_metadata, AfbsCUDAMetadata):
-            return dense(query, attn_metadata, output)
         self._attend_long(query, kv_cache, attn_metadata, output, dense)
         return output
 
@@ -201,13 +208,15 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         kv_cache: torch.Tensor,
         metadata: AfbsCUDAMetadata,
         output: torch.Tensor,
-        dense: Callable[[torch.Tensor, FlashAttentionMetadata, torch.Tensor], torch.Tensor],
+        dense: Callable[[torch.Tensor, FlashAttentionMetadata, torch.Tensor], None],
     ) -> None:
         blocks = metadata.blocks
         assert blocks is not None  # this metadata is made for steps that have long prefills
         prefill = self._choose_way(blocks)
         started, chosen_at = mark(), None
         if prefill is None:
+            if self._ways:
+                metrics.count_fallbacks({"low_sparsity": len(blocks.requests)})
             dense(query, metadata, output)
         else:
             key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
