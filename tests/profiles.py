@@ -2,14 +2,8 @@
 
 from typing import Any
 
-from vllm_afbs.profile import (
-    HeadProfile,
-    LayerProfile,
-    Measurement,
-    ModelFingerprint,
-    Profile,
-    TunerRun,
-)
+from vllm_afbs.benchmarks import profiles
+from vllm_afbs.profile import ModelFingerprint, Profile
 
 SMALL_MODEL = ModelFingerprint(
     architecture="LlamaForCausalLM",
@@ -22,35 +16,8 @@ SMALL_MODEL = ModelFingerprint(
 
 
 def uniform_profile(
-    model: ModelFingerprint = SMALL_MODEL,
-    tau: float = 0.9,
-    theta: float = -1.0,
-    sparsity: float = 0.5,
-    **fields: Any,
+    model: ModelFingerprint = SMALL_MODEL, tau: float = 0.9, sparsity: float = 0.5, **fields: Any
 ) -> Profile:
-    """One setting for every head, claimed to have been measured at this sparsity."""
-    head = HeadProfile(
-        tau=tau,
-        theta=theta,
-        calibration=[Measurement(length=8192, error=0.05, sparsity=sparsity)],
-    )
-    values: dict[str, Any] = {
-        "model_name": "test",
-        "model": model,
-        "block_q": 128,
-        "block_k": 128,
-        "min_seq_len": 1024,
-        "max_seq_len": 8192,
-        "layers": [LayerProfile(heads=[head] * model.num_heads)] * model.num_layers,
-        "tuner": TunerRun(
-            version="test",
-            created_at="2026-01-01T00:00:00Z",
-            seed=0,
-            tolerance=0.05,
-            lengths=[8192],
-            evaluations=0,
-            cost=0.0,
-            wall_seconds=0.0,
-        ),
-    }
-    return Profile(**(values | fields))
+    """One setting for every head of a small model, for contexts from 1024 to 8192."""
+    values = {"min_seq_len": 1024} | fields
+    return profiles.uniform_profile(model, tau, sparsity, [8192], **values)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vllm_afbs.benchmarks.engine import Decode, Job, run_job
-from vllm_afbs.benchmarks.serving_gpu import LLAMA_8B, uniform_profile
+from vllm_afbs.benchmarks.profiles import uniform_profile
+from vllm_afbs.benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.demo.divergence import total_variation
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.profile import ModelFingerprint, write_atomically
@@ -33,10 +34,7 @@ def test_engine_answers_as_flash_attention_does(model_dir: Path) -> None:
 
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model_dir))
     # Calibrated as sparse, so that it runs sparse, but with a tau that keeps nearly every block.
-    nearly_all = uniform_profile(fingerprint, 0.2, 32768)
-    head = nearly_all.layers[0].heads[0].model_copy(update={"tau": 1 - 1e-6})
-    layer = nearly_all.layers[0].model_copy(update={"heads": [head] * NUM_HEADS})
-    nearly_all = nearly_all.model_copy(update={"layers": [layer] * NUM_LAYERS})
+    nearly_all = uniform_profile(fingerprint, 1 - 1e-6, 0.8, [8192, 32768])
     path = model_dir / "profile.json"
     write_atomically(path, nearly_all.to_json())
     prompts = [[(11 * i + n) % 1000 for i in range(n)] for n in PROMPT_LENS]

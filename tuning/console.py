@@ -54,8 +54,8 @@ class ProgressBar:
             self._bars.advance(self._task, units)
 
 
-def print_summary(profile: Profile, output: Path) -> None:
-    """Prints one row per layer and the totals.
+def print_summary(profile: Profile, output: Path, report: Path) -> None:
+    """Prints one row per layer, the totals and where the results lie.
 
     Errors and sparsities are means over the layer's heads, dense ones (0) included.
     """
@@ -77,7 +77,9 @@ def print_summary(profile: Profile, output: Path) -> None:
         highlight=False,
     )
     console.print(
-        f"{output}: profile {profile.profile_id} written", highlight=False, soft_wrap=True
+        f"{output}: profile {profile.profile_id} written; {report}: what it found",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -16,6 +16,8 @@ from vllm_afbs.tuning.model import InputError
 
 Record = dict[str, Any]
 
+FILE_NAME = "journal.jsonl"
+
 
 class Journal:
     """An open journal.
@@ -91,6 +93,16 @@ class Journal:
                     f"{self._path}: line {number}: a JSON step expected; remove the file"
                 )
             yield record
+
+
+def read_steps(path: Path) -> list[Record]:
+    """The steps of a finished job's journal, in the order they were done.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    _, *lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _difference(recorded: Record, wanted: Record) -> str | None:

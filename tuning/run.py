@@ -10,7 +10,7 @@ from typing import Protocol
 
 from vllm_afbs.profile import LayerProfile, Profile, TextSource, TunerRun
 from vllm_afbs.tuning.capture import WINDOWS, capture, cut_windows
-from vllm_afbs.tuning.journal import Journal
+from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.search import EXPLORE_Q_BLOCKS, REFINE_Q_BLOCKS, LayerSearch
@@ -72,7 +72,7 @@ def tune(
     windows = cut_windows(model, text.content, text.name, settings.lengths[-1])
     work.mkdir(exist_ok=True)
     journal = Journal(
-        work / "journal.jsonl",
+        work / FILE_NAME,
         {"model": model.digest(), "text": text.sha256, **asdict(settings)},
     )
     num_layers = model.fingerprint.num_layers

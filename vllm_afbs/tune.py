@@ -52,7 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help="a Hugging Face checkpoint: directory or hub id"
     )
-    parser.add_argument("--output", required=True, type=Path, help="the profile to write (JSON)")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="the profile to write (JSON), with a report of the same name ending in .html",
+    )
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -120,7 +125,10 @@ def _run(options: argparse.Namespace) -> int:
         settings = _settings(options, model)
         profile = _tune(model, text, settings, work)
         from vllm_afbs.profile import write_atomically
+        from vllm_afbs.tuning.journal import FILE_NAME, read_steps
+        from vllm_afbs.tuning.report import write_report
 
+        write_report(profile, read_steps(work / FILE_NAME), _report_file(options.output))
         write_atomically(options.output, profile.to_json())
     except InputError as error:
         return _refuse(str(error))
@@ -130,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
     shutil.rmtree(work)
     from vllm_afbs.tuning.console import print_summary
 
-    print_summary(profile, options.output)
+    print_summary(profile, options.output, _report_file(options.output))
     return 0
 
 
@@ -177,7 +185,13 @@ def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSetti
     )
 
 
+def _report_file(output: Path) -> Path:
+    return output.with_suffix(".html")
+
+
 def _unusable_output(output: Path) -> str | None:
+    if output == _report_file(output):
+        return f"{output}: another ending than .html expected, which is the report's"
     if output.is_dir():
         return f"{output}: a file expected for --output, this is a directory"
     try:

@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_afbs.benchmarks.engine import Decode, Job, run_job
+from vllm_afbs.benchmarks.profiles import uniform_profile
 from vllm_afbs.benchmarks.table import Row, make_row, ratio_row, report_rows
-from vllm_afbs.profile import (
-    HeadProfile,
-    LayerProfile,
-    Measurement,
-    ModelFingerprint,
-    Profile,
-    TunerRun,
-    write_atomically,
-)
+from vllm_afbs.profile import ModelFingerprint, write_atomically
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -49,36 +42,6 @@ SPARSE_FROM = 8192
 DECODES = (Decode(1, 4096), Decode(8, 4096))
 
 
-def uniform_profile(fingerprint: ModelFingerprint, tau: float, max_seq_len: int) -> Profile:
-    """One tau for every head, calibrated as heads without structure would be."""
-    lengths = sorted({SPARSE_FROM, max_seq_len})
-    head = HeadProfile(
-        tau=tau,
-        theta=-1.0,
-        calibration=[Measurement(length=each, error=0.0, sparsity=1 - tau) for each in lengths],
-    )
-    run = TunerRun(
-        version="none: random weights",
-        created_at="1970-01-01T00:00:00Z",
-        seed=0,
-        tolerance=1.0,
-        lengths=lengths,
-        evaluations=0,
-        cost=0.0,
-        wall_seconds=0.0,
-    )
-    return Profile(
-        model_name="random weights",
-        model=fingerprint,
-        block_q=128,
-        block_k=128,
-        min_seq_len=SPARSE_FROM,
-        max_seq_len=max_seq_len,
-        layers=[LayerProfile(heads=[head] * fingerprint.num_heads)] * fingerprint.num_layers,
-        tuner=run,
-    )
-
-
 def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> list[Job]:
     """The engines to compare; the first is the baseline."""
     from transformers import AutoConfig
@@ -101,7 +64,9 @@ def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> lis
     engines = [job("FLASH_ATTN", "FLASH_ATTN", everything, decodes=list(DECODES))]
     for density in densities:
         path = folder / f"tau{density}.json"
-        write_atomically(path, uniform_profile(fingerprint, density, longest).to_json())
+        lengths = sorted({SPARSE_FROM, longest})
+        profile = uniform_profile(fingerprint, density, 1 - density, lengths)
+        write_atomically(path, profile.to_json())
         name = f"afbs tau={density}"
         engines.append(
             job(name, "AFBS", everything, decodes=list(DECODES), profile=str(path))

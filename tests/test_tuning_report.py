@@ -1,0 +1,77 @@
+"""The tuner's HTML report: what it says, and that a real browser draws it without complaint."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.profiles import uniform_profile
+from vllm_afbs.profile import Measurement
+from vllm_afbs.tuning.report import write_report
+
+CHROMIUM = shutil.which("chromium")
+
+
+def steps() -> list[dict[str, Any]]:
+    common = {"evaluations": 8, "cost": 2.0, "seconds": 0.5}
+    return [
+        {"step": "capture", "capture_seconds": 1.0, "seconds": 1.0},
+        *(
+            {"step": f"layer {layer} {name}", "length": length, "sparsity": [share] * 4, **common}
+            for layer in range(2)
+            for name, length, share in (
+                ("trial 0", 2048, 0.3), ("trial 1", 8192, 0.4), ("refine", 8192, 0.5)
+            )
+        ),
+        {"step": "layer 0 validate", "heads": [], **common},
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    profile = uniform_profile(model_name="<b>model</b>")
+    heads = list(profile.layers[1].heads)
+    measured = Measurement(length=8192, error=0.0575, sparsity=0.625)
+    heads[2] = heads[2].model_copy(update={"validation": measured})
+    layers = [profile.layers[0], profile.layers[1].model_copy(update={"heads": heads})]
+    path = tmp_path / "profile.html"
+    write_report(profile.model_copy(update={"layers": layers}), steps(), path)
+    return path
+
+
+def test_report_names_the_worst_heads_and_the_provenance(report: Path) -> None:
+    text = re.sub(r"<script.*?</script>", "", report.read_text(encoding="utf-8"), flags=re.S)
+    assert "<td>layer 1, head 2</td>" in text
+    assert ">0.0575<" in text
+    assert ">1.15<" in text  # over the tolerance of 0.05
+    assert "&lt;b&gt;model&lt;/b&gt;" in text
+    assert "<b>model" not in text
+    assert not re.findall(r"(?:src|href)=[\"']?http", text)
+
+
+def test_report_without_a_journal_has_no_convergence(tmp_path: Path) -> None:
+    write_report(uniform_profile(), [], tmp_path / "r.html")
+    assert "Convergence" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package chromium)")
+def test_a_browser_draws_every_figure_without_an_error(report: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'browser'}", "--enable-logging=stderr",
+            "--virtual-time-budget=20000", "--dump-dom", report.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not complaints
+    figures = re.findall(r'id="figure-\d+"', done.stdout)
+    assert len(figures) == 7
+    # Plotly draws each figure into such elements once it has run.
+    drawn = re.findall(r'id="figure-\d+"[^>]*class="[^"]*js-plotly-plot', done.stdout)
+    assert len(drawn) == 7

@@ -1,0 +1,251 @@
+"""The report beside a profile: one HTML file that needs nothing else, for a person to look at."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from vllm_afbs.profile import HeadProfile, Profile, write_atomically
+
+_STEP = re.compile(r"layer (?P<layer>\d+) (?P<stage>[a-z]+)")
+_TEMPLATE = "report.html.j2"
+_WORST = 10
+Matrix = list[list[float | None]]
+
+
+def write_report(profile: Profile, steps: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes a profile's report.
+
+    Args:
+        profile: The profile.
+        steps: The job's journal, in its order; without it convergence and cost by stage are left
+            out.
+        path: The HTML file; replaced whole.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
+    )
+    page = templates.get_template(_TEMPLATE).render(
+        profile=profile,
+        plotly=get_plotlyjs(),
+        totals=_totals(profile),
+        figures=[
+            {"title": title, "note": note, "html": _html(figure, f"figure-{index}")}
+            for index, (title, note, figure) in enumerate(_figures(profile, steps))
+        ],
+        worst=_worst(profile),
+    )
+    write_atomically(path, page)
+
+
+def _html(figure: go.Figure, identifier: str) -> str:
+    figure.update_layout(template="simple_white", height=460, margin={"t": 20})
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=identifier))
+
+
+def _figures(
+    profile: Profile, steps: Sequence[Mapping[str, Any]]
+) -> Iterable[tuple[str, str, go.Figure]]:
+    longest = profile.max_seq_len
+    yield (
+        "Sparsity by layer and head",
+        f"Share of the block products skipped on held-out text at {longest} tokens.",
+        _heat_map(_matrix(profile, _sparsity), "sparsity", "Viridis", (0.0, 1.0)),
+    )
+    yield (
+        "Error by layer and head",
+        "Relative L1 against dense attention on held-out text, over the tolerance. Dense heads "
+        "have none.",
+        _heat_map(
+            _matrix(profile, lambda head: _error(head) / profile.tuner.tolerance),
+            "error / tolerance", "RdBu_r", (0.0, 2.0),
+        ),
+    )  # fmt: skip
+    yield (
+        "τ by layer and head",
+        "Mass of pooled attention that is kept; 1 is dense.",
+        _heat_map(_matrix(profile, lambda head: head.tau), "tau", "Viridis", (None, 1.0)),
+    )
+    yield (
+        "Error against sparsity",
+        "Each head on held-out text, with the heads that no other beats in both (Pareto front).",
+        _pareto(profile),
+    )
+    yield (
+        "Sparsity by context length",
+        "Mean over heads at every calibrated length, as far as it was measured.",
+        _by_length(profile),
+    )
+    if steps:
+        yield (
+            "Convergence",
+            "Best mean sparsity found so far at the longest length, by evaluations a head, "
+            "mean over layers.",
+            _convergence(profile, steps),
+        )
+        yield (
+            "Cost by stage",
+            "Cost is evaluations weighted by (length / longest)² and the share of rows.",
+            _cost(steps),
+        )
+
+
+def _sparsity(head: HeadProfile) -> float:
+    return head.validation.sparsity if head.validation is not None else 0.0
+
+
+def _error(head: HeadProfile) -> float:
+    return head.validation.error if head.validation is not None else 0.0
+
+
+def _matrix(profile: Profile, value: Any) -> Matrix:
+    return [[value(head) for head in layer.heads] for layer in profile.layers]
+
+
+def _heat_map(
+    values: Matrix, name: str, colours: str, bounds: tuple[float | None, float]
+) -> go.Figure:
+    return go.Figure(
+        go.Heatmap(
+            z=values,
+            colorscale=colours,
+            zmin=bounds[0],
+            zmax=bounds[1],
+            colorbar={"title": name},
+            hovertemplate=f"layer %{{y}}, head %{{x}}<br>{name} %{{z:.3f}}<extra></extra>",
+        )
+    ).update_layout(xaxis_title="head", yaxis_title="layer", yaxis_autorange="reversed")
+
+
+def _validated(profile: Profile) -> list[tuple[str, HeadProfile]]:
+    return [
+        (f"layer {i}, head {j}", head)
+        for i, layer in enumerate(profile.layers)
+        for j, head in enumerate(layer.heads)
+        if head.validation is not None and head.tau < 1.0
+    ]
+
+
+def _pareto(profile: Profile) -> go.Figure:
+    heads = _validated(profile)
+    points = [(_sparsity(head), _error(head)) for _, head in heads]
+    figure = go.Figure(
+        go.Scatter(
+            x=[sparsity for sparsity, _ in points],
+            y=[error for _, error in points],
+            text=[name for name, _ in heads],
+            mode="markers",
+            name="heads",
+        )
+    )
+    front: list[tuple[float, float]] = []
+    for sparsity, error in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not front or error < front[-1][1]:
+            front.append((sparsity, error))
+    figure.add_scatter(
+        x=[sparsity for sparsity, _ in front],
+        y=[error for _, error in front],
+        mode="lines",
+        line_shape="hv",
+        name="Pareto front",
+    )
+    figure.add_hline(profile.tuner.tolerance, line_dash="dot", annotation_text="tolerance")
+    return figure.update_layout(xaxis_title="sparsity", yaxis_title="relative L1 error")
+
+
+def _by_length(profile: Profile) -> go.Figure:
+    samples: dict[int, list[float]] = defaultdict(list)
+    for layer in profile.layers:
+        for head in layer.heads:
+            for measured in head.calibration:
+                samples[measured.length].append(measured.sparsity)
+    lengths = sorted(samples)
+    means = [sum(samples[length]) / len(samples[length]) for length in lengths]
+    figure = go.Figure(go.Bar(x=[str(length) for length in lengths], y=means))
+    return figure.update_layout(
+        xaxis_title="tokens", yaxis_title="mean sparsity", xaxis_type="category"
+    )
+
+
+def _convergence(profile: Profile, steps: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Mean over layers of the best sparsity, as if all layers went in step."""
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for step in steps:
+        if not (match := _STEP.match(step["step"])) or "sparsity" not in step:
+            continue
+        curve = curves[match["layer"]]
+        spent, best = curve[-1] if curve else (0.0, 0.0)
+        spent += step["evaluations"] / profile.model.num_heads
+        at_target = step.get("length", profile.max_seq_len) == profile.max_seq_len
+        reached = sum(step["sparsity"]) / len(step["sparsity"])
+        curve.append((spent, max(best, reached) if at_target else best))
+    count = max((len(curve) for curve in curves.values()), default=0)
+    rows = [
+        [curve[min(index, len(curve) - 1)] for curve in curves.values()] for index in range(count)
+    ]
+    figure = go.Figure(
+        go.Scatter(
+            x=[sum(spent for spent, _ in row) / len(row) for row in rows],
+            y=[sum(best for _, best in row) / len(row) for row in rows],
+            mode="lines+markers",
+        )
+    )
+    return figure.update_layout(xaxis_title="evaluations a head", yaxis_title="mean sparsity")
+
+
+def _cost(steps: Sequence[Mapping[str, Any]]) -> go.Figure:
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for step in steps:
+        if match := _STEP.match(step["step"]):
+            for index, name in enumerate(("evaluations", "cost", "seconds")):
+                totals[match["stage"]][index] += step[name]
+    stages = list(totals)
+    figure = go.Figure()
+    for index, name in enumerate(("evaluations", "cost", "seconds")):
+        whole = sum(each[index] for each in totals.values()) or 1.0
+        values = [totals[stage][index] for stage in stages]
+        figure.add_bar(
+            x=stages,
+            y=[value / whole for value in values],
+            name=name,
+            text=[f"{value:.0f}" for value in values],
+        )
+    return figure.update_layout(xaxis_title="stage", yaxis_title="share", yaxis_tickformat=".0%")
+
+
+def _totals(profile: Profile) -> dict[str, str]:
+    heads = [head for layer in profile.layers for head in layer.heads]
+    sparse = [head for head in heads if head.tau < 1.0]
+    run = profile.tuner
+    return {
+        "Sparse heads": f"{len(sparse)} of {len(heads)}",
+        "Mean sparsity, held out": f"{sum(map(_sparsity, heads)) / len(heads):.3f}",
+        "Mean error, held out": f"{sum(map(_error, heads)) / len(heads):.4f}",
+        "Tolerance": f"{run.tolerance:g}",
+        "Evaluations": f"{run.evaluations} ({run.evaluations / len(heads):.1f} a head)",
+        "Cost": f"{run.cost:.0f} ({run.cost / len(heads):.2f} a head)",
+        "Wall time": f"{run.wall_seconds:.0f} s",
+    }
+
+
+def _worst(profile: Profile) -> list[dict[str, str]]:
+    heads = sorted(_validated(profile), key=lambda named: -_error(named[1]))
+    return [
+        {
+            "head": name,
+            "error": f"{_error(head):.4f}",
+            "over": f"{_error(head) / profile.tuner.tolerance:.2f}",
+            "sparsity": f"{_sparsity(head):.3f}",
+            "tau": f"{head.tau:.4f}",
+            "theta": f"{head.theta:.3f}" if head.theta > -1.0 else "off",
+        }
+        for name, head in heads[:_WORST]
+    ]
