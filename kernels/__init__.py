@@ -1,8 +1,10 @@
 """Block-sparse attention: the specification and its fast implementations.
 
 ``reference`` says what is computed, in plain fp64 loops. ``selection`` chooses key blocks,
-vectorised. ``tiles`` runs the choice on the platform's own dense paged kernel. Nothing here
-imports vLLM.
+vectorised. ``tiles`` runs the choice on the platform's own dense paged kernel. ``query_blocks``
+lists a step's work for a device, where ``triton_packing``, ``triton_pooling`` and
+``triton_selection`` prepare tiles or block lists, and ``triton_prefill`` attends to the latter.
+Nothing here imports vLLM.
 """
 
 from vllm_afbs.kernels.geometry import BlockGeometry
