@@ -99,6 +99,20 @@ def test_a_share_of_the_rows_is_scored_on_those_rows_alone() -> None:
     torch.testing.assert_close(scores.sparsity, sparsity, atol=1e-9, rtol=0)
 
 
+@settings(max_examples=25, deadline=None)
+@given(tau=st.floats(0.05, 1.0), theta=st.floats(-1.0, 0.9), seed=st.integers(0, 1000))
+def test_sparsity_needs_no_attention_and_falls_with_tau(
+    tau: float, theta: float, seed: int
+) -> None:
+    evaluator = LayerEvaluator(random_layer(90, 2, 2, 16, seed), 90, 16, 16, row_share=0.5)
+    thetas = torch.full((4,), theta)
+    thresholds = HeadThresholds(torch.full((4,), tau), thetas)
+    sparsity = evaluator.sparsity(thresholds)
+    assert torch.equal(sparsity, evaluator.score(thresholds).sparsity)
+    most = evaluator.sparsity(HeadThresholds(torch.full((4,), 0.05), thetas))
+    assert (most >= sparsity).all()
+
+
 def test_partials_that_do_not_fit_are_recomputed_to_the_same_scores() -> None:
     layer = random_layer(100, 2, 2, 16, seed=4)
     thresholds = HeadThresholds(torch.full((4,), 0.6), torch.full((4,), 0.3))

@@ -144,17 +144,26 @@ class LayerEvaluator:
         Returns:
             Error and sparsity of each head.
         """
-        keep = select_blocks(
-            self._queries, self._keys, thresholds, self.geometry, self._softmax_scale
-        )
+        keep = self._select(thresholds)
         difference = torch.zeros(self.num_heads, dtype=torch.float64)
         magnitude = torch.zeros(self.num_heads, dtype=torch.float64)
         for i, partial in zip(self.sampled_blocks, self._partials(), strict=True):
             output = partial.attend(keep[:, i, : len(partial.maxima)])
             difference += (output - partial.dense).abs().sum((1, 2), dtype=torch.float64)
             magnitude += partial.dense.abs().sum((1, 2), dtype=torch.float64)
-        computed = keep.sum((1, 2), dtype=torch.float64)
-        return HeadScores(difference / magnitude, 1.0 - computed / self.geometry.num_visible)
+        return HeadScores(difference / magnitude, self._sparsity_of(keep))
+
+    def sparsity(self, thresholds: HeadThresholds) -> torch.Tensor:
+        """The sparsity part of ``score``, which takes the selection alone: nothing is attended."""
+        return self._sparsity_of(self._select(thresholds))
+
+    def _select(self, thresholds: HeadThresholds) -> torch.Tensor:
+        return select_blocks(
+            self._queries, self._keys, thresholds, self.geometry, self._softmax_scale
+        )
+
+    def _sparsity_of(self, keep: torch.Tensor) -> torch.Tensor:
+        return 1.0 - keep.sum((1, 2), dtype=torch.float64) / self.geometry.num_visible
 
     def _partials(self) -> Iterable[_Partials]:
         blocks = sum(int(self.geometry.visible[i].sum()) for i in self.sampled_blocks)
