@@ -1,5 +1,6 @@
 """The search on tau against known curves, and a layer's search against an exhaustive grid."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
-from vllm_afbs.tuning.bracket import TauSearch, depth_of, tau_of
+from vllm_afbs.tuning.bracket import START_SLOPE, TauSearch, depth_of, tau_of
 from vllm_afbs.tuning.capture import WINDOWS, Capture, LayerTensors
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
-from vllm_afbs.tuning.journal import Journal
-from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.explore import HEAD_GAIN, INITIAL_GUARDS, STEPS, Explorer
+from vllm_afbs.tuning.journal import Journal, Record
+from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
 from vllm_afbs.tuning.validation import HELD_OUT_SLACK
 
@@ -43,7 +46,8 @@ def test_tau_search_accepts_only_what_it_measured_within_the_tolerance(
         return HeadScores(error, torch.exp(-depth / 4))
 
     heads = torch.ones(len(scale), dtype=torch.bool)
-    search = TauSearch(TOLERANCE, torch.full((len(scale),), start), heads)
+    slopes = torch.full((len(scale),), START_SLOPE)
+    search = TauSearch(TOLERANCE, torch.full((len(scale),), start), heads, slopes)
     best = search.run(score, max_steps=12)
     for head in range(len(scale)):
         errors = {float(tau[head]): float(error[head]) for tau, error in measured}
@@ -59,13 +63,48 @@ def test_tau_search_accepts_only_what_it_measured_within_the_tolerance(
 
 
 def test_tau_search_leaves_out_heads_it_is_not_asked_for() -> None:
-    search = TauSearch(TOLERANCE, torch.tensor([0.9, 0.9]), torch.tensor([True, False]))
+    slopes = torch.full((2,), START_SLOPE)
+    search = TauSearch(TOLERANCE, torch.tensor([0.9, 0.9]), torch.tensor([True, False]), slopes)
     best = search.run(
         lambda tau: HeadScores(0.2 * torch.exp(-depth_of(tau)).double(), 1 - tau.double()), 10
     )
     assert best.tau[1] == 1.0
     assert best.sparsity[1] == 0.0
     assert best.error[0] == pytest.approx(TOLERANCE, rel=0.1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    depth=st.floats(0.1, 8.9),
+    slope=st.floats(0.4, 1.6),
+    start=st.floats(0.1, 0.999),
+)
+def test_two_steps_say_where_the_tolerance_would_be_met(
+    depth: float, slope: float, start: float
+) -> None:
+    def log_error(tau: torch.Tensor) -> torch.Tensor:
+        return -slope * (depth_of(tau).double() - depth)
+
+    heads = torch.tensor([True, False])
+    search = TauSearch(
+        TOLERANCE, torch.full((2,), start), heads, torch.full((2,), START_SLOPE), nearness=0.3
+    )
+    search.run(lambda tau: HeadScores(TOLERANCE * log_error(tau).exp(), 1 - tau.double()), 2)
+    assert search.evaluations <= 2
+    estimate = search.estimate()
+    assert estimate[1] == 1.0
+    if depth < 8.5:
+        assert abs(float(log_error(estimate)[0])) < 0.4
+    if search.evaluations == 2:
+        assert float(search.slope[0]) == pytest.approx(slope, rel=0.02)
+
+
+def test_a_head_beyond_every_tau_is_estimated_dense() -> None:
+    search = TauSearch(
+        TOLERANCE, torch.tensor([0.9]), torch.tensor([True]), torch.tensor([START_SLOPE]), 0.3
+    )
+    search.run(lambda tau: HeadScores(1e3 * torch.exp(-depth_of(tau)).double(), tau.double()), 2)
+    assert search.estimate().tolist() == [1.0]
 
 
 @settings(deadline=None)
@@ -92,10 +131,25 @@ def clustered(length: int, seed: int) -> LayerTensors:
     return LayerTensors(query.bfloat16(), rows(1.0, 1), value, head_dim**-0.5)
 
 
-def captured(directory: Path, length: int) -> Capture:
+def hidden(length: int, seed: int) -> LayerTensors:
+    """The same with every eighth block's keys in pairs that cancel: its mean hides its mass."""
+    layer = clustered(length, seed)
+    direction = torch.zeros(layer.key.shape[2])
+    direction[0] = 18.0
+    signs = torch.tensor([1.0, -1.0]).repeat(length // 2)[:, None, None]
+    in_eighth = (torch.arange(length) // 32 % 8 == 5)[:, None, None]
+    key = torch.where(in_eighth, signs * direction, layer.key.float()).bfloat16()
+    query = layer.query.clone()
+    query[..., 0] = 2.0
+    return LayerTensors(query, key, layer.value, layer.softmax_scale)
+
+
+def captured(
+    directory: Path, length: int, layer_of: Callable[[int, int], LayerTensors] = clustered
+) -> Capture:
     taken = Capture(directory, num_layers=1)
     for seed, window in enumerate(WINDOWS):
-        layer = clustered(length, seed)
+        layer = layer_of(length, seed)
         tensors = {"query": layer.query, "key": layer.key, "value": layer.value}
         save_file(
             tensors, taken.path(0, window), metadata={"softmax_scale": str(layer.softmax_scale)}
@@ -103,9 +157,12 @@ def captured(directory: Path, length: int) -> Capture:
     return taken
 
 
-def test_layer_search_comes_close_to_an_exhaustive_grid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer_of", [clustered, hidden])
+def test_layer_search_comes_close_to_an_exhaustive_grid(
+    layer_of: Callable[[int, int], LayerTensors], tmp_path: Path
+) -> None:
     lengths, block = [256, 512, 1024], 32
-    taken = captured(tmp_path, lengths[-1])
+    taken = captured(tmp_path, lengths[-1], layer_of)
     job = SearchSettings(lengths, TOLERANCE, block, block, seed=1)
     journal = Journal(tmp_path / "journal.jsonl", {})
     heads = LayerSearch(job, 0, taken, journal, lambda _: None).run().heads
@@ -131,7 +188,7 @@ def test_layer_search_comes_close_to_an_exhaustive_grid(tmp_path: Path) -> None:
     assert (on_held_out.error <= HELD_OUT_SLACK * TOLERANCE).all()
     assert float(grid.mean()) > 0.3
     assert (on_calibration.sparsity >= grid - 0.05).all()
-    assert journal.total("evaluations") * 10 < evaluations
+    assert journal.total("evaluations") * 18 < evaluations
     for head, measured in enumerate(heads):
         last = measured.calibration[-1]
         assert (last.error, last.sparsity) == pytest.approx(
@@ -139,6 +196,70 @@ def test_layer_search_comes_close_to_an_exhaustive_grid(tmp_path: Path) -> None:
         )
         assert measured.validation is not None
         assert measured.validation.error == pytest.approx(float(on_held_out.error[head]), abs=1e-6)
+
+
+def explore(taken: Capture) -> tuple[Record, dict[str, Record]]:
+    """Runs stage 1 at lengths 256 to 1024; returns what it chose and its steps."""
+    job = SearchSettings([256, 512, 1024], TOLERANCE, 32, 32, seed=1)
+    scorer = LayerScorer(job, 0, taken)
+    steps: dict[str, Record] = {}
+    shares: list[float] = []
+
+    def step(name: str, compute: Callable[[], Record]) -> Record:
+        scorer.reset()
+        steps[name] = compute() | {"evaluations": scorer.evaluations}
+        return steps[name]
+
+    chosen = Explorer(job, 0, scorer, step, shares.append).run()
+    assert sum(shares) == pytest.approx(1.0)
+    return chosen, steps
+
+
+def test_a_layer_that_gains_from_no_guard_is_left_alone(tmp_path: Path) -> None:
+    chosen, steps = explore(captured(tmp_path, 1024))
+    assert chosen["theta"] == [THETA_OFF] * 3
+    guarded = [step for name, step in steps.items() if name.startswith("trial")]
+    assert [step["guard"] is None for step in guarded] == [False] * INITIAL_GUARDS + [True]
+    assert steps["target best"]["guard"] is None
+    assert steps["target own"]["evaluations"] == 0
+    assert all(step["evaluations"] <= 3 * STEPS for step in steps.values())
+
+
+def test_heads_are_scored_under_a_guard_only_if_they_could_gain(tmp_path: Path) -> None:
+    taken = captured(tmp_path, 1024)
+    _, steps = explore(taken)
+    spared = 0
+    for trial in [steps["trial 0"], steps["trial 1"]]:
+        evaluator = LayerEvaluator(taken.load(0, "calibration"), trial["length"], 32, 32)
+        theta = torch.tensor(trial["theta"])
+        most = torch.stack(
+            [
+                evaluator.score(HeadThresholds(torch.full((3,), tau), theta)).sparsity
+                for tau in (0.05, 0.3, 0.6, 0.9)
+            ]
+        ).amax(dim=0)
+        for head, tau in enumerate(trial["tau"]):
+            if tau == 1.0:
+                without = steps[f"unguarded {trial['length']}"]["sparsity"][head]
+                assert float(most[head]) < without + HEAD_GAIN
+                spared += 1
+    assert spared > 0
+
+
+def test_a_head_whose_blocks_hide_their_mass_takes_a_guard(tmp_path: Path) -> None:
+    taken = captured(tmp_path, 1024, hidden)
+    chosen, steps = explore(taken)
+    without = steps["unguarded 1024"]["sparsity"]
+    for head in (0, 1):
+        assert chosen["theta"][head] > THETA_OFF
+        assert chosen["sparsity"][head] >= without[head] + HEAD_GAIN
+    # The third head's queries are strong enough to leave the hidden blocks out.
+    assert chosen["theta"][2] == THETA_OFF
+    assert chosen["sparsity"][2] == without[2]
+    tau, theta = torch.tensor(chosen["tau"]), torch.tensor(chosen["theta"])
+    evaluator = LayerEvaluator(taken.load(0, "calibration"), 1024, 32, 32)
+    exact = evaluator.score(HeadThresholds(tau, theta)).sparsity
+    torch.testing.assert_close(torch.tensor(chosen["sparsity"]).double(), exact, atol=1e-6, rtol=0)
 
 
 def test_the_optimizer_finds_an_interior_guard_from_short_lengths() -> None:

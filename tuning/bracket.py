@@ -1,12 +1,15 @@
 """Each head's largest drop that stays within the tolerance: a bracketed search on tau.
 
 All heads of a layer are searched at once, each with its own bracket, because one pass of the
-evaluator scores them all. Until a head is bracketed, steps outward at least double; then the step
-is a secant on log error, or halves the bracket where the secant keeps moving the same end. It
-needs fewer evaluations than halving alone and cannot leave what is known.
+evaluator scores them all. Until a head is bracketed, steps outward follow the head's own slope and
+at least double; then the step is a secant on log error, or halves the bracket where the secant
+keeps moving the same end. It needs fewer evaluations than halving alone and cannot leave what is
+known.
 
 Error grows with dropped mass nearly always, but that is not assumed: a tau counts only if it was
-itself measured within the tolerance, and the best of those is kept.
+itself measured within the tolerance, and the best of those is kept. While exploring, where nothing
+is accepted yet, a search may stop near the tolerance on either side and say by the line where it
+would be met.
 """
 
 import math
@@ -20,12 +23,15 @@ from vllm_afbs.tuning.evaluator import HeadScores
 MAX_DEPTH = 9.0
 """depth = -log(1 - tau): tau 0.9999, beyond which a head runs dense."""
 MIN_DEPTH = 0.05
-START_DEPTH = 2.7
-_SLOPE = 0.8  # -d log(error) / d depth over SmolLM2's heads is 0.5 to 1.2; only a first guess
+START_SLOPE = 0.8
+"""-d log(error) / d depth of a head that was not measured yet; SmolLM2's are 0.5 to 1.2."""
+_SLOPES = (0.25, 2.5)  # a line through two close points can be anything
 _MAX_STEP = 2.0
-_FIRST_REACH = 0.4  # least first step outward: where error is flat in depth the secant creeps
-_CLOSE = 0.92  # an accepted error above this share of the tolerance is not worth refining
+_FIRST_REACH = 0.1  # least first step outward: where error is flat in depth the secant creeps
+_CLOSE = 0.9  # an accepted error above this share of the tolerance is not worth refining
 _NARROW = 0.04  # nor is a bracket of this depth
+# Midway between "close" and the tolerance, or a step that lands just above it is lost.
+_AIM = 0.5 * math.log(_CLOSE)
 
 
 def depth_of(tau: torch.Tensor) -> torch.Tensor:
@@ -64,6 +70,8 @@ class TauSearch:
         tolerance: Largest accepted relative L1 error.
         start: tau to begin with, ``[num_heads]``, from a neighbouring trial where there is one.
         heads: Heads to search, ``[num_heads]`` bool; the others stay dense.
+        slope: -d log(error) / d depth to begin with, ``[num_heads]``; replaced by what is measured.
+        nearness: A head also settles with a log error this close to the tolerance, on either side.
 
     Attributes:
         best: What was accepted so far.
@@ -73,6 +81,8 @@ class TauSearch:
     tolerance: float
     start: torch.Tensor
     heads: torch.Tensor
+    slope: torch.Tensor
+    nearness: float = 0.0
     best: Accepted = field(init=False)
     evaluations: int = field(init=False, default=0)
 
@@ -85,6 +95,8 @@ class TauSearch:
         self._high = torch.full((num_heads,), torch.inf)
         self._low_error = torch.zeros(num_heads)
         self._high_error = torch.zeros(num_heads)
+        self._last = torch.full((num_heads,), torch.nan)
+        self._last_error = torch.full((num_heads,), torch.nan)
         self._active = self.heads.clone()
         self._reach = torch.full((num_heads,), _FIRST_REACH)
         # Which end moved last, and whether the same one moved before it.
@@ -110,6 +122,16 @@ class TauSearch:
             self._step()
         return self.best
 
+    def estimate(self) -> torch.Tensor:
+        """The tau that would meet the tolerance, ``[num_heads]``; 1 if none would.
+
+        Read off the line between the bracket's ends, or from the nearest point by the slope.
+        """
+        both = self._low.isfinite() & self._high.isfinite()
+        depth = torch.where(both, self._inside(), self._last + self._secant())
+        depth = depth.clamp_min(MIN_DEPTH)
+        return torch.where(self.heads & (depth <= MAX_DEPTH), tau_of(depth), 1.0)
+
     def _update(self, scores: HeadScores) -> None:
         log_error = torch.log(scores.error.clamp_min(1e-12) / self.tolerance).float()
         accepted = self._active & (scores.error <= self.tolerance)
@@ -126,23 +148,33 @@ class TauSearch:
         self._low = torch.where(refused, self._depth, self._low)
         self._low_error = torch.where(refused, log_error, self._low_error)
 
+        self._learn_slope(log_error)
+        near = log_error.abs() <= self.nearness
         close = accepted & (scores.error >= _CLOSE * self.tolerance)
         narrow = self._high - self._low < _NARROW
         at_end = (accepted & (self._depth <= MIN_DEPTH)) | (refused & (self._depth >= MAX_DEPTH))
-        self._active &= ~(close | narrow | at_end)
+        self._active &= ~(near | close | narrow | at_end)
+
+    def _learn_slope(self, log_error: torch.Tensor) -> None:
+        measured = (self._last_error - log_error) / (self._depth - self._last)
+        known = self._active & measured.isfinite()
+        self.slope = torch.where(known, measured.clamp(*_SLOPES), self.slope)
+        self._last = torch.where(self._active, self._depth, self._last)
+        self._last_error = torch.where(self._active, log_error, self._last_error)
 
     def _step(self) -> None:
-        # Aim midway between "close" and the tolerance, or a step that lands just above it is lost.
-        aim = 0.5 * math.log(_CLOSE)
-        share = (self._low_error - aim) / (self._low_error - self._high_error).clamp_min(1e-6)
-        share = torch.where(self._stalled, 0.5, share.clamp(0.1, 0.9))
-        inside = self._low + (self._high - self._low) * share
-
         above, below = self._low.isfinite(), self._high.isfinite()
-        known = torch.where(above, self._low_error, self._high_error)
-        secant = ((known - aim) / _SLOPE).abs().clamp_max(_MAX_STEP)
+        secant = self._secant().abs().clamp_max(_MAX_STEP)
         step = torch.maximum(secant, self._reach)
         outside = (self._depth + torch.where(above, step, -step)).clamp(MIN_DEPTH, MAX_DEPTH)
         self._reach = self._reach * 2
-        depth = torch.where(above & below, inside, outside)
+        depth = torch.where(above & below, self._inside(), outside)
         self._depth = torch.where(self._active, depth, self._depth)
+
+    def _inside(self) -> torch.Tensor:
+        share = (self._low_error - _AIM) / (self._low_error - self._high_error).clamp_min(1e-6)
+        share = torch.where(self._stalled, 0.5, share.clamp(0.1, 0.9))
+        return self._low + (self._high - self._low) * share
+
+    def _secant(self) -> torch.Tensor:
+        return (self._last_error - _AIM) / self.slope

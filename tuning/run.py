@@ -10,10 +10,11 @@ from typing import Protocol
 
 from vllm_afbs.profile import LayerProfile, Profile, TextSource, TunerRun
 from vllm_afbs.tuning.capture import WINDOWS, capture, cut_windows
+from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import EXPLORE_Q_BLOCKS, REFINE_Q_BLOCKS, LayerSearch
+from vllm_afbs.tuning.search import REFINE_Q_BLOCKS, LayerSearch
 from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY
 
 
