@@ -3,7 +3,8 @@
 The definitions that every figure about the tuner rests on:
 
 - *Evaluation*: one (head, tau, theta, lambda, length, rows) scored against dense, cached or not;
-  a pass over H heads counts H.
+  a pass over H heads counts H. Reading a sparsity off the selection alone attends to nothing and
+  is none.
 - *Cost* of an evaluation: (length / longest)^2 x the share of the rows that is scored.
 """
 
