@@ -65,10 +65,10 @@ class LaunchConfig:
 
 @functools.cache
 def fastest_config(head_dim: int, block_k: int, whole_blocks: bool = False) -> LaunchConfig:
-    """Chooses what was fastest on an H100, by ``triton_configs.json``.
+    """Chooses by ``triton_configs.json``; a head size that it lacks takes the next larger one's.
 
-    The file is written by ``python -m vllm_afbs.benchmarks.triton_configs``. A head size that was
-    not measured takes the next larger one's.
+    ``python -m vllm_afbs.benchmarks.triton_configs --write`` measures and writes the file. As it
+    stands, 128's row is what was fastest on an H100; the others are what fits its shared memory.
 
     Args:
         head_dim: Size of a head.
