@@ -33,6 +33,11 @@ def test_without_a_profile_prefills_are_dense_and_decodes_are_no_prefill() -> No
     assert not sort_requests(starts[:2], seq_lens[:1], None).has_prefill
 
 
+def test_a_request_that_only_pads_the_batch_is_left_out() -> None:
+    step = sort_requests(torch.tensor([0, 9, 9]), torch.tensor([9, 0]), uniform_profile())
+    assert step.others == [0]
+
+
 @pytest.mark.parametrize(
     ("tau", "sparsity", "unsupported", "reason"),
     [

@@ -96,12 +96,6 @@ def is_plain_causal(metadata: "FlashAttentionMetadata") -> bool:
     )
 
 
-def has_rows(common: "CommonAttentionMetadata", requests: list[int]) -> bool:
-    """Whether these requests have rows in the step; those that pad a batch have none."""
-    starts = common.query_start_loc_cpu
-    return any(int(starts[r + 1]) > int(starts[r]) for r in requests)
-
-
 def flash_attention() -> Callable[..., Any]:
     """FlashAttention over a paged cache, as vLLM's own backend calls it."""
     from vllm.v1.attention.backends import fa_utils

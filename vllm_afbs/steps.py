@@ -2,8 +2,9 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +22,7 @@ class Step:
 
     Attributes:
         long_prefills: Requests that may run sparse.
-        others: Indices of all other requests.
+        others: Indices of all other requests that have rows.
         dense_reasons: How many prefills among the others have each reason to run dense.
     """
 
@@ -33,6 +34,36 @@ class Step:
     def has_prefill(self) -> bool:
         """Whether any request computes more than one row."""
         return bool(self.long_prefills or self.dense_reasons)
+
+
+@dataclass(frozen=True)
+class Others:
+    """The requests of a step that do not run sparse while others do.
+
+    Attributes:
+        rows: Their rows among the step's tokens.
+        metadata: The parent backend's, as if the step held only these.
+    """
+
+    rows: torch.Tensor
+    metadata: Any
+
+    def attend(
+        self,
+        dense: Callable[[torch.Tensor, Any, torch.Tensor], object],
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Runs the parent on their rows alone.
+
+        Args:
+            dense: The parent's attention, called with query, metadata and output.
+            query: The step's, ``[num_tokens, num_heads, head_dim]``.
+            output: Like ``query``; their rows are written.
+        """
+        part = output.new_empty(len(self.rows), *output.shape[1:])
+        dense(query[self.rows], self.metadata, part)
+        output[self.rows] = part
 
 
 def sort_requests(
@@ -54,6 +85,8 @@ def sort_requests(
     for request, (start, stop) in enumerate(itertools.pairwise(starts)):
         kv_len = int(seq_lens[request])
         q_len = stop - start
+        if q_len == 0:  # pads a batch for a CUDA graph
+            continue
         reason = _dense_reason(q_len, kv_len, profile) if plain_causal else "attention_mask"
         if profile is not None and reason is None:
             geometry = BlockGeometry(q_len, kv_len, profile.block_q, profile.block_k)

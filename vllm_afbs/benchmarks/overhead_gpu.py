@@ -7,7 +7,6 @@ builders are turned into FlashAttention's own and back, so that both are timed i
 on the same cache, where two processes differ by more than a percent by themselves.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any
 
 from vllm_afbs.benchmarks.engine import ENVIRONMENT, Engine, Job
 from vllm_afbs.benchmarks.serving_gpu import DECODES, LLAMA_8B, SHORT
-from vllm_afbs.benchmarks.table import Row, make_row, ratio_row, report_rows
+from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
 
 
 def swappable(worker: Any) -> list[tuple[Any, type, type]]:
@@ -68,8 +67,7 @@ def rows_of(what: str, shape: str, stock: list[float], own: list[float]) -> list
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)

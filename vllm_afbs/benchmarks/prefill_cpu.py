@@ -100,7 +100,7 @@ def measure(case: Case, rounds: int, generator: torch.Generator) -> list[Row]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = layer_parser((__doc__ or "").splitlines()[0], 9, 3, 64)
+    parser = layer_parser(__doc__, 9, 3, 64)
     parser.add_argument("--isa", default="vec", help="vLLM's CPU kernels: vec, vec16, amx, ...")
     args = parser.parse_args()
     current_platform.import_kernels()

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.vllm_flash_attn import flash_attn_varlen_func
 
+from vllm_afbs import compat
 from vllm_afbs.benchmarks.lists import random_blocks, tile_tables
 from vllm_afbs.benchmarks.table import (
     Row,
@@ -62,6 +62,7 @@ class Case:
             cache[self.pages.long(), :, :, :head_dim] += walk
             by_head = walk.squeeze(1).repeat_interleave(num_heads // num_kv_heads, 1)
             query += by_head.repeat_interleave(PAGE_SIZE, 0)
+        self._flash_attention = compat.flash_attention()
         self.scale = head_dim**-0.5
         self.geometry = BlockGeometry(length, length, BLOCK, BLOCK)
         blocks = cut_query_blocks([PrefillRequest(0, 0, self.geometry)], torch.device("cuda"))
@@ -85,7 +86,7 @@ class Case:
         """Runs FlashAttention 3 on the whole prompt, as vLLM's FLASH_ATTN does."""
         length = len(self.step.query)
         starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-        flash_attn_varlen_func(
+        self._flash_attention(
             self.step.query, self.step.key_cache, self.step.value_cache, out=self.output,
             cu_seqlens_q=starts, max_seqlen_q=length, seqused_k=starts[1:], max_seqlen_k=length,
             softmax_scale=self.scale, causal=True, block_table=self.step.block_table,
@@ -170,7 +171,7 @@ def _check_agreement(case: Case, functions: dict[str, Callable[[], object]]) -> 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = layer_parser((__doc__ or "").splitlines()[0], 32, 8, 128)
+    parser = layer_parser(__doc__, 32, 8, 128)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument(
         "--dispatch", type=Path, help="JSON of the dispatcher, whose rows of this head size to set"

@@ -7,13 +7,12 @@ and the greedy continuation, both against FLASH_ATTN's. The difference between F
 without a profile is what rounding alone does.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from vllm_afbs.benchmarks.engine import Decode, Job, run_job
 from vllm_afbs.benchmarks.serving_gpu import rows_of
-from vllm_afbs.benchmarks.table import Row, make_row, report_rows
+from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo import divergence
 from vllm_afbs.demo.assets import prepare
 
@@ -47,13 +46,12 @@ def answer_rows(name: str, stock: list[dict[str, Any]], own: list[dict[str, Any]
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="by default the demo's SmolLM2-135M")
     parser.add_argument("--text", type=Path, help="text of the prompts; by default the demo's")
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="CSV to write")
     args = parser.parse_args()
     model, text = args.model, args.text
     if model is None or text is None:

@@ -10,7 +10,6 @@ first and the diagonal ones), tau set per head so that the density is met:
 - *oracle*: the exact attention mass of the key blocks, mean over the rows.
 """
 
-import argparse
 import functools
 import tempfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from vllm_afbs.benchmarks.table import Row, make_row, report_rows
+from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import BlockGeometry, cut_keys
 from vllm_afbs.tuning.capture import LayerTensors, capture, cut_windows
@@ -124,8 +123,7 @@ def measure(
 
 def main() -> None:
     """Runs the comparison on the demo's model and text."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--every", type=int, default=3, help="take every n-th layer")
     args = parser.parse_args()

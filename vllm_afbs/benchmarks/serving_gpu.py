@@ -7,7 +7,6 @@ every key block weighs the same, so a head's tau is the share of blocks that it 
 all heads thus sets the density; nothing else differs from serving a tuned profile.
 """
 
-import argparse
 import json
 import random
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 from vllm_afbs.benchmarks.engine import Decode, Job, run_job
 from vllm_afbs.benchmarks.profiles import uniform_profile
-from vllm_afbs.benchmarks.table import Row, make_row, ratio_row, report_rows
+from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
 from vllm_afbs.profile import ModelFingerprint, write_atomically
 
 LLAMA_8B: dict[str, Any] = {
@@ -100,8 +99,7 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--longest", type=int, default=LONG[-1], help="longest prompt")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])

@@ -91,12 +91,18 @@ def ratio_row(what: str, shape: str, baseline: Sequence[float], own: Sequence[fl
     return make_row(what, shape, ratios, "ratio")
 
 
+def benchmark_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A benchmark's arguments, described by its module's first line; all can write a CSV."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    return parser
+
+
 def layer_parser(
-    description: str, num_heads: int, num_kv_heads: int, head_dim: int
+    doc: str | None, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> argparse.ArgumentParser:
     """Arguments of a benchmark of one layer, with that layer's shape as default."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser = benchmark_parser(doc)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--num-heads", type=int, default=num_heads)
     parser.add_argument("--num-kv-heads", type=int, default=num_kv_heads)

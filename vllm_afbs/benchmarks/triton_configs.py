@@ -5,20 +5,18 @@
 ``--write`` replaces ``kernels/triton_configs.json``, which the kernel reads.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import json
 import statistics
-from pathlib import Path
 
 import torch
 import triton
 
 from vllm_afbs.benchmarks.lists import random_blocks
 from vllm_afbs.benchmarks.prefill_gpu import BLOCK, Case
-from vllm_afbs.benchmarks.table import Row, make_row, report_rows, time_in_turns
+from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows, time_in_turns
 from vllm_afbs.kernels import TileLists, build_tile_lists
 from vllm_afbs.kernels.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
 from vllm_afbs.profile import write_atomically
@@ -65,8 +63,7 @@ def measure(head_dim: int, rounds: int) -> tuple[list[Row], LaunchConfig]:
 
 def main() -> None:
     """Runs the sweep."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true", help=f"replace {CONFIGS.name}")
     args = parser.parse_args()

@@ -14,7 +14,6 @@ saw, at the longest length, with all rows. Lambda is left out of all, as the bac
 - *one setting*: one tau for all heads of the model, no theta, by bisection on the mean error.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from vllm_afbs.benchmarks.table import Row, make_row, report_rows
+from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
@@ -241,8 +240,7 @@ def _uniform(num_heads: int, tau: float) -> HeadThresholds:
 
 def main() -> None:
     """Runs the arms on the demo's model and texts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--every", type=int, default=5, help="take every n-th layer")
     parser.add_argument("--tolerance", type=float, default=0.05)

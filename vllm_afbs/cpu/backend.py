@@ -1,6 +1,5 @@
 """The attention backend on CPU: long prefills run sparse, all else in vLLM's own CPU_ATTN."""
 
-import functools
 import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from vllm_afbs.cpu.sparse import MAX_DENSITY, CacheFormat, SparsePrefill
 from vllm_afbs.kernels import TileTables
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import LayerPlan
-from vllm_afbs.steps import Step, restrict, sort_requests
+from vllm_afbs.steps import Others, Step, restrict, sort_requests
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,13 +49,11 @@ class AfbsCPUMetadata(CPUAttentionMetadata):
 
     Attributes:
         step: The sorted requests.
-        others: Metadata of the other requests alone; None if there are none or no long prefill.
-        other_rows: Their rows among the step's tokens.
+        others: The other requests; None if there are none or no long prefill.
     """
 
     step: Step = field(default_factory=Step)
-    others: CPUAttentionMetadata | None = None
-    other_rows: torch.Tensor | None = None
+    others: Others | None = None
 
 
 class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -95,8 +92,8 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             **{item.name: getattr(whole, item.name) for item in fields(whole)}, step=step
         )
         if step.long_prefills and step.others:
-            metadata.other_rows, common = restrict(common_attn_metadata, step.others)
-            metadata.others = super().build(0, common, fast_build)
+            rows, common = restrict(common_attn_metadata, step.others)
+            metadata.others = Others(rows, super().build(0, common, fast_build))
         return metadata
 
 
@@ -139,33 +136,31 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attends; shapes and arguments are the parent's."""
-        dense = functools.partial(
-            super().forward,
-            layer,
-            key=key,
-            value=value,
-            kv_cache=kv_cache,
-            output_scale=output_scale,
-            output_block_scale=output_block_scale,
-        )
+        parent = super().forward
+
+        def dense(
+            query: torch.Tensor, metadata: CPUAttentionMetadata | None, output: torch.Tensor
+        ) -> torch.Tensor:
+            return parent(
+                layer, query, key, value, kv_cache, metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
+
         # In vLLM's warm-up there is no metadata, and nothing to attend to.
         if not isinstance(attn_metadata, AfbsCPUMetadata) or not attn_metadata.step.has_prefill:
-            return dense(query=query, attn_metadata=attn_metadata, output=output)
+            return dense(query, attn_metadata, output)
 
         start_seconds = time.perf_counter()
         tables = self._choose(query, kv_cache, attn_metadata)
         if self._sparse is None or not tables:
             path = "dense"
-            dense(query=query, attn_metadata=attn_metadata, output=output)
+            dense(query, attn_metadata, output)
         else:
             path = "sparse"
             for request, its_tables in zip(attn_metadata.step.long_prefills, tables, strict=True):
                 self._sparse.attend(query, output, kv_cache, request, its_tables)
             if attn_metadata.others is not None:
-                rows = attn_metadata.other_rows
-                others = torch.empty_like(output[rows])
-                dense(query=query[rows], attn_metadata=attn_metadata.others, output=others)
-                output[rows] = others
+                attn_metadata.others.attend(dense, query, output)
         metrics.PREFILL_ATTENTION_SECONDS.observe(time.perf_counter() - start_seconds, path)
         return output
 

@@ -22,7 +22,7 @@ from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import LayerPlan
-from vllm_afbs.steps import Step, restrict, sort_requests
+from vllm_afbs.steps import Others, Step, restrict, sort_requests
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,13 +61,11 @@ class AfbsCUDAMetadata(FlashAttentionMetadata):
 
     Attributes:
         blocks: The long prefills' query blocks.
-        others: Metadata of the other requests alone; None if there are none.
-        other_rows: Their rows among the step's tokens.
+        others: The other requests; None if there are none.
     """
 
     blocks: QueryBlocks | None = None
-    others: FlashAttentionMetadata | None = None
-    other_rows: torch.Tensor | None = None
+    others: Others | None = None
 
 
 class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -117,9 +115,9 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             **{item.name: getattr(whole, item.name) for item in fields(whole)},
             blocks=cut_query_blocks(step.long_prefills, self.device),
         )
-        if compat.has_rows(common_attn_metadata, step.others):
-            metadata.other_rows, common = restrict(common_attn_metadata, step.others)
-            metadata.others = super().build(0, common, fast_build=True)
+        if step.others:
+            rows, common = restrict(common_attn_metadata, step.others)
+            metadata.others = Others(rows, super().build(0, common, fast_build=True))
         return metadata
 
     def build_for_cudagraph_capture(
@@ -225,10 +223,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             chosen_at = mark()
             prefill.attend(step, chosen, output)
             if metadata.others is not None:
-                rows = metadata.other_rows
-                others = torch.empty_like(output[rows])
-                dense(query[rows], metadata.others, others)
-                output[rows] = others
+                metadata.others.attend(dense, query, output)
         path = "dense" if prefill is None else "sparse"
         num_blocks = self.num_heads * blocks.num_visible
         self._meter.add(

@@ -76,6 +76,7 @@ class TilePrefill:
     def __init__(self, layer: Layer) -> None:
         """Takes the layer."""
         self._layer = layer
+        self._flash_attention = compat.flash_attention()
 
     def choose(self, step: StepInputs, num_kept: torch.Tensor) -> tuple[torch.Tensor, TileTables]:
         """See ``SparsePrefill``.
@@ -96,7 +97,7 @@ class TilePrefill:
         """See ``SparsePrefill``."""
         packed, tables = chosen
         packed_output = torch.empty_like(packed)
-        compat.flash_attention()(
+        self._flash_attention(
             packed,
             one_head_view(step.key_cache),
             one_head_view(step.value_cache),
