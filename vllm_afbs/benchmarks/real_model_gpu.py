@@ -26,6 +26,10 @@ def prompts(model_dir: Path, text_file: Path, count: int) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     token_ids = tokenizer(text_file.read_text(encoding="utf-8"), verbose=False).input_ids
+    if len(token_ids) < count * PROMPT_TOKENS:
+        raise ValueError(
+            f"{text_file}: {count * PROMPT_TOKENS} tokens expected, got {len(token_ids)}"
+        )
     return [token_ids[i * PROMPT_TOKENS :][:PROMPT_TOKENS] for i in range(count)]
 
 
@@ -50,7 +54,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="by default the demo's SmolLM2-135M")
     parser.add_argument("--text", type=Path, help="text of the prompts; by default the demo's")
-    parser.add_argument("--num-prompts", type=int, default=4)
+    parser.add_argument("--num-prompts", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     model, text = args.model, args.text
