@@ -1,29 +1,50 @@
 """Which way the measurements in the repository choose."""
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from vllm_afbs.cuda import dispatch
-from vllm_afbs.cuda.dispatch import WAYS, Measurement, fastest_way, measurements
-
-
-def row(head_dim: int, kv_len: int, density: float, *seconds: float) -> Measurement:
-    return Measurement(head_dim, kv_len, density, dict(zip(WAYS, seconds, strict=True)))
-
-
-MADE_UP = (
-    row(64, 8192, 1.0, 1.0, 2.0, 3.0),
-    row(64, 8192, 0.2, 1.0, 1.2, 0.5),
-    row(128, 8192, 1.0, 1.0, 1.1, 2.0),
-    row(128, 8192, 0.5, 1.0, 0.6, 1.2),
-    row(128, 8192, 0.1, 1.0, 0.2, 0.1),
-    row(128, 131072, 1.0, 100.0, 101.0, 200.0),
-    row(128, 131072, 0.1, 100.0, 13.0, 20.0),
+from vllm_afbs.cuda.dispatch import (
+    WAYS,
+    Measurement,
+    Measurements,
+    Way,
+    fastest_way,
+    measurements,
 )
 
 
+def row(head_dim: int, kv_len: int, density: float, *seconds: float) -> Measurement:
+    return Measurement(head_dim, 4, kv_len, density, dict(zip(WAYS, seconds, strict=True)))
+
+
+HOST_SECONDS: dict[Way, float] = {"dense": 0.1, "tiles": 0.3, "triton": 0.2}
+MADE_UP = Measurements(
+    HOST_SECONDS,
+    (
+        row(64, 8192, 1.0, 1.0, 2.0, 3.0),
+        row(64, 8192, 0.2, 1.0, 1.2, 0.5),
+        row(128, 8192, 1.0, 1.0, 1.1, 2.0),
+        row(128, 8192, 0.5, 1.0, 0.6, 1.2),
+        row(128, 8192, 0.1, 1.0, 0.2, 0.1),
+        row(128, 131072, 1.0, 100.0, 101.0, 200.0),
+        row(128, 131072, 0.1, 100.0, 13.0, 20.0),
+    ),
+)
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dispatch, "measurements", lambda: MADE_UP)
+    dispatch._seconds_per_score.cache_clear()
+    yield
+    dispatch._seconds_per_score.cache_clear()
+
+
+@pytest.mark.usefixtures("made_up")
 @pytest.mark.parametrize(
     ("head_dim", "kv_len", "density", "way"),
     [
@@ -31,32 +52,63 @@ MADE_UP = (
         (64, 8192, 0.2, "triton"),
         (80, 9000, 0.05, "triton"),  # the nearest head size, and below the lowest density
         (128, 8192, 0.95, "dense"),
-        (128, 8192, 0.8, "tiles"),
+        (128, 8192, 0.6, "tiles"),
         (128, 8192, 0.1, "triton"),
         (128, 40000, 0.1, "tiles"),  # 131072 is nearer than 8192 in proportion
         (256, 1_000_000, 1.0, "dense"),
     ],
 )
-def test_nearest_measurements_choose(
-    head_dim: int, kv_len: int, density: float, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "measurements", lambda: MADE_UP)
-    assert fastest_way.__wrapped__(head_dim, kv_len, density) == way
+def test_nearest_measurements_choose(head_dim: int, kv_len: int, density: float, way: Way) -> None:
+    assert fastest_way(head_dim, kv_len, density, 4 * kv_len**2 // 2) == way
+
+
+@pytest.mark.usefixtures("made_up")
+@pytest.mark.parametrize(
+    ("share", "density", "way"),
+    [
+        (1.0, 0.5, "tiles"),  # 0.6 + 0.3 against 1.0 + 0.1
+        (0.4, 0.5, "dense"),  # 0.24 + 0.3 against 0.4 + 0.1
+        (0.2, 0.1, "triton"),  # 0.02 + 0.2 against 0.2 + 0.1
+        (0.1, 0.1, "dense"),  # 0.01 + 0.2 against 0.1 + 0.1
+    ],
+)
+def test_small_work_is_not_worth_the_host(share: float, density: float, way: Way) -> None:
+    """A few heads, or a short chunk of a long prompt: the host takes as long as for many."""
+    assert fastest_way(128, 8192, density, round(share * 4 * 8192**2 / 2)) == way
 
 
 def test_repository_holds_what_the_dispatcher_needs() -> None:
-    by_shape = itertools.groupby(measurements(), key=lambda row: (row.head_dim, row.kv_len))
+    known = measurements()
+    assert known.host_seconds.keys() == set(WAYS)
+    assert known.host_seconds["dense"] < known.host_seconds["triton"]
+    by_shape = itertools.groupby(known.rows, key=lambda row: (row.head_dim, row.kv_len))
     for _, rows in by_shape:
         densities = sorted(row.density for row in rows)
         assert densities[0] <= 0.1
         assert densities[-1] == 1.0
-    assert {128} <= {row.head_dim for row in measurements()}
+    assert {64, 128} <= {row.head_dim for row in known.rows}
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "kv_len", "density", "dense"),
+    [
+        (9, 64, 8192, 0.37, True),  # SmolLM2-135M: dense takes 0.15 ms a layer
+        (32, 128, 8192, 0.2, False),
+        (32, 128, 131072, 0.2, False),
+    ],
+)
+def test_repository_measurements_tell_small_models_from_large(
+    num_heads: int, head_dim: int, kv_len: int, density: float, dense: bool
+) -> None:
+    way = fastest_way(head_dim, kv_len, density, num_heads * kv_len**2 // 2)
+    assert (way == "dense") is dense
 
 
 def test_updating_replaces_only_the_measured_head_sizes(tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
-    dispatch.update_measurements(path, MADE_UP)
-    assert dispatch.read_measurements(path) == MADE_UP
+    MADE_UP.write(path)
+    assert Measurements.read(path) == MADE_UP
     new = row(64, 32768, 0.5, 1.0, 2.0, 3.0)
-    dispatch.update_measurements(path, [new])
-    assert dispatch.read_measurements(path) == (*MADE_UP[2:], new)
+    updated = MADE_UP.updated(HOST_SECONDS | {"tiles": 0.4}, [new])
+    assert updated.rows == (*MADE_UP.rows[2:], new)
+    assert updated.host_seconds["tiles"] == 0.4

@@ -44,6 +44,7 @@ def test_engine_answers_as_flash_attention_does(model_dir: Path) -> None:
             Job(
                 backend, backend, str(model_dir), True, 32768, prompts, 1,
                 decodes=[Decode(2, 200, 17)], profile=profile, num_answer_tokens=8,
+                way=None if profile is None else "tiles",
             )
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from vllm_afbs import metrics
 WORKER = """
 from vllm_afbs import metrics
 metrics.count_products(3, 10, 40)
-metrics.count_fallbacks({"short_context": 2, "low_sparsity": 0})
+metrics.count_fallbacks({"short_context": 2, "dense_is_faster": 0})
 for seconds in (0.002, 0.02, 20.0):
     metrics.PREFILL_ATTENTION_SECONDS.observe(seconds, "sparse")
 """

@@ -44,6 +44,7 @@ class _Metric:
     help: str
     labels: tuple[str, ...] = ()
 
+    @functools.cache  # noqa: B019 - metrics live as long as the process
     def _key(self, suffix: str, labels: tuple[str, ...], **more: str) -> str:
         names = (*self.labels, *more)
         values = (*labels, *more.values())

@@ -80,10 +80,10 @@ def sort_requests(
         profile: The served profile; without one nothing runs sparse.
         plain_causal: Whether the step's mask is causal and nothing else; no other runs sparse.
     """
-    starts = query_start_loc.tolist()
+    starts, kv_lens = query_start_loc.tolist(), seq_lens.tolist()
     step = Step()
     for request, (start, stop) in enumerate(itertools.pairwise(starts)):
-        kv_len = int(seq_lens[request])
+        kv_len = kv_lens[request]
         q_len = stop - start
         if q_len == 0:  # pads a batch for a CUDA graph
             continue

@@ -12,6 +12,7 @@ structured keys.
 
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from vllm_afbs.benchmarks.table import (
     report_rows,
     time_in_turns,
 )
-from vllm_afbs.cuda.dispatch import WAYS, Measurement, Way, update_measurements
+from vllm_afbs.cuda.dispatch import WAYS, Measurement, Measurements, Way
 from vllm_afbs.cuda.sparse import Layer, SparsePrefill, StepInputs, TilePrefill, TritonPrefill
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, build_tile_lists
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
@@ -37,6 +38,7 @@ LENGTHS = (8192, 32768, 65536, 131072)
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 SELECTED_DENSITIES = (0.2, 0.1)
 PAGE_SIZE = BLOCK = 128
+HOST_CALLS = 20
 MAX_RELATIVE_L1 = 5e-3  # twice what either kernel shows against fp64 in bf16
 
 
@@ -68,11 +70,12 @@ class Case:
         blocks = cut_query_blocks([PrefillRequest(0, 0, self.geometry)], torch.device("cuda"))
         key, value = cache.split(head_dim, dim=-1)
         self.step = StepInputs(query, key, value, self.pages[None], blocks)
+        self.starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
         self.output = torch.empty_like(query)
         self.num_kept = torch.zeros(1, dtype=torch.int64, device="cuda")
         self.num_blocks = num_heads * blocks.num_visible
 
-    def ways(self, tau: float) -> dict[str, SparsePrefill]:
+    def ways(self, tau: float) -> dict[Way, SparsePrefill]:
         """The backend's two ways of sparse prefill."""
         num_heads = self.step.query.shape[1]
         thresholds = HeadThresholds(
@@ -85,7 +88,7 @@ class Case:
     def dense(self) -> None:
         """Runs FlashAttention 3 on the whole prompt, as vLLM's FLASH_ATTN does."""
         length = len(self.step.query)
-        starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+        starts = self.starts
         self._flash_attention(
             self.step.query, self.step.key_cache, self.step.value_cache, out=self.output,
             cu_seqlens_q=starts, max_seqlen_q=length, seqused_k=starts[1:], max_seqlen_k=length,
@@ -112,7 +115,7 @@ class Case:
             low, high = (middle, high) if self.density(middle) < density else (low, middle)
         return high
 
-    def random(self, density: float) -> tuple[float, dict[str, Any]]:
+    def random(self, density: float) -> tuple[float, dict[Way, Any]]:
         """Random blocks: the density reached, and the blocks as each way takes them."""
         num_heads = self.step.query.shape[1]
         generator = torch.Generator("cuda").manual_seed(0)
@@ -124,7 +127,7 @@ class Case:
 
 
 def measure(
-    case: Case, tau: float, replaced: dict[str, Any], shape: str, rounds: int
+    case: Case, tau: float, replaced: dict[Way, Any], shape: str, rounds: int
 ) -> tuple[list[Row], dict[Way, float]]:
     """Times every way in turns.
 
@@ -159,6 +162,29 @@ def measure(
     return rows, medians
 
 
+def measure_host(case: Case, rounds: int) -> tuple[list[Row], dict[Way, float]]:
+    """Times what issuing a layer takes the host, the device following on its own.
+
+    Returns:
+        The rows, and the median seconds by way.
+    """
+    functions: dict[Way, Callable[[], object]] = {"dense": case.dense}
+    for name, way in case.ways(0.9).items():
+        functions[name] = functools.partial(case.run, way, None)
+    seconds: dict[Way, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):  # few enough for the device's queue to take them all
+                function()
+            seconds[name].append((time.perf_counter() - start) / HOST_CALLS)
+    rows = [
+        make_row(f"{name}: host", "any", samples, "seconds") for name, samples in seconds.items()
+    ]
+    return rows, {name: statistics.median(samples) for name, samples in seconds.items()}
+
+
 def _check_agreement(case: Case, functions: dict[str, Callable[[], object]]) -> None:
     functions["tiles"]()
     by_tiles = case.output.clone()
@@ -189,7 +215,10 @@ def main() -> None:
             name = f"{shape}-density{reached:.3f}"
             more, medians = measure(case, 0.9, blocks, name, args.rounds)
             rows += more
-            measured.append(Measurement(args.head_dim, length, reached, medians))
+            measured.append(Measurement(args.head_dim, args.num_heads, length, reached, medians))
+        if length == min(args.lengths):
+            more, host_seconds = measure_host(case, args.rounds)
+            rows += more
         del case, blocks
         case = Case(*arguments, structured=True)
         for density in SELECTED_DENSITIES:
@@ -199,7 +228,7 @@ def main() -> None:
         del case
     report_rows(rows, args.output)
     if args.dispatch:
-        update_measurements(args.dispatch, measured)
+        Measurements.read(args.dispatch).updated(host_seconds, measured).write(args.dispatch)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             ]
             num_selected = sum(int(keep.sum()) for keep in keeps)
             if num_selected > MAX_DENSITY * num_blocks:
-                metrics.count_fallbacks({"low_sparsity": num_long})
+                metrics.count_fallbacks({"dense_is_faster": num_long})
             else:
                 num_kept = num_selected
                 tables = [

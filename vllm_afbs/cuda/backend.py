@@ -162,6 +162,9 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     ) -> None:
         """Takes the layer's plan; the metadata builder calls this before the first step."""
         self._plan, self._slot, self._meter, self._ways = plan, slot, meter, {}
+        if plan.dense_reason == "no_profile":
+            # Nothing of ours runs in this server, so not even our look at each step is in the way.
+            self.forward = super().forward  # type: ignore[method-assign]
         if plan.thresholds is not None:
             thresholds = HeadThresholds(
                 plan.thresholds.tau.to(device), plan.thresholds.theta.to(device)
@@ -210,11 +213,12 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     ) -> None:
         blocks = metadata.blocks
         assert blocks is not None  # this metadata is made for steps that have long prefills
-        prefill = self._choose_way(blocks)
+        num_blocks = self.num_heads * blocks.num_visible
+        prefill = self._choose_way(blocks, num_blocks)
         started, chosen_at = mark(), None
         if prefill is None:
             if self._ways:
-                metrics.count_fallbacks({"low_sparsity": len(blocks.requests)})
+                metrics.count_fallbacks({"dense_is_faster": len(blocks.requests)})
             dense(query, metadata, output)
         else:
             key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
@@ -225,15 +229,15 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             if metadata.others is not None:
                 metadata.others.attend(dense, query, output)
         path = "dense" if prefill is None else "sparse"
-        num_blocks = self.num_heads * blocks.num_visible
         self._meter.add(
             LayerWork(self._plan.layer, self._slot, path, num_blocks, started, chosen_at, mark())
         )
 
-    def _choose_way(self, blocks: QueryBlocks) -> SparsePrefill | None:
+    def _choose_way(self, blocks: QueryBlocks, num_blocks: int) -> SparsePrefill | None:
         """The fastest way for what the profile promises; None where the parent is."""
         if not self._ways:
             return None
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - self._plan.expected_sparsity(kv_len)
-        return self._ways.get(fastest_way(self.head_size, kv_len, round(density, 2)))
+        num_scores = num_blocks * blocks.block_q * blocks.block_k
+        return self._ways.get(fastest_way(self.head_size, kv_len, density, num_scores))
