@@ -122,6 +122,21 @@ def test_partials_that_do_not_fit_are_recomputed_to_the_same_scores() -> None:
     assert torch.equal(kept.sparsity, streamed.sparsity)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_bytes", [None, 0])
+def test_a_gpu_scores_as_the_host_does(cache_bytes: int | None) -> None:
+    layer = random_layer(900, 2, 3, 64, seed=7)
+    thresholds = HeadThresholds(torch.full((6,), 0.6), torch.full((6,), 0.3))
+    there = LayerEvaluator(layer.to(torch.device("cuda")), 900, 128, 64, 0.5, cache_bytes)
+    here = LayerEvaluator(layer, 900, 128, 64, 0.5)
+    torch.testing.assert_close(there.guard_theta(0.2), here.guard_theta(0.2))
+    scores, expected = there.score(thresholds), here.score(thresholds)
+    assert scores.error.device.type == "cpu"
+    torch.testing.assert_close(scores.error, expected.error, atol=0, rtol=1e-4)
+    torch.testing.assert_close(scores.sparsity, expected.sparsity)
+    torch.testing.assert_close(there.sparsity(thresholds), expected.sparsity)
+
+
 def test_dropping_the_block_with_nearly_all_the_mass_is_still_exact() -> None:
     """Scores 200 apart underflow fp32 against the row's maximum, not against the kept one's."""
     layer = random_layer(64, 1, 1, 16, seed=5)

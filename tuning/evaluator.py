@@ -27,7 +27,8 @@ from vllm_afbs.kernels import (
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.capture import LayerTensors
 
-DEFAULT_CACHE_BYTES = 3 << 30
+_HOST_CACHE_BYTES = 3 << 30
+_DEVICE_CACHE_SHARE = 0.25  # of a GPU's memory; a layer keeps partials at three lengths and more
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Partials:
         by_block = maxima.movedim(-1, 0)[..., None].contiguous()
         slices = outputs.unbind(1)
         num_heads = maxima.shape[0] * maxima.shape[1]
-        everything = torch.ones(num_heads, len(slices), dtype=torch.bool)
+        everything = torch.ones(num_heads, len(slices), dtype=torch.bool, device=maxima.device)
         return cls(by_block, slices, _combine(by_block, slices, everything))
 
     def attend(self, keep: torch.Tensor) -> torch.Tensor:
@@ -78,6 +79,8 @@ class _Partials:
 class LayerEvaluator:
     """Scores thresholds for all heads of one layer at one length.
 
+    Works on the tensors' device; thresholds come from the host and scores go there.
+
     Args:
         tensors: The layer's Q, K and V; the first ``length`` positions are used.
         length: Tokens of context; the rows attend causally.
@@ -85,7 +88,8 @@ class LayerEvaluator:
         block_k: Keys of a key block.
         row_share: Share of the query blocks whose error is measured, in (0, 1]. The blocks are
             spread evenly over the context and always hold the last.
-        cache_bytes: Partials above this size are recomputed for each score instead of kept.
+        cache_bytes: Partials above this size are recomputed for each score instead of kept;
+            None for what the device has room for.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class LayerEvaluator:
         block_q: int,
         block_k: int,
         row_share: float = 1.0,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int | None = None,
     ) -> None:
         self.length = length
         self.num_heads = tensors.query.shape[1]
@@ -107,7 +111,8 @@ class LayerEvaluator:
         self.sampled_blocks = _spread(self.geometry.num_q_blocks, row_share)
         self._queries = pool_queries(self._query, self.geometry)
         self._keys = pool_keys(self._key, self.geometry)
-        self._cache_bytes = cache_bytes
+        self._device = tensors.query.device
+        self._cache_bytes = _cache_bytes(self._device) if cache_bytes is None else cache_bytes
 
     @property
     def row_share(self) -> float:
@@ -133,7 +138,7 @@ class LayerEvaluator:
             return torch.full((self.num_heads,), THETA_OFF)
         group = self.num_heads // len(self._keys.similarity)
         keys = self._keys.similarity.repeat_interleave(group, dim=0)
-        return torch.cat([self._queries.similarity, keys], dim=1).quantile(guard, dim=1)
+        return torch.cat([self._queries.similarity, keys], dim=1).quantile(guard, dim=1).cpu()
 
     def score(self, thresholds: HeadThresholds) -> HeadScores:
         """Measures every head under its thresholds.
@@ -145,25 +150,25 @@ class LayerEvaluator:
             Error and sparsity of each head.
         """
         keep = self._select(thresholds)
-        difference = torch.zeros(self.num_heads, dtype=torch.float64)
-        magnitude = torch.zeros(self.num_heads, dtype=torch.float64)
+        difference = torch.zeros(self.num_heads, dtype=torch.float64, device=self._device)
+        magnitude = torch.zeros_like(difference)
         for i, partial in zip(self.sampled_blocks, self._partials(), strict=True):
             output = partial.attend(keep[:, i, : len(partial.maxima)])
             difference += (output - partial.dense).abs().sum((1, 2), dtype=torch.float64)
             magnitude += partial.dense.abs().sum((1, 2), dtype=torch.float64)
-        return HeadScores(difference / magnitude, self._sparsity_of(keep))
+        return HeadScores((difference / magnitude).cpu(), self._sparsity_of(keep))
 
     def sparsity(self, thresholds: HeadThresholds) -> torch.Tensor:
         """The sparsity part of ``score``, which takes the selection alone: nothing is attended."""
         return self._sparsity_of(self._select(thresholds))
 
     def _select(self, thresholds: HeadThresholds) -> torch.Tensor:
-        return select_blocks(
-            self._queries, self._keys, thresholds, self.geometry, self._softmax_scale
-        )
+        there = HeadThresholds(thresholds.tau.to(self._device), thresholds.theta.to(self._device))
+        return select_blocks(self._queries, self._keys, there, self.geometry, self._softmax_scale)
 
     def _sparsity_of(self, keep: torch.Tensor) -> torch.Tensor:
-        return 1.0 - keep.sum((1, 2), dtype=torch.float64) / self.geometry.num_visible
+        kept = keep.sum((1, 2), dtype=torch.float64).cpu()
+        return 1.0 - kept / self.geometry.num_visible
 
     def _partials(self) -> Iterable[_Partials]:
         blocks = sum(int(self.geometry.visible[i].sum()) for i in self.sampled_blocks)
@@ -190,7 +195,8 @@ class LayerEvaluator:
             query = query.reshape(num_kv_heads, group * rows, head_dim)
             scores = query @ keys[:, :num_blocks].flatten(1, 2).transpose(1, 2)
             scores = scores.view(self.num_heads, rows, num_blocks * block_k)
-            hidden = torch.arange(start, num_blocks * block_k) > torch.arange(start, stop)[:, None]
+            keys_at = torch.arange(start, num_blocks * block_k, device=self._device)
+            hidden = keys_at > torch.arange(start, stop, device=self._device)[:, None]
             scores[..., start:].masked_fill_(hidden, -torch.inf)
             scores = scores.view(num_kv_heads, group * rows, num_blocks, block_k)
             maxima = scores.amax(-1)
@@ -219,6 +225,12 @@ def _combine(
     for j in keep.any(0).nonzero().flatten().tolist():
         total.addcmul_(weights[j], outputs[j])
     return (total[..., :-1] / total[..., -1:]).flatten(0, 1)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(_DEVICE_CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return _HOST_CACHE_BYTES
 
 
 def _spread(num_blocks: int, share: float) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
+from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
 
 
@@ -78,7 +79,7 @@ class LayerScorer:
         if key not in self._evaluators:
             num_q_blocks = -(-length // self._settings.block_q)
             self._evaluators[key] = LayerEvaluator(
-                self._capture.load(self._layer, window),
+                self._capture.load(self._layer, window).to(compute_device()),
                 length,
                 self._settings.block_q,
                 self._settings.block_k,
