@@ -21,7 +21,8 @@ from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 
 WINDOWS = ("calibration", "validation")
-_ATTENTION = "afbs_capture"
+ATTENTION = "afbs_capture"
+"""Name of the recorded attention function among transformers'."""
 # Attention variants that a transformers model hands to its attention function when it has them.
 _VARIANTS = ("sliding_window", "softcap", "s_aux", "position_bias")
 
@@ -159,7 +160,7 @@ def capture(
     _check_space(model, taken.directory, sum(len(windows[window]) for window in todo))
     body = _load_body(model)
     for window in todo:
-        recorder = _Recorder(taken, window, on_progress)
+        recorder = Recorder(taken, window, on_progress)
         recorder.run(body, windows[window])
         if recorder.layers != list(range(shape.num_layers)):
             raise InputError(
@@ -189,14 +190,14 @@ def _load_body(model: SourceModel) -> torch.nn.Module:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = compute_device()
-    AttentionInterface.register(_ATTENTION, _no_recorder)
+    AttentionInterface.register(ATTENTION, _no_recorder)
     try:
         body, report = AutoModel.from_pretrained(
             model.directory(),
             config=model.config,
             # As it will be served; CPUs without bf16 units are a hundred times slower in it.
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            attn_implementation=_ATTENTION,
+            attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -210,8 +211,17 @@ def _load_body(model: SourceModel) -> torch.nn.Module:
     return body.eval().to(device)  # type: ignore[no-any-return]
 
 
-class _Recorder:
-    """The attention function of one run over one window."""
+class Recorder:
+    """The attention function of one run over one window.
+
+    Args:
+        taken: Where the layers' tensors go.
+        window: Which window of them this is.
+        on_progress: Called with 1 after each layer.
+
+    Attributes:
+        layers: Indices of the layers seen, in order.
+    """
 
     def __init__(self, taken: Capture, window: str, on_progress: Callable[[float], None]) -> None:
         self.layers: list[int] = []
@@ -220,15 +230,16 @@ class _Recorder:
         self._on_progress = on_progress
 
     def run(self, body: torch.nn.Module, tokens: Sequence[int]) -> None:
+        """Runs a body whose attention is named ``ATTENTION`` over a window's token ids."""
         from transformers import AttentionInterface
 
-        AttentionInterface.register(_ATTENTION, self._attend)
+        AttentionInterface.register(ATTENTION, self._attend)
         try:
             with torch.inference_mode():
                 device = next(body.parameters()).device
                 body(input_ids=torch.tensor([tokens], device=device), use_cache=False)
         finally:
-            AttentionInterface.register(_ATTENTION, _no_recorder)
+            AttentionInterface.register(ATTENTION, _no_recorder)
 
     def _attend(
         self,

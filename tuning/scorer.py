@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.capture import Capture
+from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
 
@@ -61,6 +61,7 @@ class LayerScorer:
         self._settings = settings
         self._layer = layer
         self._capture = capture
+        self._tensors: dict[str, LayerTensors] = {}
         self._evaluators: dict[tuple[str, int, int | None], LayerEvaluator] = {}
 
     def reset(self) -> None:
@@ -79,13 +80,18 @@ class LayerScorer:
         if key not in self._evaluators:
             num_q_blocks = -(-length // self._settings.block_q)
             self._evaluators[key] = LayerEvaluator(
-                self._capture.load(self._layer, window).to(compute_device()),
+                self._window(window),
                 length,
                 self._settings.block_q,
                 self._settings.block_k,
                 row_share=min(1.0, q_blocks / num_q_blocks) if q_blocks else 1.0,
             )
         return self._evaluators[key]
+
+    def _window(self, name: str) -> LayerTensors:
+        if name not in self._tensors:
+            self._tensors[name] = self._capture.load(self._layer, name).to(compute_device())
+        return self._tensors[name]
 
     def score(
         self, evaluator: LayerEvaluator, thresholds: HeadThresholds, heads: torch.Tensor

@@ -1,6 +1,7 @@
 """Timing in turns, and the CSV that every benchmark writes."""
 
 import argparse
+import contextlib
 import csv
 import os
 import platform
@@ -8,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,7 @@ def _device_seconds(function: Callable[[], object]) -> float:
 def make_row(what: str, shape: str, samples: Sequence[float], unit: str) -> Row:
     """Summarises samples with the machine, versions and commit they were taken with."""
     p20, p50, p80 = (round(float(p), 6) for p in np.percentile(samples, (20, 50, 80)))
-    versions = " ".join(f"{name}={version(name)}" for name in ("torch", "triton", "vllm"))
-    return Row(what, shape, p20, p50, p80, unit, _device(), versions, _commit())
+    return Row(what, shape, p20, p50, p80, unit, _device(), _versions(), _commit())
 
 
 def ratio_row(what: str, shape: str, baseline: Sequence[float], own: Sequence[float]) -> Row:
@@ -133,6 +133,14 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def _versions() -> str:
+    installed = []
+    for name in ("torch", "triton", "vllm"):
+        with contextlib.suppress(PackageNotFoundError):  # the tuner runs without vLLM
+            installed.append(f"{name}={version(name)}")
+    return " ".join(installed)
 
 
 def _device() -> str:
