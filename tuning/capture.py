@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
+from vllm_afbs.tuning.weights import load_weights
 
 WINDOWS = ("calibration", "validation")
 ATTENTION = "afbs_capture"
@@ -158,7 +158,10 @@ def capture(
         return taken
     taken.directory.mkdir(exist_ok=True)
     _check_space(model, taken.directory, sum(len(windows[window]) for window in todo))
-    body = _load_body(model)
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _no_recorder)
+    body = load_weights(model, ATTENTION, with_head=False)
     for window in todo:
         recorder = Recorder(taken, window, on_progress)
         recorder.run(body, windows[window])
@@ -180,35 +183,6 @@ def _check_space(model: SourceModel, directory: Path, num_tokens: int) -> None:
             f"{directory}: {needed_bytes / 1e9:.1f} GB expected for captured tensors, "
             f"{free_bytes / 1e9:.1f} GB free"
         )
-
-
-def _load_body(model: SourceModel) -> torch.nn.Module:
-    from transformers import AttentionInterface, AutoModel
-    from transformers.utils import logging
-
-    # Its load report lists the head's weights, which the body is right to leave out.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    device = compute_device()
-    AttentionInterface.register(ATTENTION, _no_recorder)
-    try:
-        body, report = AutoModel.from_pretrained(
-            model.directory(),
-            config=model.config,
-            # As it will be served; CPUs without bf16 units are a hundred times slower in it.
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            attn_implementation=ATTENTION,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{model.name}: cannot load the weights: {one_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise InputError(f"{model.name}: the weights lack {missing[0]} ({len(missing)} missing)")
-    return body.eval().to(device)  # type: ignore[no-any-return]
 
 
 class Recorder:

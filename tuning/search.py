@@ -8,13 +8,21 @@
    back off and, if that does not help, run dense; so do heads that would skip less than a tenth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile import HeadProfile, LayerProfile
-from vllm_afbs.tuning.bracket import Accepted, TauSearch
+from vllm_afbs.tuning.bracket import (
+    MAX_DEPTH,
+    MIN_DEPTH,
+    Accepted,
+    TauSearch,
+    depth_of,
+    tau_of,
+)
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS, Explorer
 from vllm_afbs.tuning.journal import Journal, Record
@@ -24,6 +32,7 @@ from vllm_afbs.tuning.validation import MIN_SPARSITY, validate
 REFINE_Q_BLOCKS = 32
 """Query blocks scored while refining."""
 REFINE_STEPS = 5
+_LEAST_ERROR = 1e-6  # a head that keeps nearly all blocks has next to none
 # Shares of a layer's time, for the progress bar only.
 _EXPLORE_SHARE, _REFINE_SHARE, _VALIDATE_SHARE = 0.4, 0.2, 0.4
 
@@ -53,20 +62,40 @@ class LayerSearch:
         self._journal = journal
         self._on_progress = on_progress
 
-    def run(self) -> LayerProfile:
-        """Runs or replays the three stages."""
-        explored = Explorer(
-            self._settings,
-            self._layer,
-            self._scorer,
-            self._step,
-            lambda share: self._on_progress(_EXPLORE_SHARE * share),
-        ).run()
-        refined = self._step("refine", lambda: self._refine(explored))
+    def run(self, tolerance: float | None = None) -> LayerProfile:
+        """Runs or replays the three stages.
+
+        Args:
+            tolerance: The layer's own, if it is not to have the job's: stages 2 and 3 are then run
+                again with it, from where stage 2 ended with the job's.
+        """
+        explored = self._explore()
+        refined = self._step("refine", lambda: self._refine(explored, self._settings))
+        settings, suffix = self._settings, ""
+        if tolerance is not None:
+            settings, suffix = replace(settings, tolerance=tolerance), f" within {tolerance!r}"
+            start = {**refined, **self._expected(refined, tolerance)}
+            refined = self._step(f"refine{suffix}", lambda: self._refine(start, settings))
         self._on_progress(_REFINE_SHARE)
-        validated = self._step("validate", lambda: self._validate(refined))
+        validated = self._step(f"validate{suffix}", lambda: self._validate(refined, settings))
         self._on_progress(_VALIDATE_SHARE)
-        return LayerProfile(heads=[HeadProfile.model_validate(head) for head in validated["heads"]])
+        heads = [HeadProfile.model_validate(head) for head in validated["heads"]]
+        return LayerProfile(heads=heads, tolerance=tolerance)
+
+    def sparsities(self, tolerances: Sequence[float]) -> list[float]:
+        """What a layer that was run would skip at other tolerances, by the slopes of stage 2.
+
+        Nothing is attended for it. Heads that stage 2 left dense stay so.
+
+        Args:
+            tolerances: Relative L1 errors.
+
+        Returns:
+            Mean sparsity of the heads for each, at the longest length.
+        """
+        refined = self._step("refine", lambda: self._refine(self._explore(), self._settings))
+        expected = (self._expected(refined, tolerance)["sparsity"] for tolerance in tolerances)
+        return [sum(sparsity) / len(sparsity) for sparsity in expected]
 
     def _step(self, name: str, compute: Callable[[], Record]) -> Record:
         def counted() -> Record:
@@ -77,25 +106,49 @@ class LayerSearch:
 
         return self._journal.step(f"layer {self._layer} {name}", counted)
 
+    # Stage 1
+
+    def _explore(self) -> Record:
+        return Explorer(
+            self._settings,
+            self._layer,
+            self._scorer,
+            self._step,
+            lambda share: self._on_progress(_EXPLORE_SHARE * share),
+        ).run()
+
     # Stage 2
 
-    def _refine(self, explored: Record) -> Record:
+    def _refine(self, explored: Record, settings: SearchSettings) -> Record:
         theta, start, slope, sparsity = (
             torch.tensor(explored[name]) for name in ("theta", "tau", "slope", "sparsity")
         )
         evaluator = self._scorer.evaluator("calibration", self._settings.longest, REFINE_Q_BLOCKS)
         worth = sparsity >= MIN_SPARSITY
-        search = TauSearch(self._settings.tolerance, start, worth, slope)
+        search = TauSearch(settings.tolerance, start, worth, slope)
         best = search.run(
             lambda tau: evaluator.score(HeadThresholds(tau, theta)), max_steps=REFINE_STEPS
         )
         self._scorer.count(evaluator, search.evaluations)
-        return {"theta": theta.tolist(), **_record(best)}
+        return {"theta": theta.tolist(), "slope": search.slope.tolist(), **_record(best)}
+
+    def _expected(self, refined: Record, tolerance: float) -> Record:
+        """Each head's tau and sparsity at another tolerance, read off the line of log error."""
+        theta, tau, slope, error = (
+            torch.tensor(refined[name]) for name in ("theta", "tau", "slope", "error")
+        )
+        further = torch.log(error.clamp_min(_LEAST_ERROR) / tolerance) / slope
+        depth = (depth_of(tau) + further).clamp(MIN_DEPTH, MAX_DEPTH)
+        moved = torch.where(tau < 1.0, tau_of(depth), 1.0)
+        evaluator = self._scorer.evaluator("calibration", self._settings.longest, REFINE_Q_BLOCKS)
+        sparsity = evaluator.sparsity(HeadThresholds(moved, theta))
+        sparsity = torch.where((moved < 1.0) & (sparsity >= MIN_SPARSITY), sparsity, 0.0)
+        return {"tau": moved.tolist(), "slope": slope.tolist(), "sparsity": sparsity.tolist()}
 
     # Stage 3
 
-    def _validate(self, refined: Record) -> Record:
-        heads = validate(self._settings, self._scorer, refined, (EXPLORE_Q_BLOCKS, REFINE_Q_BLOCKS))
+    def _validate(self, refined: Record, settings: SearchSettings) -> Record:
+        heads = validate(settings, self._scorer, refined, (EXPLORE_Q_BLOCKS, REFINE_Q_BLOCKS))
         return {"heads": [head.model_dump() for head in heads]}
 
 

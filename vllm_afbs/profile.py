@@ -104,6 +104,9 @@ class LayerProfile(_Record):
     """The query heads of one layer, in the model's order."""
 
     heads: list[HeadProfile]
+    tolerance: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Relative L1 allowed per head; null: the tuner's for all layers."
+    )
 
 
 class TextSource(_Record):

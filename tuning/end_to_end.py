@@ -1,0 +1,137 @@
+"""What thresholds do to a model's predictions: the whole model run with layers made sparse."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_afbs.kernels import (
+    BlockGeometry,
+    HeadThresholds,
+    pool_keys,
+    pool_queries,
+    select_blocks,
+)
+from vllm_afbs.tuning.model import SourceModel
+from vllm_afbs.tuning.weights import load_weights
+
+_ATTENTION = "afbs_sparse"
+_POSITIONS = 1024
+"""Positions of a window whose predictions are compared, spread over it."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Next-token predictions at some positions of a window.
+
+    Attributes:
+        log_probs: ``[num_positions, vocabulary]``, fp32.
+        targets: The tokens that follow, ``[num_positions]``, int64.
+    """
+
+    log_probs: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log likelihood of the tokens that follow, in nats."""
+        return -float(self.log_probs.gather(1, self.targets[:, None]).double().mean())
+
+    def kl_to(self, other: "Predictions") -> float:
+        """Mean KL divergence of another's predictions from these, in nats."""
+        gap = self.log_probs - other.log_probs
+        return float((self.log_probs.exp() * gap).sum(-1, dtype=torch.float64).mean())
+
+
+class EndToEnd:
+    """A model whose layers can be made sparse.
+
+    Blocks are chosen as the server chooses them. The products that it would skip are masked here,
+    so a run takes as long as a dense one.
+
+    Args:
+        model: The model; its weights are loaded.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+
+    Raises:
+        InputError: The weights cannot be read.
+    """
+
+    def __init__(self, model: SourceModel, block_q: int, block_k: int) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_ATTENTION, self._attend)
+        self._model: Any = load_weights(model, _ATTENTION, with_head=True)
+        self._blocks = (block_q, block_k)
+        self._thresholds: Mapping[int, HeadThresholds] = {}
+
+    def predict(
+        self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]
+    ) -> Predictions:
+        """Predicts a window's tokens.
+
+        Args:
+            tokens: Token ids of the window.
+            thresholds: Of the layers that run sparse, by index.
+        """
+        self._thresholds = thresholds
+        step = max(1, len(tokens) // _POSITIONS)
+        positions = torch.arange(step - 1, len(tokens) - 1, step)
+        device = next(self._model.parameters()).device
+        ids = torch.tensor([tokens], device=device)
+        with torch.inference_mode():
+            logits = self._model(
+                input_ids=ids, use_cache=False, logits_to_keep=positions.to(device)
+            ).logits[0]
+            log_probs = torch.log_softmax(logits.float(), dim=-1)
+        return Predictions(log_probs, ids[0, positions.to(device) + 1])
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        thresholds = self._thresholds.get(module.layer_idx)
+        if thresholds is None:
+            output = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+        else:
+            output = _sparse(query, key, value, thresholds, self._blocks, scale)
+        return output.transpose(1, 2).contiguous(), None
+
+
+def _sparse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    thresholds: HeadThresholds,
+    blocks: tuple[int, int],
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention to the chosen blocks alone, ``[1, heads, length, head_dim]`` throughout."""
+    length = query.shape[2]
+    geometry = BlockGeometry(length, length, *blocks)
+    rows, keys = query[0].transpose(0, 1), key[0].transpose(0, 1)
+    there = HeadThresholds(thresholds.tau.to(query.device), thresholds.theta.to(query.device))
+    keep = select_blocks(
+        pool_queries(rows, geometry), pool_keys(keys, geometry), there, geometry, scale
+    )
+    output = torch.empty_like(query)
+    for i in range(geometry.num_q_blocks):
+        start, stop = (int(row) for row in geometry.row_starts[i : i + 2])
+        seen = keep[:, i].repeat_interleave(geometry.block_k, dim=-1)[:, None, :stop]
+        causal = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
+        output[:, :, start:stop] = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop],
+            attn_mask=(seen & causal)[None], scale=scale, enable_gqa=True,
+        )  # fmt: skip
+    return output
