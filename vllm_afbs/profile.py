@@ -97,7 +97,10 @@ class HeadProfile(_Record):
         default=None, description="Log-space bound under which P.V is skipped; null: never."
     )
     calibration: list[Measurement] = Field(default=[], description="One entry per fidelity.")
-    validation: Measurement | None = Field(default=None, description="On held-out text.")
+    validation: Measurement | None = Field(
+        default=None,
+        description="On held-out text: the largest error and the mean sparsity over its windows.",
+    )
 
 
 class LayerProfile(_Record):

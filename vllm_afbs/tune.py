@@ -6,7 +6,6 @@ mistyped option answer at once.
 
 import argparse
 import math
-import platform
 import shlex
 import shutil
 import sys
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm_afbs.profile import Profile
     from vllm_afbs.tuning.model import SourceModel
-    from vllm_afbs.tuning.run import Text
     from vllm_afbs.tuning.scorer import SearchSettings
+    from vllm_afbs.tuning.texts import Text
 
 DEFAULT_LENGTHS = [2048, 4096, 8192]
 DEFAULT_TOLERANCE = 0.05
@@ -61,8 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         type=Path,
-        metavar="FILE",
-        help="a UTF-8 text like what will be served; without it, Python's own language reference",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="texts like what will be served: UTF-8 files, or directories of Hugging Face data "
+        "sets with a column 'text' (extra 'datasets'); without any, Python's own language "
+        "reference",
     )
     parser.add_argument(
         "--lengths",
@@ -118,12 +121,13 @@ def _run(options: argparse.Namespace) -> int:
             "or remove it to start anew"
         )
     from vllm_afbs.tuning.model import InputError, one_line, open_model
+    from vllm_afbs.tuning.texts import read_texts
 
     try:
-        text = _text(options.calibration)
+        texts = read_texts(options.calibration)
         model = open_model(options.model)
         settings = _settings(options, model)
-        profile = _tune(model, text, settings, work)
+        profile = _tune(model, texts, settings, work)
         from vllm_afbs.profile import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
@@ -142,29 +146,14 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tune(model: "SourceModel", text: "Text", settings: "SearchSettings", work: Path) -> "Profile":
+def _tune(
+    model: "SourceModel", texts: "list[Text]", settings: "SearchSettings", work: Path
+) -> "Profile":
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.run import tune
 
     with ProgressBar() as progress:
-        return tune(model, text, settings, work, progress)
-
-
-def _text(path: Path | None) -> "Text":
-    from vllm_afbs.tuning.model import InputError
-    from vllm_afbs.tuning.run import Text
-
-    if path is None:
-        from pydoc_data.topics import topics
-
-        # A text every Python has, so that two arguments are enough; real traffic is better.
-        name = f"pydoc_data.topics of Python {platform.python_version()}"
-        return Text(name, "\n\n".join(topics.values()))
-    try:
-        return Text(str(path), path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "UTF-8 text expected"
-        raise InputError(f"{path}: cannot read the calibration text: {reason}") from None
+        return tune(model, texts, settings, work, progress)
 
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
