@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_afbs import tune
 from vllm_afbs.profile import Profile, load_profile
@@ -170,6 +172,39 @@ def test_every_text_is_in_the_profile(tiny_model: Path, tmp_path: Path) -> None:
     for head in [head for layer in profile.layers for head in layer.heads]:
         assert head.validation is not None
         assert head.validation.error <= 1.2 * 0.2
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=1, max_size=5))
+def test_layers_are_what_the_ranges_name(ranges: list[tuple[int, int]]) -> None:
+    text = ",".join(f"{first}-{first + more}" if more else f"{first}" for first, more in ranges)
+    named = {first + step for first, more in ranges for step in range(more + 1)}
+    options = tune._parser().parse_args(["--model", "m", "--output", "p", "--layers", text])
+    assert tune._layers(options.layers, 50) == sorted(named)
+    with pytest.raises(InputError, match=f"got {max(named)}$"):
+        tune._layers(options.layers, max(named))
+
+
+def test_layers_left_out_are_dense(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "profile.json"
+    chosen = command(tiny_model, output, "--layers", "1", "--tolerance", "0.2")
+    job = start(chosen)
+    wait_for_steps(job, output, 3)
+    job.kill()
+    job.communicate()
+    kept = {path.name.split(".")[0] for path in Path(f"{output}.work").rglob("layer-*")}
+    assert kept == {"layer-001"}
+    assert tune.main([*command(tiny_model, output, "--tolerance", "0.2"), "--resume"]) == 2
+    assert "layers is [1] in it and [0, 1] now" in capsys.readouterr().err
+
+    assert tune.main([*chosen, "--resume"]) == 0
+    profile = load_profile(output)
+    for head in profile.layers[0].heads:
+        assert (head.tau, head.theta, head.calibration, head.validation) == (1.0, -1.0, [], None)
+    assert any(head.tau < 1.0 for head in profile.layers[1].heads)
+    assert profile.tuner.settings["layers"] == [1]
+    assert f"({profile.tuner.evaluations / 4:.1f} a head)" in capsys.readouterr().out
 
 
 def test_capture_is_what_the_model_attends_to(tiny_model: Path, tmp_path: Path) -> None:
@@ -332,6 +367,13 @@ def _one_length(model: Path, tmp: Path) -> tuple[list[str], str]:
     )
 
 
+def _no_such_layer(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return (
+        command(model, tmp / "p.json", "--layers", "0,1-99999999999"),
+        "--layers: layers from 0 to 1 expected, got 99999999999",
+    )
+
+
 def _no_output_directory(model: Path, tmp: Path) -> tuple[list[str], str]:
     return command(model, tmp / "none" / "p.json"), "none: cannot write there: No such file"
 
@@ -366,6 +408,7 @@ def _damaged_journal(model: Path, tmp: Path) -> tuple[list[str], str]:
         _binary_text,
         _too_long,
         _one_length,
+        _no_such_layer,
         _no_output_directory,
         _output_is_directory,
         _damaged_journal,
@@ -386,7 +429,16 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--tolerance", "nan"), ("--tolerance", "0"), ("--block-q", "-1")]
+    ("option", "value"),
+    [
+        ("--tolerance", "nan"),
+        ("--tolerance", "0"),
+        ("--block-q", "-1"),
+        ("--layers", "3-1"),
+        ("--layers", "1,,2"),
+        ("--layers", "all"),
+        ("--layers", "²"),
+    ],
 )
 def test_bad_options_are_refused_by_name(
     option: str, value: str, capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from vllm_afbs.profile import LayerProfile, Profile, TextSource, TunerRun
+from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.profile import HeadProfile, LayerProfile, Profile, TextSource, TunerRun
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
@@ -34,15 +35,17 @@ def tune(
     model: SourceModel,
     texts: Sequence[Text],
     settings: SearchSettings,
+    layers: Sequence[int],
     work: Path,
     progress: Progress,
 ) -> Profile:
-    """Tunes every layer and head of a model.
+    """Tunes the heads of a model's layers.
 
     Args:
         model: The model.
         texts: Cut into one calibration window and a held-out one each, of the longest length.
         settings: The search's settings.
+        layers: Which layers to tune; the others run dense.
         work: Directory for the journal and the captures, made if there is none; a journal in it
             is gone on with.
         progress: Hears about it.
@@ -61,6 +64,7 @@ def tune(
         {
             "model": model.digest(),
             "texts": [text.sha256 for text in texts],
+            "layers": list(layers),
             **asdict(settings),
         },
     )
@@ -68,18 +72,18 @@ def tune(
     progress.begin("Capturing", num_layers * len(cut.windows))
     # Not a step of the journal: captures are files that are checked for, and seconds are added.
     start = time.perf_counter()
-    taken = capture(model, cut.windows, range(num_layers), work, progress.advance)
+    taken = capture(model, cut.windows, layers, work, progress.advance)
     journal.step("capture", lambda: {"capture_seconds": time.perf_counter() - start})
-    progress.begin("Tuning", num_layers)
-    layers = [
-        LayerSearch(settings, layer, taken, journal, progress.advance).run()
-        for layer in range(num_layers)
-    ]
+    progress.begin("Tuning", len(layers))
+    tuned = {
+        layer: LayerSearch(settings, layer, taken, journal, progress.advance).run()
+        for layer in layers
+    }
     sources = [
         TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)
         for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
-    return _profile(model, sources, settings, journal, layers)
+    return _profile(model, sources, settings, journal, tuned)
 
 
 def _profile(
@@ -87,16 +91,18 @@ def _profile(
     sources: list[TextSource],
     settings: SearchSettings,
     journal: Journal,
-    layers: list[LayerProfile],
+    tuned: dict[int, LayerProfile],
 ) -> Profile:
+    shape = model.fingerprint
+    dense = LayerProfile(heads=[HeadProfile(tau=1.0, theta=THETA_OFF)] * shape.num_heads)
     return Profile(
         model_name=model.name,
-        model=model.fingerprint,
+        model=shape,
         block_q=settings.block_q,
         block_k=settings.block_k,
         min_seq_len=settings.lengths[0],
         max_seq_len=settings.lengths[-1],
-        layers=layers,
+        layers=[tuned.get(layer, dense) for layer in range(shape.num_layers)],
         calibration_texts=sources,
         tuner=TunerRun(
             version=version("vllm-afbs"),
@@ -109,6 +115,7 @@ def _profile(
                 "min_sparsity": MIN_SPARSITY,
                 "explore_q_blocks": EXPLORE_Q_BLOCKS,
                 "refine_q_blocks": REFINE_Q_BLOCKS,
+                "layers": list(tuned),
             },
             evaluations=int(journal.total("evaluations")),
             cost=journal.total("cost"),

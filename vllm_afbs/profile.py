@@ -171,6 +171,11 @@ class Profile(_Record):
         return self
 
     @property
+    def num_tuned_heads(self) -> int:
+        """Heads of the layers that were tuned: the others were not measured."""
+        return sum(bool(head.calibration) for layer in self.layers for head in layer.heads)
+
+    @property
     def profile_id(self) -> str:
         """First 12 digits of the sha256 of the profile's canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]

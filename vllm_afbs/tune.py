@@ -6,10 +6,12 @@ mistyped option answer at once.
 
 import argparse
 import math
+import re
 import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         f"(default: of {', '.join(map(str, DEFAULT_LENGTHS))} those the model's positions reach)",
     )
     parser.add_argument(
+        "--layers",
+        type=_layer_ranges,
+        metavar="RANGES",
+        help="tune only these layers, for instance 0-3,7; the others run dense (default: all)",
+    )
+    parser.add_argument(
         "--tolerance",
         type=_tolerance,
         default=DEFAULT_TOLERANCE,
@@ -104,6 +112,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _layer_ranges(text: str) -> list[range]:
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"layers like 0-3,7 expected, got {text!r}")
+        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return ranges
+
+
 def _tolerance(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and 0.0 < value < 1.0):
@@ -127,7 +145,8 @@ def _run(options: argparse.Namespace) -> int:
         texts = read_texts(options.calibration)
         model = open_model(options.model)
         settings = _settings(options, model)
-        profile = _tune(model, texts, settings, work)
+        layers = _layers(options.layers, model.fingerprint.num_layers)
+        profile = _tune(model, texts, settings, layers, work)
         from vllm_afbs.profile import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
@@ -147,13 +166,17 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _tune(
-    model: "SourceModel", texts: "list[Text]", settings: "SearchSettings", work: Path
+    model: "SourceModel",
+    texts: "list[Text]",
+    settings: "SearchSettings",
+    layers: list[int],
+    work: Path,
 ) -> "Profile":
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.run import tune
 
     with ProgressBar() as progress:
-        return tune(model, texts, settings, work, progress)
+        return tune(model, texts, settings, layers, work, progress)
 
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
@@ -172,6 +195,16 @@ def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSetti
     return SearchSettings(
         lengths, options.tolerance, options.block_q, options.block_k, options.seed
     )
+
+
+def _layers(ranges: Sequence[range] | None, num_layers: int) -> list[int]:
+    from vllm_afbs.tuning.model import InputError
+
+    if ranges is None:
+        return list(range(num_layers))
+    if (last := max(each[-1] for each in ranges)) >= num_layers:
+        raise InputError(f"--layers: layers from 0 to {num_layers - 1} expected, got {last}")
+    return sorted({layer for each in ranges for layer in each})
 
 
 def _report_file(output: Path) -> Path:
