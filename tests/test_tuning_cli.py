@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_afbs import tune
 from vllm_afbs.profile import Profile, load_profile
-from vllm_afbs.tuning.capture import WINDOWS, capture, cut_windows
+from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.model import InputError, open_model
+from vllm_afbs.tuning.texts import Text
+from vllm_afbs.tuning.windows import cut_windows
 
 LENGTHS = ["128", "256"]
 BLOCKS = ["--block-q", "16", "--block-k", "16"]
@@ -139,7 +143,8 @@ def test_profile_says_what_was_measured(
     assert (profile.min_seq_len, profile.max_seq_len) == (128, 256)
     assert (profile.block_q, profile.block_k) == (16, 16)
     assert (profile.tuner.seed, profile.tuner.tolerance) == (7, 0.2)
-    assert profile.calibration_texts[0].name == str(text)
+    (source,) = profile.calibration_texts
+    assert (source.name, source.num_tokens) == (str(text), 512)
     heads = [head for layer in profile.layers for head in layer.heads]
     assert any(head.tau < 1 for head in heads)
     for head in heads:
@@ -150,14 +155,66 @@ def test_profile_says_what_was_measured(
     assert f"{profile.tuner.evaluations} evaluations" in capsys.readouterr().out
 
 
+def test_every_text_is_in_the_profile(tiny_model: Path, tmp_path: Path) -> None:
+    for index in range(2):
+        lines = [f"text {index}, line {i} of {i * (i + index) % 97}\n" for i in range(60)]
+        (tmp_path / f"{index}.txt").write_text("".join(lines))
+    paths = [str(tmp_path / f"{index}.txt") for index in range(2)]
+    output = tmp_path / "profile.json"
+    arguments = command(tiny_model, output, "--tolerance", "0.2", "--calibration", *paths)
+    assert tune.main(arguments) == 0
+    profile = load_profile(output)
+    # Half of the calibration window of 256, and a held-out window.
+    assert [(text.name, text.num_tokens) for text in profile.calibration_texts] == [
+        (path, 128 + 256) for path in paths
+    ]
+    assert len({text.sha256 for text in profile.calibration_texts}) == 2
+    for head in [head for layer in profile.layers for head in layer.heads]:
+        assert head.validation is not None
+        assert head.validation.error <= 1.2 * 0.2
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=1, max_size=5))
+def test_layers_are_what_the_ranges_name(ranges: list[tuple[int, int]]) -> None:
+    text = ",".join(f"{first}-{first + more}" if more else f"{first}" for first, more in ranges)
+    named = {first + step for first, more in ranges for step in range(more + 1)}
+    options = tune._parser().parse_args(["--model", "m", "--output", "p", "--layers", text])
+    assert tune._layers(options.layers, 50) == sorted(named)
+    with pytest.raises(InputError, match=f"got {max(named)}$"):
+        tune._layers(options.layers, max(named))
+
+
+def test_layers_left_out_are_dense(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "profile.json"
+    chosen = command(tiny_model, output, "--layers", "1", "--tolerance", "0.2")
+    job = start(chosen)
+    wait_for_steps(job, output, 3)
+    job.kill()
+    job.communicate()
+    kept = {path.name.split(".")[0] for path in Path(f"{output}.work").rglob("layer-*")}
+    assert kept == {"layer-001"}
+    assert tune.main([*command(tiny_model, output, "--tolerance", "0.2"), "--resume"]) == 2
+    assert "layers is [1] in it and [0, 1] now" in capsys.readouterr().err
+
+    assert tune.main([*chosen, "--resume"]) == 0
+    profile = load_profile(output)
+    for head in profile.layers[0].heads:
+        assert (head.tau, head.theta, head.calibration, head.validation) == (1.0, -1.0, [], None)
+    assert any(head.tau < 1.0 for head in profile.layers[1].heads)
+    assert profile.tuner.settings["layers"] == [1]
+    assert f"({profile.tuner.evaluations / 4:.1f} a head)" in capsys.readouterr().out
+
+
 def test_capture_is_what_the_model_attends_to(tiny_model: Path, tmp_path: Path) -> None:
     """Rebuilds every layer's attention output from the capture and the model's own weights."""
     from transformers import AutoModel
 
     model = open_model(str(tiny_model))
-    windows = cut_windows(model, "some text to attend to " * 50, "text", 64)
+    windows = cut_windows(model, [Text("text", "some text to attend to " * 50)], 64).windows
     steps: list[float] = []
-    taken = capture(model, windows, tmp_path, steps.append)
+    taken = capture(model, windows, range(2), tmp_path, steps.append)
     assert steps == [1.0] * 4
     body = AutoModel.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
     seen: dict[int, torch.Tensor] = {}
@@ -165,7 +222,7 @@ def test_capture_is_what_the_model_attends_to(tiny_model: Path, tmp_path: Path) 
         layer.self_attn.o_proj.register_forward_pre_hook(
             lambda _, inputs, index=index: seen.__setitem__(index, inputs[0][0])
         )
-    for window in WINDOWS:
+    for window in windows:
         with torch.inference_mode():
             body(input_ids=torch.tensor([windows[window]]))
         for index in range(2):
@@ -262,6 +319,25 @@ def _short_text(model: Path, tmp: Path) -> tuple[list[str], str]:
     )
 
 
+def _short_second_text(model: Path, tmp: Path) -> tuple[list[str], str]:
+    (tmp / "long.txt").write_text("x" * 1000)
+    (tmp / "short.txt").write_text("x" * 383)
+    return (
+        command(
+            model, tmp / "p.json", "--calibration", str(tmp / "long.txt"), str(tmp / "short.txt")
+        ),
+        "short.txt: the calibration text has 383 tokens, 384 expected",
+    )
+
+
+def _directory_without_data(model: Path, tmp: Path) -> tuple[list[str], str]:
+    (tmp / "set").mkdir()
+    return (
+        command(model, tmp / "p.json", "--calibration", str(tmp / "set")),
+        "set: a data set expected: one saved by save_to_disk, or files ending in ",
+    )
+
+
 def _missing_text(model: Path, tmp: Path) -> tuple[list[str], str]:
     return (
         command(model, tmp / "p.json", "--calibration", str(tmp / "none.txt")),
@@ -288,6 +364,13 @@ def _one_length(model: Path, tmp: Path) -> tuple[list[str], str]:
     return (
         command(model, tmp / "p.json", "--lengths", "256"),
         "--lengths: at least two different lengths up to 1024 expected, got [256]",
+    )
+
+
+def _no_such_layer(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return (
+        command(model, tmp / "p.json", "--layers", "0,1-99999999999"),
+        "--layers: layers from 0 to 1 expected, got 99999999999",
     )
 
 
@@ -319,10 +402,13 @@ def _damaged_journal(model: Path, tmp: Path) -> tuple[list[str], str]:
         _cut_weights,
         _lacking_weights,
         _short_text,
+        _short_second_text,
+        _directory_without_data,
         _missing_text,
         _binary_text,
         _too_long,
         _one_length,
+        _no_such_layer,
         _no_output_directory,
         _output_is_directory,
         _damaged_journal,
@@ -343,7 +429,16 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--tolerance", "nan"), ("--tolerance", "0"), ("--block-q", "-1")]
+    ("option", "value"),
+    [
+        ("--tolerance", "nan"),
+        ("--tolerance", "0"),
+        ("--block-q", "-1"),
+        ("--layers", "3-1"),
+        ("--layers", "1,,2"),
+        ("--layers", "all"),
+        ("--layers", "²"),
+    ],
 )
 def test_bad_options_are_refused_by_name(
     option: str, value: str, capsys: pytest.CaptureFixture[str]
@@ -370,11 +465,12 @@ def test_full_disk_leaves_no_profile(
 
 def test_damaged_capture_is_named(tiny_model: Path, tmp_path: Path) -> None:
     model = open_model(str(tiny_model))
-    taken = capture(model, cut_windows(model, "text " * 100, "text", 64), tmp_path, lambda _: None)
-    path = taken.path(1, "validation")
+    cut = cut_windows(model, [Text("text", "text " * 100)], 64)
+    taken = capture(model, cut.windows, range(2), tmp_path, lambda _: None)
+    path = taken.path(1, "validation-0")
     os.truncate(path, 100)
-    with pytest.raises(InputError, match=r"layer-001\.validation\.safetensors: cannot read"):
-        taken.load(1, "validation")
+    with pytest.raises(InputError, match=r"layer-001\.validation-0\.safetensors: cannot read"):
+        taken.load(1, "validation-0")
 
 
 def test_help_needs_no_heavy_import() -> None:

@@ -13,13 +13,14 @@ from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
 from vllm_afbs.tuning.bracket import START_SLOPE, TauSearch, depth_of, tau_of
-from vllm_afbs.tuning.capture import WINDOWS, Capture, LayerTensors
+from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
 from vllm_afbs.tuning.explore import HEAD_GAIN, INITIAL_GUARDS, STEPS, Explorer
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
-from vllm_afbs.tuning.validation import HELD_OUT_SLACK
+from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
+from vllm_afbs.tuning.windows import held_out
 
 TOLERANCE = 0.05
 
@@ -145,10 +146,14 @@ def hidden(length: int, seed: int) -> LayerTensors:
 
 
 def captured(
-    directory: Path, length: int, layer_of: Callable[[int, int], LayerTensors] = clustered
+    directory: Path, length: int, *layers_of: Callable[[int, int], LayerTensors]
 ) -> Capture:
-    taken = Capture(directory, num_layers=1)
-    for seed, window in enumerate(WINDOWS):
+    """The calibration window is of the first kind, and each kind has a held-out window."""
+    taken = Capture(directory, (0,), held_out(len(layers_of)))
+    kinds = [layers_of[0], *layers_of]
+    for seed, (layer_of, window) in enumerate(
+        zip(kinds, ("calibration", *taken.held_out), strict=True)
+    ):
         layer = layer_of(length, seed)
         tensors = {"query": layer.query, "key": layer.key, "value": layer.value}
         save_file(
@@ -168,7 +173,7 @@ def test_layer_search_comes_close_to_an_exhaustive_grid(
     heads = LayerSearch(job, 0, taken, journal, lambda _: None).run().heads
 
     evaluator = LayerEvaluator(taken.load(0, "calibration"), lengths[-1], block, block)
-    held_out = LayerEvaluator(taken.load(0, "validation"), lengths[-1], block, block)
+    other = LayerEvaluator(taken.load(0, "validation-0"), lengths[-1], block, block)
     grid = torch.zeros(3, dtype=torch.float64)
     evaluations = 0
     for guard in torch.arange(0, 0.51, 0.05).tolist():
@@ -183,7 +188,7 @@ def test_layer_search_comes_close_to_an_exhaustive_grid(
     found = HeadThresholds(
         torch.tensor([head.tau for head in heads]), torch.tensor([head.theta for head in heads])
     )
-    on_calibration, on_held_out = evaluator.score(found), held_out.score(found)
+    on_calibration, on_held_out = evaluator.score(found), other.score(found)
     assert (on_calibration.error <= TOLERANCE).all()
     assert (on_held_out.error <= HELD_OUT_SLACK * TOLERANCE).all()
     assert float(grid.mean()) > 0.3
@@ -196,6 +201,56 @@ def test_layer_search_comes_close_to_an_exhaustive_grid(
         )
         assert measured.validation is not None
         assert measured.validation.error == pytest.approx(float(on_held_out.error[head]), abs=1e-6)
+
+
+def test_every_held_out_window_has_to_accept_a_head(tmp_path: Path) -> None:
+    job = SearchSettings([512, 1024], TOLERANCE, 32, 32, seed=1)
+    scorer = LayerScorer(job, 0, captured(tmp_path, 1024, clustered, hidden))
+    refined = {
+        "theta": [THETA_OFF] * 3,
+        "tau": [0.8, 0.9, 0.95],
+        "error": [TOLERANCE] * 3,
+        "sparsity": [0.5] * 3,
+    }
+    heads = validate(job, scorer, refined, (16, 32))
+
+    found = HeadThresholds(
+        torch.tensor([head.tau for head in heads]), torch.tensor([head.theta for head in heads])
+    )
+    one, two = (
+        scorer.evaluator(window, 1024, None).score(found)
+        for window in ("validation-0", "validation-1")
+    )
+    assert any(head.tau < 1.0 for head in heads)
+    assert (one.error != two.error).any()
+    for index, head in enumerate(heads):
+        assert head.validation is not None
+        if head.tau == 1.0:
+            continue
+        assert head.validation.error == float(torch.maximum(one.error, two.error)[index])
+        assert head.validation.error <= HELD_OUT_SLACK * TOLERANCE
+        assert head.validation.sparsity == float((one.sparsity + two.sparsity)[index] / 2)
+        assert head.validation.sparsity >= MIN_SPARSITY
+
+
+def test_each_held_out_window_counts_as_an_evaluation(tmp_path: Path) -> None:
+    job = SearchSettings([512, 1024], TOLERANCE, 32, 32, seed=1)
+    counts = []
+    for copies in (1, 3):
+        directory = tmp_path / str(copies)
+        directory.mkdir()
+        scorer = LayerScorer(job, 0, captured(directory, 1024, *[clustered] * copies))
+        # So near to dense that every window accepts at once.
+        refined = {
+            "theta": [THETA_OFF] * 3,
+            "tau": [0.998] * 3,
+            "error": [0.0] * 3,
+            "sparsity": [0.5] * 3,
+        }
+        validate(job, scorer, refined, (16, 32))
+        counts.append((scorer.evaluations, scorer.cost))
+    assert counts[1][0] == counts[0][0] + 2 * 3
+    assert counts[1][1] == pytest.approx(counts[0][1] + 2 * 3)
 
 
 def explore(taken: Capture) -> tuple[Record, dict[str, Record]]:
@@ -216,7 +271,7 @@ def explore(taken: Capture) -> tuple[Record, dict[str, Record]]:
 
 
 def test_a_layer_that_gains_from_no_guard_is_left_alone(tmp_path: Path) -> None:
-    chosen, steps = explore(captured(tmp_path, 1024))
+    chosen, steps = explore(captured(tmp_path, 1024, clustered))
     assert chosen["theta"] == [THETA_OFF] * 3
     guarded = [step for name, step in steps.items() if name.startswith("trial")]
     assert [step["guard"] is None for step in guarded] == [False] * INITIAL_GUARDS + [True]
@@ -226,7 +281,7 @@ def test_a_layer_that_gains_from_no_guard_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_heads_are_scored_under_a_guard_only_if_they_could_gain(tmp_path: Path) -> None:
-    taken = captured(tmp_path, 1024)
+    taken = captured(tmp_path, 1024, clustered)
     _, steps = explore(taken)
     spared = 0
     for trial in [steps["trial 0"], steps["trial 1"]]:

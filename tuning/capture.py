@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 from vllm_afbs.tuning.weights import load_weights
+from vllm_afbs.tuning.windows import CALIBRATION
 
-WINDOWS = ("calibration", "validation")
 ATTENTION = "afbs_capture"
 """Name of the recorded attention function among transformers'."""
 # Attention variants that a transformers model hands to its attention function when it has them.
@@ -51,15 +51,17 @@ class LayerTensors:
 
 @dataclass(frozen=True)
 class Capture:
-    """The captured tensors of every layer, on disk.
+    """The captured tensors, on disk.
 
     Attributes:
         directory: Holds one safetensors file per layer and window.
-        num_layers: Layers of the model.
+        layers: The layers that are kept.
+        held_out: Names of the held-out windows; the other one is ``CALIBRATION``.
     """
 
     directory: Path
-    num_layers: int
+    layers: tuple[int, ...]
+    held_out: tuple[str, ...]
 
     def load(self, layer: int, window: str) -> LayerTensors:
         """Reads one layer's tensors over one window.
@@ -84,64 +86,26 @@ class Capture:
         """The windows that are not captured completely."""
         return [
             window
-            for window in WINDOWS
-            if not all(self.path(layer, window).is_file() for layer in range(self.num_layers))
+            for window in (CALIBRATION, *self.held_out)
+            if not all(self.path(layer, window).is_file() for layer in self.layers)
         ]
-
-
-def cut_windows(model: SourceModel, text: str, source: str, length: int) -> dict[str, list[int]]:
-    """Cuts two disjoint windows of ``length`` tokens, from the text's start and from its middle.
-
-    Args:
-        model: The model, for its tokenizer.
-        text: The calibration text.
-        source: Where the text came from, for the message.
-        length: Tokens of a window, the tokenizer's own first token (if it adds one) included.
-
-    Returns:
-        Token ids of each of ``WINDOWS``.
-
-    Raises:
-        InputError: The tokenizer cannot be read, or the text is too short.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.directory(), trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{model.name}: cannot read the tokenizer: {one_line(error)}") from None
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    first = tokenizer("").input_ids
-    prefix = first[:1] if first and first[0] == tokenizer.bos_token_id else []
-    length -= len(prefix)
-    if len(tokens) < len(WINDOWS) * length:
-        raise InputError(
-            f"{source}: the calibration text has {len(tokens)} tokens, {len(WINDOWS) * length} "
-            f"expected for {len(WINDOWS)} windows of {length}; give a longer text or shorter "
-            "--lengths"
-        )
-    starts = [index * (len(tokens) // len(WINDOWS)) for index in range(len(WINDOWS))]
-    return {
-        window: prefix + tokens[start : start + length]
-        for window, start in zip(WINDOWS, starts, strict=True)
-    }
 
 
 def capture(
     model: SourceModel,
     windows: dict[str, list[int]],
+    layers: Sequence[int],
     directory: Path,
     on_progress: Callable[[float], None],
 ) -> Capture:
-    """Runs the model over each window and keeps every layer's Q, K and V.
+    """Runs the model over each window and keeps the layers' Q, K and V.
 
     Args:
         model: The model.
-        windows: Token ids from ``cut_windows``.
+        windows: Token ids from ``windows.cut_windows``.
+        layers: Which layers to keep.
         directory: Folder to keep captures in; one made of the same weights and tokens is reused.
-        on_progress: Called with 1 after each layer of each window.
+        on_progress: Called with 1 after each layer of the model in each window.
 
     Raises:
         InputError: The weights cannot be read, or a layer's attention is not supported.
@@ -150,14 +114,15 @@ def capture(
     digest = hashlib.sha256(model.digest().encode())
     digest.update(repr(sorted(windows.items())).encode())
     shape = model.fingerprint
-    taken = Capture(directory / f"capture-{digest.hexdigest()[:16]}", shape.num_layers)
+    held_out = tuple(window for window in windows if window != CALIBRATION)
+    taken = Capture(directory / f"capture-{digest.hexdigest()[:16]}", tuple(layers), held_out)
     todo = taken.missing()
-    for _ in range(shape.num_layers * (len(WINDOWS) - len(todo))):
+    for _ in range(shape.num_layers * (len(windows) - len(todo))):
         on_progress(1.0)
     if not todo:
         return taken
     taken.directory.mkdir(exist_ok=True)
-    _check_space(model, taken.directory, sum(len(windows[window]) for window in todo))
+    _check_space(model, taken, sum(len(windows[window]) for window in todo))
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _no_recorder)
@@ -173,14 +138,14 @@ def capture(
     return taken
 
 
-def _check_space(model: SourceModel, directory: Path, num_tokens: int) -> None:
+def _check_space(model: SourceModel, taken: Capture, num_tokens: int) -> None:
     shape = model.fingerprint
     heads = shape.num_heads + 2 * shape.num_kv_heads
-    needed_bytes = shape.num_layers * heads * shape.head_dim * 2 * num_tokens
-    free_bytes = shutil.disk_usage(directory).free
+    needed_bytes = len(taken.layers) * heads * shape.head_dim * 2 * num_tokens
+    free_bytes = shutil.disk_usage(taken.directory).free
     if free_bytes < needed_bytes:
         raise InputError(
-            f"{directory}: {needed_bytes / 1e9:.1f} GB expected for captured tensors, "
+            f"{taken.directory}: {needed_bytes / 1e9:.1f} GB expected for captured tensors, "
             f"{free_bytes / 1e9:.1f} GB free"
         )
 
@@ -230,7 +195,8 @@ class Recorder:
             name = used[0] if used else "attention_mask"
             raise InputError(f"layer {module.layer_idx}: {name}: plain causal attention expected")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self._save(module.layer_idx, query, key, value, scale)
+        if module.layer_idx in self._taken.layers:
+            self._save(module.layer_idx, query, key, value, scale)
         self.layers.append(module.layer_idx)
         self._on_progress(1.0)
         output = torch.nn.functional.scaled_dot_product_attention(

@@ -69,7 +69,7 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
     console = Console()
     console.print(table)
     run = profile.tuner
-    heads = profile.model.num_layers * profile.model.num_heads
+    heads = profile.num_tuned_heads
     console.print(
         f"{run.evaluations} evaluations ({run.evaluations / heads:.1f} a head), "
         f"cost {run.cost:.0f} ({run.cost / heads:.2f} a head), {run.wall_seconds:.0f} s, "
@@ -85,17 +85,18 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
 
 def _cells(heads: list[HeadProfile]) -> list[str]:
     sparse = [head for head in heads if head.tau < 1.0]
-    longest = [head.calibration[-1] for head in heads]
+    longest = [head.calibration[-1] for head in heads if head.calibration]
     held_out = [head.validation for head in heads if head.validation is not None]
     guarded = [head.theta for head in sparse if head.theta > -1.0]
     return [
         f"{len(sparse)}/{len(heads)}",
         f"{_mean([head.tau for head in sparse]):.3f}" if sparse else "dense",
         f"{_mean(guarded):.2f} ({len(guarded)})" if guarded else "off",
-        f"{_mean([measured.error for measured in longest]):.3f}",
-        f"{_mean([measured.error for measured in held_out]):.3f}",
-        f"{_mean([measured.sparsity for measured in longest]):.3f}",
-        f"{_mean([measured.sparsity for measured in held_out]):.3f}",
+        # A layer that was left out has no measurements, and counts as the dense one it is.
+        f"{sum(measured.error for measured in longest) / len(heads):.3f}",
+        f"{sum(measured.error for measured in held_out) / len(heads):.3f}",
+        f"{sum(measured.sparsity for measured in longest) / len(heads):.3f}",
+        f"{sum(measured.sparsity for measured in held_out) / len(heads):.3f}",
     ]
 
 

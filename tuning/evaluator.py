@@ -112,7 +112,9 @@ class LayerEvaluator:
         self._queries = pool_queries(self._query, self.geometry)
         self._keys = pool_keys(self._key, self.geometry)
         self._device = tensors.query.device
-        self._cache_bytes = _cache_bytes(self._device) if cache_bytes is None else cache_bytes
+        self._cache_bytes = (
+            default_cache_bytes(self._device) if cache_bytes is None else cache_bytes
+        )
 
     @property
     def row_share(self) -> float:
@@ -227,7 +229,8 @@ def _combine(
     return (total[..., :-1] / total[..., -1:]).flatten(0, 1)
 
 
-def _cache_bytes(device: torch.device) -> int:
+def default_cache_bytes(device: torch.device) -> int:
+    """Room for one evaluator's partials."""
     if device.type == "cuda":
         return int(_DEVICE_CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return _HOST_CACHE_BYTES

@@ -224,14 +224,14 @@ def _cost(steps: Sequence[Mapping[str, Any]]) -> go.Figure:
 def _totals(profile: Profile) -> dict[str, str]:
     heads = [head for layer in profile.layers for head in layer.heads]
     sparse = [head for head in heads if head.tau < 1.0]
-    run = profile.tuner
+    run, tuned = profile.tuner, profile.num_tuned_heads
     return {
         "Sparse heads": f"{len(sparse)} of {len(heads)}",
         "Mean sparsity, held out": f"{sum(map(_sparsity, heads)) / len(heads):.3f}",
         "Mean error, held out": f"{sum(map(_error, heads)) / len(heads):.4f}",
         "Tolerance": f"{run.tolerance:g}",
-        "Evaluations": f"{run.evaluations} ({run.evaluations / len(heads):.1f} a head)",
-        "Cost": f"{run.cost:.0f} ({run.cost / len(heads):.2f} a head)",
+        "Evaluations": f"{run.evaluations} ({run.evaluations / tuned:.1f} a head)",
+        "Cost": f"{run.cost:.0f} ({run.cost / tuned:.2f} a head)",
         "Wall time": f"{run.wall_seconds:.0f} s",
     }
 

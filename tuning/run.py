@@ -1,39 +1,24 @@
 """A whole tuning job: from a model and a text to a profile."""
 
-import hashlib
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from vllm_afbs.profile import LayerProfile, Profile, TextSource, TunerRun
-from vllm_afbs.tuning.capture import WINDOWS, capture, cut_windows
+from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.profile import HeadProfile, LayerProfile, Profile, TextSource, TunerRun
+from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.search import REFINE_Q_BLOCKS, LayerSearch
+from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY
-
-
-@dataclass(frozen=True)
-class Text:
-    """A calibration text.
-
-    Attributes:
-        name: Where it came from.
-        content: All of it.
-    """
-
-    name: str
-    content: str
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the text in UTF-8."""
-        return hashlib.sha256(self.content.encode()).hexdigest()
+from vllm_afbs.tuning.windows import cut_windows
 
 
 class Progress(Protocol):
@@ -48,17 +33,19 @@ class Progress(Protocol):
 
 def tune(
     model: SourceModel,
-    text: Text,
+    texts: Sequence[Text],
     settings: SearchSettings,
+    layers: Sequence[int],
     work: Path,
     progress: Progress,
 ) -> Profile:
-    """Tunes every layer and head of a model.
+    """Tunes the heads of a model's layers.
 
     Args:
         model: The model.
-        text: Cut into a calibration and a held-out window of the longest length.
+        texts: Cut into one calibration window and a held-out one each, of the longest length.
         settings: The search's settings.
+        layers: Which layers to tune; the others run dense.
         work: Directory for the journal and the captures, made if there is none; a journal in it
             is gone on with.
         progress: Hears about it.
@@ -67,46 +54,56 @@ def tune(
         The profile, with what it cost over all the job's runs.
 
     Raises:
-        InputError: The model, the text or the journal cannot be used.
+        InputError: The model, a text or the journal cannot be used.
         OSError: The work directory cannot be written.
     """
-    windows = cut_windows(model, text.content, text.name, settings.lengths[-1])
+    cut = cut_windows(model, texts, settings.longest)
     work.mkdir(exist_ok=True)
     journal = Journal(
         work / FILE_NAME,
-        {"model": model.digest(), "text": text.sha256, **asdict(settings)},
+        {
+            "model": model.digest(),
+            "texts": [text.sha256 for text in texts],
+            "layers": list(layers),
+            **asdict(settings),
+        },
     )
     num_layers = model.fingerprint.num_layers
-    progress.begin("Capturing", num_layers * len(WINDOWS))
+    progress.begin("Capturing", num_layers * len(cut.windows))
     # Not a step of the journal: captures are files that are checked for, and seconds are added.
     start = time.perf_counter()
-    taken = capture(model, windows, work, progress.advance)
+    taken = capture(model, cut.windows, layers, work, progress.advance)
     journal.step("capture", lambda: {"capture_seconds": time.perf_counter() - start})
-    progress.begin("Tuning", num_layers)
-    layers = [
-        LayerSearch(settings, layer, taken, journal, progress.advance).run()
-        for layer in range(num_layers)
+    progress.begin("Tuning", len(layers))
+    tuned = {
+        layer: LayerSearch(settings, layer, taken, journal, progress.advance).run()
+        for layer in layers
+    }
+    sources = [
+        TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)
+        for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
-    return _profile(model, text, settings, journal, layers)
+    return _profile(model, sources, settings, journal, tuned)
 
 
 def _profile(
     model: SourceModel,
-    text: Text,
+    sources: list[TextSource],
     settings: SearchSettings,
     journal: Journal,
-    layers: list[LayerProfile],
+    tuned: dict[int, LayerProfile],
 ) -> Profile:
-    num_tokens = len(WINDOWS) * settings.lengths[-1]
+    shape = model.fingerprint
+    dense = LayerProfile(heads=[HeadProfile(tau=1.0, theta=THETA_OFF)] * shape.num_heads)
     return Profile(
         model_name=model.name,
-        model=model.fingerprint,
+        model=shape,
         block_q=settings.block_q,
         block_k=settings.block_k,
         min_seq_len=settings.lengths[0],
         max_seq_len=settings.lengths[-1],
-        layers=layers,
-        calibration_texts=[TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)],
+        layers=[tuned.get(layer, dense) for layer in range(shape.num_layers)],
+        calibration_texts=sources,
         tuner=TunerRun(
             version=version("vllm-afbs"),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -118,7 +115,7 @@ def _profile(
                 "min_sparsity": MIN_SPARSITY,
                 "explore_q_blocks": EXPLORE_Q_BLOCKS,
                 "refine_q_blocks": REFINE_Q_BLOCKS,
-                "windows": list(WINDOWS),
+                "layers": list(tuned),
             },
             evaluations=int(journal.total("evaluations")),
             cost=journal.total("cost"),

@@ -15,7 +15,7 @@ import torch
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.device import compute_device
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator, default_cache_bytes
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,13 @@ class LayerScorer:
         capture: Its Q, K and V.
 
     Attributes:
+        held_out: Names of the held-out windows.
         evaluations: Heads scored since the last ``reset``.
         cost: Their cost.
     """
 
     def __init__(self, settings: SearchSettings, layer: int, capture: Capture) -> None:
+        self.held_out = capture.held_out
         self.evaluations = 0
         self.cost = 0.0
         self._settings = settings
@@ -72,19 +74,23 @@ class LayerScorer:
         """The evaluator of a window's first ``length`` tokens.
 
         Args:
-            window: One of ``capture.WINDOWS``.
+            window: ``CALIBRATION`` or one of ``held_out``.
             length: Tokens of context.
             q_blocks: Query blocks to score, spread over the context; None for all.
         """
         key = (window, length, q_blocks)
         if key not in self._evaluators:
             num_q_blocks = -(-length // self._settings.block_q)
+            tensors = self._window(window)
+            # The held-out windows are all in use at once.
+            sharing = len(self.held_out) if window in self.held_out else 1
             self._evaluators[key] = LayerEvaluator(
-                self._window(window),
+                tensors,
                 length,
                 self._settings.block_q,
                 self._settings.block_k,
                 row_share=min(1.0, q_blocks / num_q_blocks) if q_blocks else 1.0,
+                cache_bytes=default_cache_bytes(tensors.query.device) // sharing,
             )
         return self._evaluators[key]
 

@@ -1,4 +1,8 @@
-"""Stage 3: held-out text has the last word on each head's thresholds."""
+"""Stage 3: held-out text has the last word on each head's thresholds.
+
+A head has to be within the tolerance on every held-out window: the largest of its errors counts.
+Its sparsity is the mean over them.
+"""
 
 import torch
 
@@ -30,7 +34,7 @@ def validate(
             the profile are made on the same.
 
     Returns:
-        Each head's thresholds, measured on both texts.
+        Each head's thresholds, measured on the calibration window and on held-out text.
     """
     theta, tau = torch.tensor(refined["theta"]), torch.tensor(refined["tau"])
     tau = torch.where(torch.tensor(refined["sparsity"]) >= MIN_SPARSITY, tau, 1.0)
@@ -51,9 +55,8 @@ def validate(
 def _back_off(
     settings: SearchSettings, scorer: LayerScorer, tau: torch.Tensor, theta: torch.Tensor
 ) -> tuple[torch.Tensor, HeadScores]:
-    evaluator = scorer.evaluator("validation", settings.longest, None)
     limit = HELD_OUT_SLACK * settings.tolerance
-    scores = scorer.score(evaluator, HeadThresholds(tau, theta), tau < 1.0)
+    scores = _held_out(settings, scorer, HeadThresholds(tau, theta), tau < 1.0)
     for attempt in range(1, _BACK_OFFS + 2):
         above = (tau < 1.0) & (scores.error > limit)
         if not above.any():
@@ -62,9 +65,22 @@ def _back_off(
         step = attempt * torch.log(scores.error / limit).float().clamp_min(0.1)
         deeper = tau_of(depth_of(tau) + step) if attempt <= _BACK_OFFS else torch.ones_like(tau)
         tau = torch.where(above, deeper, tau)
-        again = scorer.score(evaluator, HeadThresholds(tau, theta), above & (tau < 1.0))
+        again = _held_out(settings, scorer, HeadThresholds(tau, theta), above & (tau < 1.0))
         scores = _merge(above, again, scores)
     return tau, scores
+
+
+def _held_out(
+    settings: SearchSettings, scorer: LayerScorer, thresholds: HeadThresholds, heads: torch.Tensor
+) -> HeadScores:
+    windows = [
+        scorer.score(scorer.evaluator(window, settings.longest, None), thresholds, heads)
+        for window in scorer.held_out
+    ]
+    return HeadScores(
+        torch.stack([scores.error for scores in windows]).amax(dim=0),
+        torch.stack([scores.sparsity for scores in windows]).mean(dim=0),
+    )
 
 
 def _calibration(

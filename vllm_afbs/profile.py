@@ -97,7 +97,10 @@ class HeadProfile(_Record):
         default=None, description="Log-space bound under which P.V is skipped; null: never."
     )
     calibration: list[Measurement] = Field(default=[], description="One entry per fidelity.")
-    validation: Measurement | None = Field(default=None, description="On held-out text.")
+    validation: Measurement | None = Field(
+        default=None,
+        description="On held-out text: the largest error and the mean sparsity over its windows.",
+    )
 
 
 class LayerProfile(_Record):
@@ -169,6 +172,11 @@ class Profile(_Record):
         if self.min_seq_len > self.max_seq_len:
             raise ValueError("min_seq_len: at most max_seq_len expected")
         return self
+
+    @property
+    def num_tuned_heads(self) -> int:
+        """Heads of the layers that were tuned: the others were not measured."""
+        return sum(bool(head.calibration) for layer in self.layers for head in layer.heads)
 
     @property
     def profile_id(self) -> str:

@@ -6,19 +6,20 @@ mistyped option answer at once.
 
 import argparse
 import math
-import platform
+import re
 import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_afbs.profile import Profile
     from vllm_afbs.tuning.model import SourceModel
-    from vllm_afbs.tuning.run import Text
     from vllm_afbs.tuning.scorer import SearchSettings
+    from vllm_afbs.tuning.texts import Text
 
 DEFAULT_LENGTHS = [2048, 4096, 8192]
 DEFAULT_TOLERANCE = 0.05
@@ -61,8 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         type=Path,
-        metavar="FILE",
-        help="a UTF-8 text like what will be served; without it, Python's own language reference",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="texts like what will be served: UTF-8 files, or directories of Hugging Face data "
+        "sets with a column 'text' (extra 'datasets'); without any, Python's own language "
+        "reference",
     )
     parser.add_argument(
         "--lengths",
@@ -71,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="context lengths, at least two; short ones explore cheaply, the longest decides "
         f"(default: of {', '.join(map(str, DEFAULT_LENGTHS))} those the model's positions reach)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=_layer_ranges,
+        metavar="RANGES",
+        help="tune only these layers, for instance 0-3,7; the others run dense (default: all)",
     )
     parser.add_argument(
         "--tolerance",
@@ -101,6 +112,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _layer_ranges(text: str) -> list[range]:
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"layers like 0-3,7 expected, got {text!r}")
+        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return ranges
+
+
 def _tolerance(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and 0.0 < value < 1.0):
@@ -118,12 +139,14 @@ def _run(options: argparse.Namespace) -> int:
             "or remove it to start anew"
         )
     from vllm_afbs.tuning.model import InputError, one_line, open_model
+    from vllm_afbs.tuning.texts import read_texts
 
     try:
-        text = _text(options.calibration)
+        texts = read_texts(options.calibration)
         model = open_model(options.model)
         settings = _settings(options, model)
-        profile = _tune(model, text, settings, work)
+        layers = _layers(options.layers, model.fingerprint.num_layers)
+        profile = _tune(model, texts, settings, layers, work)
         from vllm_afbs.profile import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
@@ -142,29 +165,18 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tune(model: "SourceModel", text: "Text", settings: "SearchSettings", work: Path) -> "Profile":
+def _tune(
+    model: "SourceModel",
+    texts: "list[Text]",
+    settings: "SearchSettings",
+    layers: list[int],
+    work: Path,
+) -> "Profile":
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.run import tune
 
     with ProgressBar() as progress:
-        return tune(model, text, settings, work, progress)
-
-
-def _text(path: Path | None) -> "Text":
-    from vllm_afbs.tuning.model import InputError
-    from vllm_afbs.tuning.run import Text
-
-    if path is None:
-        from pydoc_data.topics import topics
-
-        # A text every Python has, so that two arguments are enough; real traffic is better.
-        name = f"pydoc_data.topics of Python {platform.python_version()}"
-        return Text(name, "\n\n".join(topics.values()))
-    try:
-        return Text(str(path), path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "UTF-8 text expected"
-        raise InputError(f"{path}: cannot read the calibration text: {reason}") from None
+        return tune(model, texts, settings, layers, work, progress)
 
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
@@ -183,6 +195,16 @@ def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSetti
     return SearchSettings(
         lengths, options.tolerance, options.block_q, options.block_k, options.seed
     )
+
+
+def _layers(ranges: Sequence[range] | None, num_layers: int) -> list[int]:
+    from vllm_afbs.tuning.model import InputError
+
+    if ranges is None:
+        return list(range(num_layers))
+    if (last := max(each[-1] for each in ranges)) >= num_layers:
+        raise InputError(f"--layers: layers from 0 to {num_layers - 1} expected, got {last}")
+    return sorted({layer for each in ranges for layer in each})
 
 
 def _report_file(output: Path) -> Path:

@@ -21,8 +21,10 @@ from rich.progress import track
 from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import BlockGeometry, cut_keys
-from vllm_afbs.tuning.capture import LayerTensors, capture, cut_windows
+from vllm_afbs.tuning.capture import LayerTensors, capture
 from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.texts import read_texts
+from vllm_afbs.tuning.windows import cut_windows
 
 BLOCK = 128
 DENSITIES = (0.5, 0.3, 0.2)
@@ -129,13 +131,12 @@ def main() -> None:
     args = parser.parse_args()
     assets = prepare()
     model = open_model(str(assets.model_dir))
-    text = assets.calibration_file.read_text(encoding="utf-8")
-    windows = cut_windows(model, text, assets.calibration_file.name, args.length)
+    cut = cut_windows(model, read_texts([assets.calibration_file]), args.length)
     geometry = BlockGeometry(args.length, args.length, BLOCK, BLOCK)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        taken = capture(model, windows, Path(folder), lambda _: None)
-        load = functools.partial(taken.load, window="calibration")
         layers = list(range(0, model.fingerprint.num_layers, args.every))
+        taken = capture(model, cut.windows, layers, Path(folder), lambda _: None)
+        load = functools.partial(taken.load, window="calibration")
         rows = measure(load, layers, geometry)
     report_rows(rows, args.output)
 

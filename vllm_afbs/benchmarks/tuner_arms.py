@@ -28,11 +28,13 @@ from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_r
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.tuning.capture import Capture, capture, cut_windows
+from vllm_afbs.tuning.capture import Capture, capture
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.texts import read_texts
+from vllm_afbs.tuning.windows import cut_windows
 
 SPARGE_THETAS = 32
 SPARGE_BISECTIONS = 10
@@ -252,9 +254,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
 
         def captured(file: Path) -> Capture:
-            text = file.read_text(encoding="utf-8")
-            windows = cut_windows(model, text, file.name, settings.longest)
-            return capture(model, windows, Path(folder), lambda _: None)
+            cut = cut_windows(model, read_texts([file]), settings.longest)
+            return capture(model, cut.windows, layers, Path(folder), lambda _: None)
 
         layers = range(0, model.fingerprint.num_layers, args.every)
         seen, unseen = captured(assets.calibration_file), captured(assets.prompt_file)

@@ -29,18 +29,18 @@ from vllm_afbs.demo.assets import prepare
 from vllm_afbs.profile import HeadProfile
 from vllm_afbs.tuning.capture import (
     ATTENTION,
-    WINDOWS,
     Capture,
     LayerTensors,
     Recorder,
     capture,
-    cut_windows,
 )
 from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import SourceModel, open_model
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.texts import read_texts
+from vllm_afbs.tuning.windows import CALIBRATION, cut_windows, held_out
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP = 32, 8, 4
 
@@ -51,7 +51,7 @@ class PairedCapture(Capture):
 
     def load(self, layer: int, window: str) -> LayerTensors:
         """Pairs the heads of the layer, or of the one that it repeats."""
-        small = super().load(layer % self.num_layers, window).to(compute_device())
+        small = super().load(layer % len(self.layers), window).to(compute_device())
         num_kv_heads = small.key.shape[1]
         group = small.query.shape[1] // num_kv_heads
         kv_pairs = list(itertools.product(range(num_kv_heads), repeat=2))[:NUM_KV_HEADS]
@@ -92,10 +92,10 @@ def capture_seconds(directory: Path, length: int) -> float:
     device = compute_device()
     with torch.device(device):
         body = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
-    taken = Capture(directory, config.num_hidden_layers)
+    taken = Capture(directory, tuple(range(config.num_hidden_layers)), held_out(1))
     tokens = [(7 * i) % config.vocab_size for i in range(length)]
     start = time.perf_counter()
-    for window in WINDOWS:
+    for window in (CALIBRATION, *taken.held_out):
         Recorder(taken, window, lambda _: None).run(body.eval(), tokens)
     return time.perf_counter() - start
 
@@ -110,14 +110,14 @@ def search(taken: Capture, settings: SearchSettings, num_layers: int) -> list[Ro
             heads += LayerSearch(settings, layer, taken, journal, lambda _: None).run().heads
         spent = {name: journal.total(name) / len(heads) for name in ("evaluations", "cost")}
     seconds = time.perf_counter() - start
-    held_out = [head.validation for head in heads if head.validation is not None]
+    measured = [head.validation for head in heads if head.validation is not None]
     figures = {
         ("search", "seconds"): [seconds],
         ("evaluations a head", "count"): [spent["evaluations"]],
         ("cost a head", "full evaluations"): [spent["cost"]],
         ("sparse heads", "ratio"): [sum(head.tau < 1 for head in heads) / len(heads)],
-        ("sparsity on held-out text", "ratio"): [each.sparsity for each in held_out],
-        ("error on held-out text", "relative L1"): [each.error for each in held_out],
+        ("sparsity on held-out text", "ratio"): [each.sparsity for each in measured],
+        ("error on held-out text", "relative L1"): [each.error for each in measured],
     }
     shape = f"L{settings.longest}-{num_layers} layers-{len(heads) // num_layers} heads"
     return [make_row(what, shape, values, unit) for (what, unit), values in figures.items()]
@@ -133,16 +133,17 @@ def main() -> None:
     settings = SearchSettings(sorted(args.lengths), args.tolerance, 128, 128, seed=0)
     assets = prepare()
     model = stretched(open_model(str(assets.model_dir)), settings.longest)
-    text = assets.calibration_file.read_text(encoding="utf-8")
-    windows = cut_windows(model, text, assets.calibration_file.name, settings.longest)
+    windows = cut_windows(model, read_texts([assets.calibration_file]), settings.longest).windows
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        small = capture(model, windows, Path(folder), lambda _: None)
-        rows = search(PairedCapture(small.directory, small.num_layers), settings, args.layers)
+        layers = range(model.fingerprint.num_layers)
+        small = capture(model, windows, layers, Path(folder), lambda _: None)
+        paired = PairedCapture(small.directory, small.layers, small.held_out)
+        rows = search(paired, settings, args.layers)
         report_rows(rows, args.output)
         directory = Path(folder) / "capture"
         directory.mkdir()
         seconds = capture_seconds(directory, settings.longest)
-        shape = f"L{settings.longest}-Llama-3.1-8B's shape-{len(WINDOWS)} windows"
+        shape = f"L{settings.longest}-Llama-3.1-8B's shape-{len(windows)} windows"
         report_rows([make_row("capture", shape, [seconds], "seconds"), *rows], args.output)
 
 

@@ -1,0 +1,91 @@
+"""Cutting calibration texts into the windows of tokens that the model is run over.
+
+One *calibration* window is packed from equal shares of every text, each from its text's start. One
+*held-out* window per text, of the whole length, comes from the text's middle and shares no token
+with the calibration window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_afbs.tuning.model import InputError, SourceModel, one_line
+from vllm_afbs.tuning.texts import Text
+
+CALIBRATION = "calibration"
+
+
+def held_out(num_texts: int) -> tuple[str, ...]:
+    """Names of the held-out windows, one per text."""
+    return tuple(f"validation-{index}" for index in range(num_texts))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What was cut.
+
+    Attributes:
+        windows: Token ids by window, all of one length; the calibration window comes first.
+        num_tokens: Tokens taken from each text, the tokenizer's own first token not counted.
+    """
+
+    windows: dict[str, list[int]]
+    num_tokens: list[int]
+
+
+def cut_windows(model: SourceModel, texts: Sequence[Text], length: int) -> Cut:
+    """Tokenizes the texts and cuts them.
+
+    Args:
+        model: The model, for its tokenizer.
+        texts: The calibration texts, at least one.
+        length: Tokens of a window, the tokenizer's own first token (if it adds one) included.
+
+    Raises:
+        InputError: The tokenizer cannot be read, or a text is too short.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.directory(), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{model.name}: cannot read the tokenizer: {one_line(error)}") from None
+    first = tokenizer("").input_ids
+    prefix = first[:1] if first and first[0] == tokenizer.bos_token_id else []
+    tokens = [
+        tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids for text in texts
+    ]
+    return cut_tokens(tokens, [text.name for text in texts], prefix, length)
+
+
+def cut_tokens(
+    tokens: Sequence[Sequence[int]], names: Sequence[str], prefix: Sequence[int], length: int
+) -> Cut:
+    """Cuts tokenized texts.
+
+    Args:
+        tokens: Each text's token ids.
+        names: Where each text came from, for the message.
+        prefix: What every window begins with.
+        length: Tokens of a window, ``prefix`` included.
+
+    Raises:
+        InputError: A text is too short.
+    """
+    length -= len(prefix)
+    whole, rest = divmod(length, len(tokens))
+    shares = [whole + (index < rest) for index in range(len(tokens))]
+    calibration = list(prefix)
+    windows = {CALIBRATION: calibration}
+    for text, name, share, window in zip(tokens, names, shares, held_out(len(tokens)), strict=True):
+        if len(text) < share + length:
+            raise InputError(
+                f"{name}: the calibration text has {len(text)} tokens, {share + length} expected "
+                f"for {share} of the calibration window and a held-out window of {length}; give a "
+                "longer text or shorter --lengths"
+            )
+        calibration += text[:share]
+        start = min(len(text) // 2, len(text) - length)
+        windows[window] = [*prefix, *text[start : start + length]]
+    return Cut(windows, [share + length for share in shares])
