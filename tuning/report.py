@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from vllm_afbs.profile import HeadProfile, Profile, write_atomically
 
 _STEP = re.compile(r"layer (?P<layer>\d+) (?P<stage>[a-z]+)")
+_DAMAGE = re.compile(r"damage of layer (?P<layer>\d+)")
 _TEMPLATE = "report.html.j2"
 _WORST = 10
 Matrix = list[list[float | None]]
@@ -62,13 +63,10 @@ def _figures(
     )
     yield (
         "Error by layer and head",
-        "Relative L1 against dense attention on held-out text, over the tolerance. Dense heads "
-        "have none.",
-        _heat_map(
-            _matrix(profile, lambda head: _error(head) / profile.tuner.tolerance),
-            "error / tolerance", "RdBu_r", (0.0, 2.0),
-        ),
-    )  # fmt: skip
+        "Relative L1 against dense attention on held-out text, over the layer's tolerance. Dense "
+        "heads have none.",
+        _heat_map(_over_tolerance(profile), "error / tolerance", "RdBu_r", (0.0, 2.0)),
+    )
     yield (
         "τ by layer and head",
         "Mass of pooled attention that is kept; 1 is dense.",
@@ -84,6 +82,14 @@ def _figures(
         "Mean over heads at every calibrated length, as far as it was measured.",
         _by_length(profile),
     )
+    if profile.tuner.budget is not None:
+        yield (
+            "Budget by layer",
+            "The error that each layer was allowed, what it skips for that on held-out text, and "
+            "how much it alone moved the predictions before (KL divergence with the job's "
+            "tolerance, over all layers' sum).",
+            _budget(profile, steps),
+        )
     if steps:
         yield (
             "Convergence",
@@ -110,6 +116,38 @@ def _matrix(profile: Profile, value: Any) -> Matrix:
     return [[value(head) for head in layer.heads] for layer in profile.layers]
 
 
+def _over_tolerance(profile: Profile) -> Matrix:
+    return [
+        [_error(head) / profile.tolerance_of(index) for head in layer.heads]
+        for index, layer in enumerate(profile.layers)
+    ]
+
+
+def _budget(profile: Profile, steps: Sequence[Mapping[str, Any]]) -> go.Figure:
+    layers = list(range(len(profile.layers)))
+    figure = go.Figure(
+        go.Bar(x=layers, y=[profile.tolerance_of(layer) for layer in layers], name="tolerance")
+    )
+    means = [sum(map(_sparsity, layer.heads)) / len(layer.heads) for layer in profile.layers]
+    figure.add_scatter(x=layers, y=means, yaxis="y2", name="sparsity", mode="lines+markers")
+    kls = {
+        int(match["layer"]): step["kl"]
+        for step in steps
+        if (match := _DAMAGE.fullmatch(step["step"]))
+    }
+    total = sum(kls.values()) or 1.0
+    shares = [kls[layer] / total for layer in sorted(kls)]
+    figure.add_scatter(
+        x=sorted(kls), y=shares, yaxis="y2", name="share of the damage", mode="markers"
+    )
+    return figure.update_layout(
+        xaxis_title="layer",
+        yaxis_title="tolerance, relative L1",
+        yaxis2={"title": "share", "overlaying": "y", "side": "right", "range": [0, 1]},
+        legend={"orientation": "h", "y": 1.1},
+    )
+
+
 def _heat_map(
     values: Matrix, name: str, colours: str, bounds: tuple[float | None, float]
 ) -> go.Figure:
@@ -125,9 +163,10 @@ def _heat_map(
     ).update_layout(xaxis_title="head", yaxis_title="layer", yaxis_autorange="reversed")
 
 
-def _validated(profile: Profile) -> list[tuple[str, HeadProfile]]:
+def _validated(profile: Profile) -> list[tuple[str, HeadProfile, float]]:
+    """Sparse heads with their names and tolerances."""
     return [
-        (f"layer {i}, head {j}", head)
+        (f"layer {i}, head {j}", head, profile.tolerance_of(i))
         for i, layer in enumerate(profile.layers)
         for j, head in enumerate(layer.heads)
         if head.validation is not None and head.tau < 1.0
@@ -136,12 +175,12 @@ def _validated(profile: Profile) -> list[tuple[str, HeadProfile]]:
 
 def _pareto(profile: Profile) -> go.Figure:
     heads = _validated(profile)
-    points = [(_sparsity(head), _error(head)) for _, head in heads]
+    points = [(_sparsity(head), _error(head)) for _, head, _ in heads]
     figure = go.Figure(
         go.Scatter(
             x=[sparsity for sparsity, _ in points],
             y=[error for _, error in points],
-            text=[name for name, _ in heads],
+            text=[name for name, _, _ in heads],
             mode="markers",
             name="heads",
         )
@@ -230,22 +269,37 @@ def _totals(profile: Profile) -> dict[str, str]:
         "Mean sparsity, held out": f"{sum(map(_sparsity, heads)) / len(heads):.3f}",
         "Mean error, held out": f"{sum(map(_error, heads)) / len(heads):.4f}",
         "Tolerance": f"{run.tolerance:g}",
+        **_whole_model(profile),
         "Evaluations": f"{run.evaluations} ({run.evaluations / tuned:.1f} a head)",
         "Cost": f"{run.cost:.0f} ({run.cost / tuned:.2f} a head)",
         "Wall time": f"{run.wall_seconds:.0f} s",
     }
 
 
+def _whole_model(profile: Profile) -> dict[str, str]:
+    budget = profile.tuner.budget
+    if budget is None:
+        return {}
+    asked = "at least" if budget.goal == "sparsity" else "an increase of at most"
+    rows = {"Goal": f"{budget.goal}: {asked} {budget.target:g}"}
+    for name, whole in (("one tolerance", budget.uniform), ("by layer", budget.allocated)):
+        rows[f"Whole model, {name}"] = (
+            f"sparsity {whole.sparsity:.3f}, KL {whole.kl:.5f} nats, perplexity "
+            f"{whole.perplexity:.4f} ({whole.dense_perplexity:.4f} dense)"
+        )
+    return rows
+
+
 def _worst(profile: Profile) -> list[dict[str, str]]:
-    heads = sorted(_validated(profile), key=lambda named: -_error(named[1]))
+    heads = sorted(_validated(profile), key=lambda named: -_error(named[1]) / named[2])
     return [
         {
             "head": name,
             "error": f"{_error(head):.4f}",
-            "over": f"{_error(head) / profile.tuner.tolerance:.2f}",
+            "over": f"{_error(head) / tolerance:.2f}",
             "sparsity": f"{_sparsity(head):.3f}",
             "tau": f"{head.tau:.4f}",
             "theta": f"{head.theta:.3f}" if head.theta > -1.0 else "off",
         }
-        for name, head in heads[:_WORST]
+        for name, head, tolerance in heads[:_WORST]
     ]

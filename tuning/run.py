@@ -1,17 +1,26 @@
 """A whole tuning job: from a model and a text to a profile."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.profile import HeadProfile, LayerProfile, Profile, TextSource, TunerRun
-from vllm_afbs.tuning.capture import capture
+from vllm_afbs.profile import (
+    BudgetRun,
+    HeadProfile,
+    LayerProfile,
+    Profile,
+    TextSource,
+    TunerRun,
+)
+from vllm_afbs.tuning.budget import BudgetSearch
+from vllm_afbs.tuning.capture import Capture, capture
 from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS
+from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.scorer import SearchSettings
@@ -36,6 +45,7 @@ def tune(
     texts: Sequence[Text],
     settings: SearchSettings,
     layers: Sequence[int],
+    goal: Goal | None,
     work: Path,
     progress: Progress,
 ) -> Profile:
@@ -46,6 +56,8 @@ def tune(
         texts: Cut into one calibration window and a held-out one each, of the longest length.
         settings: The search's settings.
         layers: Which layers to tune; the others run dense.
+        goal: What the whole model is to reach; None to keep the tolerance in every layer. With a
+            goal all layers are tuned.
         work: Directory for the journal and the captures, made if there is none; a journal in it
             is gone on with.
         progress: Hears about it.
@@ -54,7 +66,7 @@ def tune(
         The profile, with what it cost over all the job's runs.
 
     Raises:
-        InputError: The model, a text or the journal cannot be used.
+        InputError: The model, a text or the journal cannot be used, or the goal was not reached.
         OSError: The work directory cannot be written.
     """
     cut = cut_windows(model, texts, settings.longest)
@@ -75,15 +87,41 @@ def tune(
     taken = capture(model, cut.windows, layers, work, progress.advance)
     journal.step("capture", lambda: {"capture_seconds": time.perf_counter() - start})
     progress.begin("Tuning", len(layers))
-    tuned = {
-        layer: LayerSearch(settings, layer, taken, journal, progress.advance).run()
-        for layer in layers
-    }
+    search = _SerialSearch(settings, layers, taken, journal, progress)
+    tuned, budget = search.tuned({}), None
+    if goal is not None:
+        outer = BudgetSearch(
+            model, settings, cut.windows, journal, search, progress.begin, progress.advance
+        )
+        tuned, budget = outer.run(goal, tuned)
     sources = [
         TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)
         for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
-    return _profile(model, sources, settings, journal, tuned)
+    return _profile(model, sources, settings, journal, tuned, budget)
+
+
+@dataclass(frozen=True)
+class _SerialSearch:
+    """Tunes layers one after another; see ``budget.Search``."""
+
+    settings: SearchSettings
+    layers: Sequence[int]
+    taken: Capture
+    journal: Journal
+    progress: Progress
+
+    def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerProfile]:
+        return {
+            layer: self._search(layer, self.progress.advance).run(tolerances.get(layer))
+            for layer in self.layers
+        }
+
+    def sparsities(self, layer: int, tolerances: list[float]) -> list[float]:
+        return self._search(layer, lambda _: None).sparsities(tolerances)
+
+    def _search(self, layer: int, on_progress: Callable[[float], None]) -> LayerSearch:
+        return LayerSearch(self.settings, layer, self.taken, self.journal, on_progress)
 
 
 def _profile(
@@ -92,6 +130,7 @@ def _profile(
     settings: SearchSettings,
     journal: Journal,
     tuned: dict[int, LayerProfile],
+    budget: BudgetRun | None,
 ) -> Profile:
     shape = model.fingerprint
     dense = LayerProfile(heads=[HeadProfile(tau=1.0, theta=THETA_OFF)] * shape.num_heads)
@@ -110,6 +149,7 @@ def _profile(
             seed=settings.seed,
             tolerance=settings.tolerance,
             lengths=settings.lengths,
+            budget=budget,
             settings={
                 "held_out_slack": HELD_OUT_SLACK,
                 "min_sparsity": MIN_SPARSITY,

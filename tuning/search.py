@@ -94,8 +94,13 @@ class LayerSearch:
             Mean sparsity of the heads for each, at the longest length.
         """
         refined = self._step("refine", lambda: self._refine(self._explore(), self._settings))
-        expected = (self._expected(refined, tolerance)["sparsity"] for tolerance in tolerances)
-        return [sum(sparsity) / len(sparsity) for sparsity in expected]
+
+        def levels() -> Record:
+            expected = [self._expected(refined, tolerance)["sparsity"] for tolerance in tolerances]
+            return {"sparsities": [sum(sparsity) / len(sparsity) for sparsity in expected]}
+
+        read: list[float] = self._step("levels", levels)["sparsities"]
+        return read
 
     def _step(self, name: str, compute: Callable[[], Record]) -> Record:
         def counted() -> Record:

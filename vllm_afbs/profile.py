@@ -120,6 +120,28 @@ class TextSource(_Record):
     num_tokens: Annotated[int, Field(gt=0)]
 
 
+class WholeModel(_Record):
+    """The whole model on held-out text at the longest length, against itself run dense."""
+
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(description="Mean over heads.")
+    kl: Annotated[float, Field(ge=0)] = Field(
+        description="Mean divergence of its next-token distributions from the dense ones, nats."
+    )
+    perplexity: Annotated[float, Field(ge=1)]
+    dense_perplexity: Annotated[float, Field(ge=1)]
+
+
+class BudgetRun(_Record):
+    """How tolerances were divided among layers for a goal of the whole model's."""
+
+    goal: Literal["sparsity", "perplexity"]
+    target: Annotated[float, Field(gt=0)] = Field(
+        description="Least sparsity, or largest increase of perplexity, as a ratio."
+    )
+    uniform: WholeModel = Field(description="With the tuner's tolerance in every layer.")
+    allocated: WholeModel = Field(description="With each layer's own.")
+
+
 class TunerRun(_Record):
     """How the profile was made, and what it cost."""
 
@@ -128,6 +150,7 @@ class TunerRun(_Record):
     seed: int
     tolerance: Annotated[float, Field(gt=0)] = Field(description="Relative L1 allowed per head.")
     lengths: Annotated[list[int], Field(min_length=1)]
+    budget: BudgetRun | None = None
     settings: dict[str, Any] = {}
     evaluations: Annotated[int, Field(ge=0)] = Field(
         description="(head, thresholds, length, rows) scored against dense, cached or not."
@@ -182,6 +205,10 @@ class Profile(_Record):
     def profile_id(self) -> str:
         """First 12 digits of the sha256 of the profile's canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def tolerance_of(self, layer: int) -> float:
+        """Relative L1 that was allowed per head of a layer."""
+        return self.layers[layer].tolerance or self.tuner.tolerance
 
     def to_json(self) -> str:
         """The profile as indented JSON with a closing newline."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_afbs.profile import Profile
+    from vllm_afbs.tuning.goal import Goal
     from vllm_afbs.tuning.model import SourceModel
     from vllm_afbs.tuning.scorer import SearchSettings
     from vllm_afbs.tuning.texts import Text
@@ -85,9 +86,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=_ratio,
         default=DEFAULT_TOLERANCE,
         help="relative L1 error allowed per head against dense attention (default: %(default)s)",
+    )
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--target-sparsity",
+        type=_ratio,
+        metavar="RATIO",
+        help="divide the error among layers so that the model skips at least this share of its "
+        "block products, for the least change of its predictions",
+    )
+    goal.add_argument(
+        "--max-perplexity-increase",
+        type=_ratio,
+        metavar="RATIO",
+        help="divide the error among layers so that the model skips the most while its perplexity "
+        "on held-out text grows by at most this ratio, for instance 0.01",
     )
     parser.add_argument(
         "--block-q", type=_positive, default=128, help="rows of a query block (default: 128)"
@@ -122,7 +138,7 @@ def _layer_ranges(text: str) -> list[range]:
     return ranges
 
 
-def _tolerance(text: str) -> float:
+def _ratio(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and 0.0 < value < 1.0):
         raise argparse.ArgumentTypeError(f"a number between 0 and 1 expected, got {text}")
@@ -146,7 +162,7 @@ def _run(options: argparse.Namespace) -> int:
         model = open_model(options.model)
         settings = _settings(options, model)
         layers = _layers(options.layers, model.fingerprint.num_layers)
-        profile = _tune(model, texts, settings, layers, work)
+        profile = _tune(model, texts, settings, layers, _goal(options), work)
         from vllm_afbs.profile import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
@@ -170,13 +186,29 @@ def _tune(
     texts: "list[Text]",
     settings: "SearchSettings",
     layers: list[int],
+    goal: "Goal | None",
     work: Path,
 ) -> "Profile":
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.run import tune
 
     with ProgressBar() as progress:
-        return tune(model, texts, settings, layers, work, progress)
+        return tune(model, texts, settings, layers, goal, work, progress)
+
+
+def _goal(options: argparse.Namespace) -> "Goal | None":
+    from vllm_afbs.tuning.goal import Goal
+    from vllm_afbs.tuning.model import InputError
+
+    if options.target_sparsity is not None:
+        goal = Goal("sparsity", options.target_sparsity)
+    elif options.max_perplexity_increase is not None:
+        goal = Goal("perplexity", options.max_perplexity_increase)
+    else:
+        return None
+    if options.layers is not None:
+        raise InputError("--layers: all layers expected with a goal for the whole model")
+    return goal
 
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":

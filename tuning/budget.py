@@ -1,0 +1,210 @@
+"""The outer search: each layer's tolerance, for a goal that is set for the whole model.
+
+The tolerance need not be equal for all layers: the same error changes the predictions a hundred
+times as much in one as in another. So, after all layers were tuned to one tolerance:
+
+1. *Damage*: the model is run with one layer sparse at a time, on the shortest length. The KL
+   divergence that it causes grows with the square of the layer's error, and layers' add up; for the
+   longest length it is scaled by the errors measured there and, all together, by one run there.
+2. *Levels*: what a layer would skip at other tolerances is read off the slopes of stage 2.
+3. *Allocation* (``allocation``): the tolerances that leave the fewest block products for the
+   damage. Kernel time is a line in these (README, "Prefill attention of one layer"), so they are
+   what is to be least.
+4. *Measurement*: the layers are refined and validated with their tolerances, and the whole model is
+   run on held-out text. If it misses the goal, the budget is moved by as much, and 3 repeated.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.profile import BudgetRun, HeadProfile, LayerProfile, WholeModel
+from vllm_afbs.tuning.allocation import Levels
+from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
+from vllm_afbs.tuning.goal import Goal
+from vllm_afbs.tuning.journal import Journal
+from vllm_afbs.tuning.model import InputError, SourceModel
+from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.windows import CALIBRATION
+
+FACTORS = [2.0 ** (step / 2) for step in range(-6, 7)]
+"""A layer's tolerance, in units of the job's."""
+ATTEMPTS = 4
+
+Layers = dict[int, LayerProfile]
+
+
+class Search(Protocol):
+    """Tunes layers."""
+
+    def tuned(self, tolerances: Mapping[int, float]) -> Layers:
+        """Tunes all layers of the job, to the job's tolerance or to their own."""
+
+    def sparsities(self, layer: int, tolerances: list[float]) -> list[float]:
+        """``LayerSearch.sparsities`` of a tuned layer."""
+
+
+class BudgetSearch:
+    """The outer search over one model.
+
+    Args:
+        model: The model.
+        settings: The job's settings.
+        windows: Token ids of the calibration window and of every held-out one.
+        journal: Where steps are kept.
+        search: Tunes layers.
+        begin: Called with what begins and its number of units.
+        advance: Called with 1 after each unit.
+    """
+
+    def __init__(
+        self,
+        model: SourceModel,
+        settings: SearchSettings,
+        windows: Mapping[str, list[int]],
+        journal: Journal,
+        search: Search,
+        begin: Callable[[str, int], None],
+        advance: Callable[[float], None],
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self._windows = windows
+        self._held_out = [name for name in windows if name != CALIBRATION]
+        self._journal = journal
+        self._search = search
+        self._begin = begin
+        self._advance = advance
+
+    def run(self, goal: Goal, uniform: Layers) -> tuple[Layers, BudgetRun]:
+        """Finds the tolerances, or replays how they were found.
+
+        Args:
+            goal: What is wanted.
+            uniform: The layers, tuned to the job's tolerance.
+
+        Returns:
+            The layers, each tuned to its own tolerance, and what came of it.
+
+        Raises:
+            InputError: No attempt reached the goal.
+        """
+        before = self._whole("uniform", uniform)
+        levels = self._levels(uniform, before.kl)
+        budget, reached = goal.first_budget(), []
+        best: tuple[Layers, WholeModel] | None = None
+        tried: list[dict[int, float]] = []
+        while len(tried) < ATTEMPTS:
+            tolerances = self._tolerances(goal, budget, levels, list(uniform))
+            if tolerances in tried:
+                break
+            tried.append(tolerances)
+            self._begin(f"Attempt {len(tried)}", len(uniform))
+            layers = self._search.tuned(tolerances)
+            after = self._whole(f"{goal.kind} {goal.value!r} attempt {len(tried)}", layers)
+            reached.append(goal.reached(after))
+            if goal.allows(reached[-1]) and (best is None or goal.prefers(after, best[1])):
+                best = layers, after
+            if goal.is_met_closely(reached[-1]):
+                break
+            budget = goal.next_budget(budget, reached[-1])
+        if best is None:
+            raise InputError(goal.missed(reached))
+        run = BudgetRun(goal=goal.kind, target=goal.value, uniform=before, allocated=best[1])
+        return best[0], run
+
+    def _tolerances(
+        self, goal: Goal, budget: float, levels: Levels, layers: list[int]
+    ) -> dict[int, float]:
+        by_sparsity = goal.kind == "sparsity"
+        chosen = levels.within_density(1 - budget) if by_sparsity else levels.within_damage(budget)
+        factors = (FACTORS[level] for level in chosen.tolist())
+        base = self._settings.tolerance
+        return {layer: base * factor for layer, factor in zip(layers, factors, strict=True)}
+
+    @cached_property
+    def _runner(self) -> EndToEnd:
+        return EndToEnd(self._model, self._settings.block_q, self._settings.block_k)
+
+    @cached_property
+    def _dense(self) -> dict[str, Predictions]:
+        return {name: self._runner.predict(self._windows[name], {}) for name in self._held_out}
+
+    def _whole(self, name: str, layers: Layers) -> WholeModel:
+        """The whole model on the held-out windows."""
+
+        def measure() -> dict[str, float]:
+            kls, losses = [], []
+            for window, dense in self._dense.items():
+                sparse = self._runner.predict(self._windows[window], _thresholds(layers))
+                kls.append(dense.kl_to(sparse))
+                losses.append((dense.loss, sparse.loss))
+            dense_loss, loss = (sum(side) / len(side) for side in zip(*losses, strict=True))
+            measured = WholeModel(
+                sparsity=_mean_sparsity(layers),
+                kl=max(0.0, sum(kls) / len(kls)),
+                perplexity=math.exp(loss),
+                dense_perplexity=math.exp(dense_loss),
+            )
+            return measured.model_dump()
+
+        record = self._journal.step(f"whole model {name}", measure)
+        return WholeModel.model_validate({key: record[key] for key in WholeModel.model_fields})
+
+    def _levels(self, uniform: Layers, kl: float) -> Levels:
+        self._begin("Measuring each layer's damage", len(uniform))
+        damage = torch.tensor(
+            [self._damage(layer, tuned) for layer, tuned in uniform.items()], dtype=torch.float64
+        )
+        # What was measured one by one on the shortest length, scaled to the whole on the longest.
+        damage *= kl / damage.sum().clamp_min(1e-12)
+        growth = torch.tensor(FACTORS, dtype=torch.float64).square()
+        tolerances = [self._settings.tolerance * factor for factor in FACTORS]
+        sparsities = [self._search.sparsities(layer, tolerances) for layer in uniform]
+        density = 1.0 - torch.tensor(sparsities, dtype=torch.float64)
+        return Levels(density, damage[:, None] * growth)
+
+    def _damage(self, layer: int, tuned: LayerProfile) -> float:
+        shortest = self._settings.lengths[0]
+        window = self._windows[CALIBRATION][:shortest]
+
+        def measure() -> dict[str, float]:
+            sparse = self._runner.predict(window, _thresholds({layer: tuned}))
+            return {"kl": self._dense_short.kl_to(sparse)}
+
+        record = self._journal.step(f"damage of layer {layer}", measure)
+        self._advance(1.0)
+        short, longest = (
+            sum(_error_at(head, length) ** 2 for head in tuned.heads)
+            for length in (shortest, self._settings.longest)
+        )
+        return max(0.0, float(record["kl"])) * (longest / short if short > 0.0 else 1.0)
+
+    @cached_property
+    def _dense_short(self) -> Predictions:
+        window = self._windows[CALIBRATION][: self._settings.lengths[0]]
+        return self._runner.predict(window, {})
+
+
+def _thresholds(layers: Layers) -> dict[int, HeadThresholds]:
+    return {
+        index: HeadThresholds(
+            torch.tensor([head.tau for head in layer.heads]),
+            torch.tensor([head.theta for head in layer.heads]),
+        )
+        for index, layer in layers.items()
+        if any(head.tau < 1.0 for head in layer.heads)
+    }
+
+
+def _mean_sparsity(layers: Layers) -> float:
+    held_out = [head.validation for layer in layers.values() for head in layer.heads]
+    return sum(each.sparsity for each in held_out if each is not None) / len(held_out)
+
+
+def _error_at(head: HeadProfile, length: int) -> float:
+    return next(each.error for each in head.calibration if each.length == length)

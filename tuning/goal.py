@@ -1,0 +1,70 @@
+"""What a user may ask of the whole model, and when it is reached."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_afbs.profile import WholeModel
+
+_SPARSITY_SLACK = 0.01
+_LEAST_USED = 0.8  # of an allowed increase in perplexity; with less, another attempt is worth it
+_AIM = 0.9
+_MOVES = (0.2, 5.0)  # a budget that was missed by more says little about how far to go
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the whole model is to reach.
+
+    Attributes:
+        kind: ``sparsity``: at least ``value`` of the block products are skipped, with the least
+            damage. ``perplexity``: it grows by at most ``value``, with the most sparsity.
+        value: A ratio.
+    """
+
+    kind: Literal["sparsity", "perplexity"]
+    value: float
+
+    def reached(self, measured: WholeModel) -> float:
+        """What a measurement says of the goal, in ``value``'s unit.
+
+        By luck a text can be predicted better by a worse model, so an increase in perplexity is
+        taken to be at least what the KL divergence from dense predictions would make it.
+        """
+        if self.kind == "sparsity":
+            return measured.sparsity
+        grown = measured.perplexity / measured.dense_perplexity
+        return max(grown, math.exp(measured.kl)) - 1.0
+
+    def allows(self, reached: float) -> bool:
+        """Whether that is good enough."""
+        return reached >= self.value if self.kind == "sparsity" else reached <= self.value
+
+    def is_met_closely(self, reached: float) -> bool:
+        """Whether that is good enough and leaves little to gain."""
+        if self.kind == "sparsity":
+            return self.value <= reached <= self.value + _SPARSITY_SLACK
+        return _LEAST_USED * self.value <= reached <= self.value
+
+    def prefers(self, one: WholeModel, other: WholeModel) -> bool:
+        """Whether one is better than another; both are allowed."""
+        return one.kl < other.kl if self.kind == "sparsity" else one.sparsity > other.sparsity
+
+    def first_budget(self) -> float:
+        """What to begin with: sparsity, or KL divergence in nats."""
+        if self.kind == "sparsity":
+            return self.value + _SPARSITY_SLACK / 2
+        return _AIM * math.log1p(self.value)
+
+    def next_budget(self, budget: float, reached: float) -> float:
+        """The budget moved by as much as it missed the goal."""
+        if self.kind == "sparsity":
+            return budget + self.value + _SPARSITY_SLACK / 2 - reached
+        factor = _AIM * math.log1p(self.value) / max(math.log1p(reached), 1e-12)
+        return budget * min(max(factor, _MOVES[0]), _MOVES[1])
+
+    def missed(self, reached: list[float]) -> str:
+        """The message for a user whose goal no attempt reached."""
+        if self.kind == "sparsity":
+            return f"--target-sparsity: {self.value:g} expected, {max(reached):.4f} was reached"
+        return f"--max-perplexity-increase: {self.value:g} allowed, {min(reached):.4g} was reached"
