@@ -26,35 +26,6 @@ LENGTHS = ["128", "256"]
 BLOCKS = ["--block-q", "16", "--block-k", "16"]
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with a byte tokenizer, both made here."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        max_position_embeddings=1024,
-        # Large weights, or random attention is uniform and nothing can be dropped.
-        initializer_range=0.4,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
-    return directory
-
-
 def command(model: Path, output: Path, *more: str) -> list[str]:
     return ["--model", str(model), "--output", str(output), "--lengths", *LENGTHS, *BLOCKS, *more]
 
@@ -72,14 +43,19 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def wait_for_steps(job: subprocess.Popen[str], output: Path, count: int) -> None:
     """Waits until the journal of a running job holds so many lines."""
+    wait_for(job, output, lambda journal: journal.count(b"\n") >= count)
+
+
+def wait_for(job: subprocess.Popen[str], output: Path, reached: Callable[[bytes], bool]) -> None:
+    """Waits until a running job's journal is as wanted."""
     journal = Path(f"{output}.work") / "journal.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b"\n") >= count:
+        if journal.exists() and reached(journal.read_bytes()):
             return
         assert job.poll() is None, job.communicate()
         time.sleep(0.02)
-    pytest.fail(f"{count} steps expected within 300 s")
+    pytest.fail("the job did not come so far within 300 s")
 
 
 def result(profile: Profile) -> dict[str, object]:
@@ -482,3 +458,53 @@ def test_help_needs_no_heavy_import() -> None:
         "assert not {'torch', 'ax', 'transformers', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_goal_divides_the_error_among_layers(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    assert tune.main(command(tiny_model, output, "--target-sparsity", "0.3")) == 0
+    profile = load_profile(output)
+    budget = profile.tuner.budget
+    assert budget is not None
+    assert (budget.goal, budget.target) == ("sparsity", 0.3)
+    held_out = [head.validation for layer in profile.layers for head in layer.heads]
+    mean = sum(each.sparsity for each in held_out if each is not None) / len(held_out)
+    assert mean == pytest.approx(budget.allocated.sparsity)
+    assert budget.allocated.sparsity >= 0.3
+    assert budget.allocated.kl > 0.0
+    for index, layer in enumerate(profile.layers):
+        assert layer.tolerance == profile.tolerance_of(index)
+        for head in layer.heads:
+            assert head.calibration[-1].error <= profile.tolerance_of(index)
+    assert "Budget by layer" in output.with_suffix(".html").read_text(encoding="utf-8")
+
+
+def test_a_goal_is_gone_on_with_or_changed(tiny_model: Path, tmp_path: Path) -> None:
+    whole, killed, other = (tmp_path / f"{name}.json" for name in ("whole", "killed", "other"))
+    goal = ["--target-sparsity", "0.25"]
+    assert tune.main(command(tiny_model, whole, *goal)) == 0
+    job = start(command(tiny_model, killed, *goal))
+    wait_for(job, killed, lambda journal: b"damage of layer 0" in journal)
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    # What was tuned to one tolerance serves another goal, and none, as well.
+    shutil.copytree(f"{killed}.work", f"{other}.work")
+    assert tune.main(command(tiny_model, other, "--resume")) == 0
+    assert load_profile(other).tuner.budget is None
+    assert tune.main(command(tiny_model, killed, *goal, "--resume")) == 0
+    assert result(load_profile(killed)) == result(load_profile(whole))
+
+
+def test_an_impossible_goal_is_said_in_one_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "profile.json"
+    # Random weights predict wildly, so nothing that is dropped goes unnoticed.
+    assert tune.main(command(tiny_model, output, "--max-perplexity-increase", "0.05")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--max-perplexity-increase: 0.05 allowed, " in error
+    assert not output.exists()
+    assert Path(f"{output}.work").exists()  # what was measured serves an easier goal
+    layers = ["--resume", "--target-sparsity", "0.3", "--layers", "0"]
+    assert tune.main(command(tiny_model, output, *layers)) == 2
+    assert "--layers: all layers expected" in capsys.readouterr().err

@@ -3,9 +3,10 @@
 The tolerance need not be equal for all layers: the same error changes the predictions a hundred
 times as much in one as in another. So, after all layers were tuned to one tolerance:
 
-1. *Damage*: the model is run with one layer sparse at a time, on the shortest length. The KL
-   divergence that it causes grows with the square of the layer's error, and layers' add up; for the
-   longest length it is scaled by the errors measured there and, all together, by one run there.
+1. *Damage*: the model is run with one layer sparse at a time, on the shortest length and with the
+   thresholds that meet the tolerance there. The KL divergence that it causes grows with the square
+   of the layer's error, and layers' add up; a run with all of them on the longest length says what
+   their sum is there.
 2. *Levels*: what a layer would skip at other tolerances is read off the slopes of stage 2.
 3. *Allocation* (``allocation``): the tolerances that leave the fewest block products for the
    damage. Kernel time is a line in these (README, "Prefill attention of one layer"), so they are
@@ -22,13 +23,14 @@ from typing import Protocol
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile import BudgetRun, HeadProfile, LayerProfile, WholeModel
+from vllm_afbs.profile import BudgetRun, LayerProfile, WholeModel
 from vllm_afbs.tuning.allocation import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
 from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.journal import Journal
 from vllm_afbs.tuning.model import InputError, SourceModel
 from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search import LayerSearch
 from vllm_afbs.tuning.windows import CALIBRATION
 
 FACTORS = [2.0 ** (step / 2) for step in range(-6, 7)]
@@ -44,8 +46,8 @@ class Search(Protocol):
     def tuned(self, tolerances: Mapping[int, float]) -> Layers:
         """Tunes all layers of the job, to the job's tolerance or to their own."""
 
-    def sparsities(self, layer: int, tolerances: list[float]) -> list[float]:
-        """``LayerSearch.sparsities`` of a tuned layer."""
+    def of_layer(self, layer: int) -> LayerSearch:
+        """The search over a tuned layer, to ask it more."""
 
 
 class BudgetSearch:
@@ -94,7 +96,7 @@ class BudgetSearch:
             InputError: No attempt reached the goal.
         """
         before = self._whole("uniform", uniform)
-        levels = self._levels(uniform, before.kl)
+        levels = self._levels(list(uniform), before.kl)
         budget, reached = goal.first_budget(), []
         best: tuple[Layers, WholeModel] | None = None
         tried: list[dict[int, float]] = []
@@ -155,34 +157,31 @@ class BudgetSearch:
         record = self._journal.step(f"whole model {name}", measure)
         return WholeModel.model_validate({key: record[key] for key in WholeModel.model_fields})
 
-    def _levels(self, uniform: Layers, kl: float) -> Levels:
-        self._begin("Measuring each layer's damage", len(uniform))
-        damage = torch.tensor(
-            [self._damage(layer, tuned) for layer, tuned in uniform.items()], dtype=torch.float64
-        )
-        # What was measured one by one on the shortest length, scaled to the whole on the longest.
+    def _levels(self, layers: list[int], kl: float) -> Levels:
+        self._begin("Measuring each layer's damage", len(layers))
+        damage = torch.tensor([self._damage(layer) for layer in layers], dtype=torch.float64)
+        # A layer that drops nothing on the shortest length is taken for an average one.
+        damage = torch.where(damage.isnan(), damage.nanmean(), damage)
         damage *= kl / damage.sum().clamp_min(1e-12)
         growth = torch.tensor(FACTORS, dtype=torch.float64).square()
         tolerances = [self._settings.tolerance * factor for factor in FACTORS]
-        sparsities = [self._search.sparsities(layer, tolerances) for layer in uniform]
+        sparsities = [self._search.of_layer(layer).sparsities(tolerances) for layer in layers]
         density = 1.0 - torch.tensor(sparsities, dtype=torch.float64)
         return Levels(density, damage[:, None] * growth)
 
-    def _damage(self, layer: int, tuned: LayerProfile) -> float:
-        shortest = self._settings.lengths[0]
-        window = self._windows[CALIBRATION][:shortest]
+    def _damage(self, layer: int) -> float:
+        """KL divergence that a layer's mean squared error causes, over that error; or NaN."""
+        thresholds, error = self._search.of_layer(layer).at_shortest()
+        window = self._windows[CALIBRATION][: self._settings.lengths[0]]
 
         def measure() -> dict[str, float]:
-            sparse = self._runner.predict(window, _thresholds({layer: tuned}))
-            return {"kl": self._dense_short.kl_to(sparse)}
+            sparse = self._runner.predict(window, {layer: thresholds})
+            return {"kl": max(0.0, self._dense_short.kl_to(sparse))}
 
-        record = self._journal.step(f"damage of layer {layer}", measure)
+        kl = float(self._journal.step(f"damage of layer {layer}", measure)["kl"])
         self._advance(1.0)
-        short, longest = (
-            sum(_error_at(head, length) ** 2 for head in tuned.heads)
-            for length in (shortest, self._settings.longest)
-        )
-        return max(0.0, float(record["kl"])) * (longest / short if short > 0.0 else 1.0)
+        square = float(error.double().square().mean())
+        return kl / square if square > 0.0 else math.nan
 
     @cached_property
     def _dense_short(self) -> Predictions:
@@ -204,7 +203,3 @@ def _thresholds(layers: Layers) -> dict[int, HeadThresholds]:
 def _mean_sparsity(layers: Layers) -> float:
     held_out = [head.validation for layer in layers.values() for head in layer.heads]
     return sum(each.sparsity for each in held_out if each is not None) / len(held_out)
-
-
-def _error_at(head: HeadProfile, length: int) -> float:
-    return next(each.error for each in head.calibration if each.length == length)

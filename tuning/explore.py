@@ -100,6 +100,10 @@ class Explorer:
         self._on_progress(1.0 - self._trials / self._most_trials)
         return _choose(self._free[lengths[-1]], [*self._at_longest(), own])
 
+    def without_guard(self, length: int) -> Record:
+        """The trial without a guard at a length, once ``run`` has been called."""
+        return self._free[length]
+
     def _trial(self, name: str, compute: Callable[[], Record]) -> Record:
         trial = self._step(name, compute)
         self._trials += 1

@@ -117,8 +117,8 @@ class _SerialSearch:
             for layer in self.layers
         }
 
-    def sparsities(self, layer: int, tolerances: list[float]) -> list[float]:
-        return self._search(layer, lambda _: None).sparsities(tolerances)
+    def of_layer(self, layer: int) -> LayerSearch:
+        return self._search(layer, lambda _: None)
 
     def _search(self, layer: int, on_progress: Callable[[float], None]) -> LayerSearch:
         return LayerSearch(self.settings, layer, self.taken, self.journal, on_progress)

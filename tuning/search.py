@@ -74,7 +74,7 @@ class LayerSearch:
         settings, suffix = self._settings, ""
         if tolerance is not None:
             settings, suffix = replace(settings, tolerance=tolerance), f" within {tolerance!r}"
-            start = {**refined, **self._expected(refined, tolerance)}
+            start = {**refined, **self._expected(explored, refined, tolerance)}
             refined = self._step(f"refine{suffix}", lambda: self._refine(start, settings))
         self._on_progress(_REFINE_SHARE)
         validated = self._step(f"validate{suffix}", lambda: self._validate(refined, settings))
@@ -85,7 +85,7 @@ class LayerSearch:
     def sparsities(self, tolerances: Sequence[float]) -> list[float]:
         """What a layer that was run would skip at other tolerances, by the slopes of stage 2.
 
-        Nothing is attended for it. Heads that stage 2 left dense stay so.
+        Nothing is attended for it.
 
         Args:
             tolerances: Relative L1 errors.
@@ -93,14 +93,38 @@ class LayerSearch:
         Returns:
             Mean sparsity of the heads for each, at the longest length.
         """
-        refined = self._step("refine", lambda: self._refine(self._explore(), self._settings))
+        explored = self._explore()
+        refined = self._step("refine", lambda: self._refine(explored, self._settings))
 
         def levels() -> Record:
-            expected = [self._expected(refined, tolerance)["sparsity"] for tolerance in tolerances]
+            expected = [self._expected(explored, refined, each)["sparsity"] for each in tolerances]
             return {"sparsities": [sum(sparsity) / len(sparsity) for sparsity in expected]}
 
         read: list[float] = self._step("levels", levels)["sparsities"]
         return read
+
+    def at_shortest(self) -> tuple[HeadThresholds, torch.Tensor]:
+        """Thresholds near the tolerance at the shortest length, and what error they make there.
+
+        The final thresholds would not do: made for the longest length, they may drop nothing at a
+        short one.
+
+        Returns:
+            Thresholds without a guard, from stage 1, and the error of each head, ``[num_heads]``.
+        """
+        length = self._settings.lengths[0]
+        explorer = self._explorer()
+        explorer.run()
+        trial = explorer.without_guard(length)
+        tau = torch.tensor(trial["tau"])
+        thresholds = HeadThresholds(tau, torch.tensor(trial["theta"]))
+
+        def measure() -> Record:
+            evaluator = self._scorer.evaluator("calibration", length, None)
+            scores = self._scorer.score(evaluator, thresholds, tau < 1.0)
+            return {"error": torch.where(tau < 1.0, scores.error, 0.0).tolist()}
+
+        return thresholds, torch.tensor(self._step("at shortest", measure)["error"])
 
     def _step(self, name: str, compute: Callable[[], Record]) -> Record:
         def counted() -> Record:
@@ -114,13 +138,16 @@ class LayerSearch:
     # Stage 1
 
     def _explore(self) -> Record:
+        return self._explorer().run()
+
+    def _explorer(self) -> Explorer:
         return Explorer(
             self._settings,
             self._layer,
             self._scorer,
             self._step,
             lambda share: self._on_progress(_EXPLORE_SHARE * share),
-        ).run()
+        )
 
     # Stage 2
 
@@ -137,14 +164,18 @@ class LayerSearch:
         self._scorer.count(evaluator, search.evaluations)
         return {"theta": theta.tolist(), "slope": search.slope.tolist(), **_record(best)}
 
-    def _expected(self, refined: Record, tolerance: float) -> Record:
+    def _expected(self, explored: Record, refined: Record, tolerance: float) -> Record:
         """Each head's tau and sparsity at another tolerance, read off the line of log error."""
-        theta, tau, slope, error = (
-            torch.tensor(refined[name]) for name in ("theta", "tau", "slope", "error")
+        accepted = torch.tensor(refined["tau"]) < 1.0
+        tau, slope, theta = (
+            # Of a head that was left dense, stage 1 has said where it would meet the tolerance.
+            torch.where(accepted, torch.tensor(refined[name]), torch.tensor(explored[name]))
+            for name in ("tau", "slope", "theta")
         )
+        error = torch.where(accepted, torch.tensor(refined["error"]), self._settings.tolerance)
         further = torch.log(error.clamp_min(_LEAST_ERROR) / tolerance) / slope
-        depth = (depth_of(tau) + further).clamp(MIN_DEPTH, MAX_DEPTH)
-        moved = torch.where(tau < 1.0, tau_of(depth), 1.0)
+        depth = (depth_of(tau).clamp_max(MAX_DEPTH) + further).clamp_min(MIN_DEPTH)
+        moved = torch.where(depth < MAX_DEPTH, tau_of(depth), 1.0)
         evaluator = self._scorer.evaluator("calibration", self._settings.longest, REFINE_Q_BLOCKS)
         sparsity = evaluator.sparsity(HeadThresholds(moved, theta))
         sparsity = torch.where((moved < 1.0) & (sparsity >= MIN_SPARSITY), sparsity, 0.0)

@@ -1,0 +1,132 @@
+"""Dividing a budget among layers, against every possible division and a model run in fp64."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_afbs.kernels import BlockGeometry, HeadThresholds
+from vllm_afbs.kernels.reference import reference_attention, reference_select
+from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.profile import WholeModel
+from vllm_afbs.tuning.allocation import Levels
+from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
+from vllm_afbs.tuning.goal import Goal
+from vllm_afbs.tuning.model import open_model
+
+ROUNDING = 1e-9
+
+
+@st.composite
+def levels(draw: st.DrawFn) -> Levels:
+    """Some layers whose density falls, and whose damage grows, from level to level."""
+    num_layers, num_levels = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    shares = st.lists(st.floats(0.0, 1.0), min_size=num_levels, max_size=num_levels)
+    density = [sorted(draw(shares), reverse=True) for _ in range(num_layers)]
+    damage = [sorted(draw(shares)) for _ in range(num_layers)]
+    return Levels(
+        torch.tensor(density, dtype=torch.float64), torch.tensor(damage, dtype=torch.float64)
+    )
+
+
+def every_allocation(of: Levels) -> list[tuple[float, float]]:
+    """Mean density and damage of every combination of levels."""
+    num_layers, num_levels = of.density.shape
+    return [
+        (of.mean_density(chosen), of.total_damage(chosen))
+        for each in itertools.product(range(num_levels), repeat=num_layers)
+        for chosen in [torch.tensor(each)]
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(levels(), st.floats(0.0, 4.0))
+def test_no_allocation_of_as_little_damage_is_sparser(of: Levels, limit: float) -> None:
+    chosen = of.within_damage(limit)
+    density, damage = of.mean_density(chosen), of.total_damage(chosen)
+    allocations = every_allocation(of)
+    assert damage <= limit + ROUNDING or damage <= min(d for _, d in allocations) + ROUNDING
+    for other_density, other_damage in allocations:
+        if other_damage <= damage:
+            assert other_density >= density - 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(levels(), st.floats(0.0, 1.0))
+def test_no_allocation_of_as_little_work_does_less_damage(of: Levels, limit: float) -> None:
+    chosen = of.within_density(limit)
+    density, damage = of.mean_density(chosen), of.total_damage(chosen)
+    allocations = every_allocation(of)
+    assert density <= limit + ROUNDING or density <= min(d for d, _ in allocations) + ROUNDING
+    for other_density, other_damage in allocations:
+        if other_density <= density:
+            assert other_damage >= damage - 1e-6
+
+
+def test_predictions_know_their_loss_and_divergence() -> None:
+    one, other = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    dense, sparse = (Predictions(each.log(), torch.tensor([1])) for each in (one, other))
+    assert dense.loss == pytest.approx(math.log(4))
+    assert sparse.loss == pytest.approx(math.log(2))
+    assert dense.kl_to(sparse) == pytest.approx(0.25 * math.log(2))
+    assert dense.kl_to(dense) == 0.0
+
+
+def measured(sparsity: float = 0.5, kl: float = 0.0, grown: float = 1.0) -> WholeModel:
+    return WholeModel(sparsity=sparsity, kl=kl, perplexity=10 * grown, dense_perplexity=10)
+
+
+def test_a_lucky_perplexity_does_not_hide_a_divergence() -> None:
+    goal = Goal("perplexity", 0.01)
+    assert goal.reached(measured(grown=0.99, kl=0.0)) == 0.0
+    assert goal.reached(measured(grown=0.99, kl=0.02)) == pytest.approx(math.expm1(0.02))
+    assert goal.reached(measured(grown=1.05, kl=0.02)) == pytest.approx(0.05)
+    assert not goal.allows(goal.reached(measured(grown=0.99, kl=0.02)))
+
+
+@given(st.floats(1e-4, 1.0), st.floats(1e-6, 1.0))
+def test_a_budget_moves_against_its_miss(budget: float, reached: float) -> None:
+    goal = Goal("perplexity", 0.01)
+    moved = goal.next_budget(budget, reached)
+    assert (moved < budget) == (reached > math.expm1(0.9 * math.log1p(0.01)))
+    assert 0.2 * budget <= moved * (1 + ROUNDING) <= 5 * budget * (1 + 2 * ROUNDING)
+    sparsity = Goal("sparsity", 0.5)
+    assert (sparsity.next_budget(0.5, reached) > 0.5) == (reached < 0.505)
+
+
+def test_a_model_run_sparse_is_the_specification_layer_by_layer(tiny_model: Path) -> None:
+    """With its attention replaced by the specification's, in fp64, a model predicts the same."""
+    from transformers import AttentionInterface
+
+    model = open_model(str(tiny_model))
+    shape, block = model.fingerprint, 16
+    tokens = [(5 * i) % 60 for i in range(100)]
+    thresholds = {
+        1: HeadThresholds(
+            torch.full((shape.num_heads,), 0.6), torch.full((shape.num_heads,), THETA_OFF)
+        )
+    }
+    runner = EndToEnd(model, block, block)
+    dense, sparse = runner.predict(tokens, {}), runner.predict(tokens, thresholds)
+    assert torch.equal(runner.predict(tokens, {}).log_probs, dense.log_probs)
+
+    def specified(module, query, key, value, mask, scaling=None, **_):  # type: ignore[no-untyped-def]
+        geometry = BlockGeometry(len(tokens), len(tokens), block, block)
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        everything = geometry.visible.expand(shape.num_heads, -1, -1)
+        keep = everything
+        if module.layer_idx in thresholds:
+            keep = reference_select(q, k, thresholds[module.layer_idx], geometry, scaling)
+            assert keep.sum() < 0.9 * everything.sum()
+        output, _ = reference_attention(q, k, v, keep, geometry, scaling)
+        return output[None].to(query.dtype), None
+
+    AttentionInterface.register("afbs_specified", specified)
+    runner._model.config._attn_implementation = "afbs_specified"
+    expected = runner.predict(tokens, thresholds)
+    assert dense.kl_to(sparse) > 1e-6
+    torch.testing.assert_close(sparse.log_probs, expected.log_probs, atol=2e-5, rtol=1e-4)
