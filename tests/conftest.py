@@ -1,8 +1,12 @@
 """What several test modules share."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from vllm_afbs.profile import Profile
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,3 +27,26 @@ def smollm2_dir() -> Path:
     from vllm_afbs.demo.assets import smollm2_checkpoint
 
     return smollm2_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a random model of two layers."""
+    from tests.tuning_jobs import save_tiny_model
+
+    directory = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> "Profile":
+    """What one uninterrupted process finds for it."""
+    from tests.tuning_jobs import command
+    from vllm_afbs import tune
+    from vllm_afbs.profile import load_profile
+
+    output = tmp_path_factory.mktemp("whole") / "profile.json"
+    assert tune.main(command(tiny_model, output, "--tolerance", "0.2")) == 0
+    assert not Path(f"{output}.work").exists()
+    return load_profile(output)

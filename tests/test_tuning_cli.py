@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.tuning_jobs import command, result, start, wait_for_steps
 from vllm_afbs import tune
 from vllm_afbs.profile import Profile, load_profile
 from vllm_afbs.tuning.capture import capture
@@ -22,77 +22,12 @@ from vllm_afbs.tuning.model import InputError, open_model
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
 
-LENGTHS = ["128", "256"]
-BLOCKS = ["--block-q", "16", "--block-k", "16"]
 
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with a byte tokenizer, both made here."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        max_position_embeddings=1024,
-        # Large weights, or random attention is uniform and nothing can be dropped.
-        initializer_range=0.4,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
-    return directory
-
-
-def command(model: Path, output: Path, *more: str) -> list[str]:
-    return ["--model", str(model), "--output", str(output), "--lengths", *LENGTHS, *BLOCKS, *more]
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "vllm_afbs.tune", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores SIGINT, and so would a child of tests run in one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for_steps(job: subprocess.Popen[str], output: Path, count: int) -> None:
-    """Waits until the journal of a running job holds so many lines."""
-    journal = Path(f"{output}.work") / "journal.jsonl"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b"\n") >= count:
-            return
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.02)
-    pytest.fail(f"{count} steps expected within 300 s")
-
-
-def result(profile: Profile) -> dict[str, object]:
-    """A profile less its times."""
-    times = {"created_at", "wall_seconds"}
-    return profile.model_dump(exclude={"tuner": times})
-
-
-def test_killed_and_resumed_equals_uninterrupted(tiny_model: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
-    assert tune.main(command(tiny_model, whole)) == 0
-
-    job = start(command(tiny_model, killed))
+def test_killed_and_resumed_equals_uninterrupted(
+    tiny_model: Path, tiny_profile: Profile, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed.json"
+    job = start(command(tiny_model, killed, "--tolerance", "0.2"))
     wait_for_steps(job, killed, 4)
     job.send_signal(signal.SIGKILL)
     job.communicate()
@@ -103,11 +38,10 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model: Path, tmp_path: Pat
     with journal.open("a") as file:
         file.write('{"step": "layer 0 tri')
 
-    assert tune.main(command(tiny_model, killed, "--resume")) == 0
-    assert result(load_profile(killed)) == result(load_profile(whole))
+    assert tune.main(command(tiny_model, killed, "--tolerance", "0.2", "--resume")) == 0
+    assert result(load_profile(killed)) == result(tiny_profile)
     assert len(done) >= 4
     assert not Path(f"{killed}.work").exists()
-    assert not Path(f"{whole}.work").exists()
 
 
 def test_interrupt_says_how_to_go_on(tiny_model: Path, tmp_path: Path) -> None:
@@ -374,6 +308,13 @@ def _no_such_layer(model: Path, tmp: Path) -> tuple[list[str], str]:
     )
 
 
+def _no_cluster(model: Path, tmp: Path) -> tuple[list[str], str]:
+    return (
+        command(model, tmp / "p.json", "--ray-address", "127.0.0.1:1"),
+        "--ray-address: 127.0.0.1:1: [Errno 111] Connection refused",
+    )
+
+
 def _no_output_directory(model: Path, tmp: Path) -> tuple[list[str], str]:
     return command(model, tmp / "none" / "p.json"), "none: cannot write there: No such file"
 
@@ -409,6 +350,7 @@ def _damaged_journal(model: Path, tmp: Path) -> tuple[list[str], str]:
         _too_long,
         _one_length,
         _no_such_layer,
+        _no_cluster,
         _no_output_directory,
         _output_is_directory,
         _damaged_journal,
@@ -438,6 +380,10 @@ def test_bad_input_is_one_line(
         ("--layers", "1,,2"),
         ("--layers", "all"),
         ("--layers", "²"),
+        ("--workers", "0"),
+        ("--ray-address", "ray://head:10001"),
+        ("--ray-address", "head:65536"),
+        ("--ray-address", "head"),
     ],
 )
 def test_bad_options_are_refused_by_name(
@@ -479,6 +425,6 @@ def test_help_needs_no_heavy_import() -> None:
         "from vllm_afbs import tune\n"
         "try:\n    tune.main(['--help'])\n"
         "except SystemExit:\n    pass\n"
-        "assert not {'torch', 'ax', 'transformers', 'rich'} & set(sys.modules)"
+        "assert not {'torch', 'ax', 'transformers', 'rich', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

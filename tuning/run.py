@@ -1,12 +1,12 @@
 """A whole tuning job: from a model and a text to a profile."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile import HeadProfile, LayerProfile, Profile, TextSource, TunerRun
@@ -19,6 +19,9 @@ from vllm_afbs.tuning.search import REFINE_Q_BLOCKS, LayerSearch
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY
 from vllm_afbs.tuning.windows import cut_windows
+
+if TYPE_CHECKING:
+    from vllm_afbs.tuning.workers import LayerPool
 
 
 class Progress(Protocol):
@@ -38,6 +41,7 @@ def tune(
     layers: Sequence[int],
     work: Path,
     progress: Progress,
+    pool: "LayerPool | None" = None,
 ) -> Profile:
     """Tunes the heads of a model's layers.
 
@@ -49,6 +53,7 @@ def tune(
         work: Directory for the journal and the captures, made if there is none; a journal in it
             is gone on with.
         progress: Hears about it.
+        pool: Workers that tune the layers side by side; None to tune one after another here.
 
     Returns:
         The profile, with what it cost over all the job's runs.
@@ -75,15 +80,20 @@ def tune(
     taken = capture(model, cut.windows, layers, work, progress.advance)
     journal.step("capture", lambda: {"capture_seconds": time.perf_counter() - start})
     progress.begin("Tuning", len(layers))
-    tuned = {
-        layer: LayerSearch(settings, layer, taken, journal, progress.advance).run()
-        for layer in layers
-    }
+    advance: Callable[[float], None] = progress.advance
+    if pool is not None:
+        pool.search(settings, layers, taken, journal, advance)
+        advance = _ignore  # what follows only reads what the workers found
+    tuned = {layer: LayerSearch(settings, layer, taken, journal, advance).run() for layer in layers}
     sources = [
         TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)
         for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
     return _profile(model, sources, settings, journal, tuned)
+
+
+def _ignore(_: float) -> None:
+    pass
 
 
 def _profile(
