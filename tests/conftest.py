@@ -1,8 +1,12 @@
 """What several test modules share."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from vllm_afbs.profile import Profile
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,29 +31,22 @@ def smollm2_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with a byte tokenizer, both made here."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    """The checkpoint of a random model of two layers."""
+    from tests.tuning_jobs import save_tiny_model
 
     directory = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        max_position_embeddings=1024,
-        # Large weights, or random attention is uniform and nothing can be dropped.
-        initializer_range=0.4,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    save_tiny_model(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> "Profile":
+    """What one uninterrupted process finds for it."""
+    from tests.tuning_jobs import command
+    from vllm_afbs import tune
+    from vllm_afbs.profile import load_profile
+
+    output = tmp_path_factory.mktemp("whole") / "profile.json"
+    assert tune.main(command(tiny_model, output, "--tolerance", "0.2")) == 0
+    assert not Path(f"{output}.work").exists()
+    return load_profile(output)

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tuning_jobs import command, result, start, wait_for
+from vllm_afbs import tune
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.profile import WholeModel
+from vllm_afbs.profile import WholeModel, load_profile
 from vllm_afbs.tuning.allocation import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
 from vllm_afbs.tuning.goal import Goal
@@ -130,3 +134,53 @@ def test_a_model_run_sparse_is_the_specification_layer_by_layer(tiny_model: Path
     expected = runner.predict(tokens, thresholds)
     assert dense.kl_to(sparse) > 1e-6
     torch.testing.assert_close(sparse.log_probs, expected.log_probs, atol=2e-5, rtol=1e-4)
+
+
+def test_a_goal_divides_the_error_among_layers(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    assert tune.main(command(tiny_model, output, "--target-sparsity", "0.3")) == 0
+    profile = load_profile(output)
+    budget = profile.tuner.budget
+    assert budget is not None
+    assert (budget.goal, budget.target) == ("sparsity", 0.3)
+    held_out = [head.validation for layer in profile.layers for head in layer.heads]
+    mean = sum(each.sparsity for each in held_out if each is not None) / len(held_out)
+    assert mean == pytest.approx(budget.allocated.sparsity)
+    assert budget.allocated.sparsity >= 0.3
+    assert budget.allocated.kl > 0.0
+    for index, layer in enumerate(profile.layers):
+        assert layer.tolerance == profile.tolerance_of(index)
+        for head in layer.heads:
+            assert head.calibration[-1].error <= profile.tolerance_of(index)
+    assert "Budget by layer" in output.with_suffix(".html").read_text(encoding="utf-8")
+
+
+def test_a_goal_is_gone_on_with_or_changed(tiny_model: Path, tmp_path: Path) -> None:
+    whole, killed, other = (tmp_path / f"{name}.json" for name in ("whole", "killed", "other"))
+    goal = ["--target-sparsity", "0.25"]
+    assert tune.main(command(tiny_model, whole, *goal)) == 0
+    job = start(command(tiny_model, killed, *goal))
+    wait_for(job, killed, lambda journal: b"damage of layer 0" in journal)
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    # What was tuned to one tolerance serves another goal, and none, as well.
+    shutil.copytree(f"{killed}.work", f"{other}.work")
+    assert tune.main(command(tiny_model, other, "--resume")) == 0
+    assert load_profile(other).tuner.budget is None
+    assert tune.main(command(tiny_model, killed, *goal, "--resume", "--workers", "2")) == 0
+    assert result(load_profile(killed)) == result(load_profile(whole))
+
+
+def test_an_impossible_goal_is_said_in_one_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "profile.json"
+    # Random weights predict wildly, so nothing that is dropped goes unnoticed.
+    assert tune.main(command(tiny_model, output, "--max-perplexity-increase", "0.05")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--max-perplexity-increase: 0.05 allowed, " in error
+    assert not output.exists()
+    assert Path(f"{output}.work").exists()  # what was measured serves an easier goal
+    layers = ["--resume", "--target-sparsity", "0.3", "--layers", "0"]
+    assert tune.main(command(tiny_model, output, *layers)) == 2
+    assert "--layers: all layers expected" in capsys.readouterr().err

@@ -1,14 +1,16 @@
 """The journal: every finished step of a tuning job, so that a killed job can go on.
 
-One JSON object a line, written and synced when the step is done. A step is a pure function of the
-settings and of the steps before it, so a job that goes on from its journal ends like one that was
-never stopped. A line cut short by the kill is dropped and its step done again.
+One JSON object a line, written by the job's own process and synced when the step is done. A step is
+a pure function of the settings and of the steps before it, so a job that goes on from its journal
+ends like one that was never stopped. A line cut short by the kill is dropped, and its step done
+again.
 """
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +21,17 @@ Record = dict[str, Any]
 FILE_NAME = "journal.jsonl"
 
 
-class Journal:
-    """An open journal.
+class Steps:
+    """The finished steps of a job, or of a part of one.
 
     Args:
-        path: The file; made if there is none.
-        settings: What the steps depend on, as JSON values. A journal of other settings is refused.
-
-    Raises:
-        InputError: The journal is damaged or of other settings.
-        OSError: It cannot be read or written.
+        known: Those that were done before.
+        keep: Called with each that is done now.
     """
 
-    def __init__(self, path: Path, settings: Record) -> None:
-        self._path = path
-        self._steps: dict[str, Record] = {}
-        lines = self._read()
-        header = next(lines, None)
-        if header is None:
-            self._append(settings)
-        elif difference := _difference(header, settings):
-            raise InputError(
-                f"{path}: journal of another job: {difference}; remove it to start anew"
-            )
-        for line in lines:
-            self._steps[line["step"]] = line
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._steps
+    def __init__(self, known: Iterable[Record], keep: Callable[[Record], None]) -> None:
+        self._steps = {record["step"]: record for record in known}
+        self._keep = keep
 
     def step(self, name: str, compute: Callable[[], Record]) -> Record:
         """Returns the step's record, computing and keeping it if it was not done before.
@@ -61,14 +46,46 @@ class Journal:
         if name not in self._steps:
             start = time.perf_counter()
             result = compute()
-            record = {"step": name, **result, "seconds": time.perf_counter() - start}
-            self._append(record)
-            self._steps[name] = record
+            self.add({"step": name, **result, "seconds": time.perf_counter() - start})
         return self._steps[name]
 
+    def add(self, record: Record) -> None:
+        """Keeps a step that is done."""
+        self._keep(record)
+        self._steps[record["step"]] = record
+
+    def steps(self, prefix: str) -> list[Record]:
+        """The steps whose names begin so."""
+        return [record for name, record in self._steps.items() if name.startswith(prefix)]
+
     def total(self, field: str) -> float:
-        """Sum of a field over all steps that have it."""
-        return sum(float(record.get(field, 0)) for record in self._steps.values())
+        """Sum of a field over all steps that have it, whatever their order, rounded once."""
+        return math.fsum(float(record.get(field, 0)) for record in self._steps.values())
+
+
+class Journal(Steps):
+    """An open journal.
+
+    Args:
+        path: The file; made if there is none.
+        settings: What the steps depend on, as JSON values. A journal of other settings is refused.
+
+    Raises:
+        InputError: The journal is damaged or of other settings.
+        OSError: It cannot be read or written.
+    """
+
+    def __init__(self, path: Path, settings: Record) -> None:
+        self._path = path
+        lines = self._read()
+        header = next(lines, None)
+        if header is None:
+            self._append(settings)
+        elif difference := _difference(header, settings):
+            raise InputError(
+                f"{path}: journal of another job: {difference}; remove it to start anew"
+            )
+        super().__init__(lines, self._append)
 
     def _append(self, record: Record) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile import (
@@ -29,6 +29,9 @@ from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY
 from vllm_afbs.tuning.windows import cut_windows
 
+if TYPE_CHECKING:
+    from vllm_afbs.tuning.workers import LayerPool
+
 
 class Progress(Protocol):
     """Hears how far a job is."""
@@ -48,6 +51,7 @@ def tune(
     goal: Goal | None,
     work: Path,
     progress: Progress,
+    pool: "LayerPool | None" = None,
 ) -> Profile:
     """Tunes the heads of a model's layers.
 
@@ -61,6 +65,7 @@ def tune(
         work: Directory for the journal and the captures, made if there is none; a journal in it
             is gone on with.
         progress: Hears about it.
+        pool: Workers that tune the layers side by side; None to tune one after another here.
 
     Returns:
         The profile, with what it cost over all the job's runs.
@@ -87,7 +92,7 @@ def tune(
     taken = capture(model, cut.windows, layers, work, progress.advance)
     journal.step("capture", lambda: {"capture_seconds": time.perf_counter() - start})
     progress.begin("Tuning", len(layers))
-    search = _SerialSearch(settings, layers, taken, journal, progress)
+    search = _Search(settings, layers, taken, journal, progress, pool)
     tuned, budget = search.tuned({}), None
     if goal is not None:
         outer = BudgetSearch(
@@ -102,26 +107,36 @@ def tune(
 
 
 @dataclass(frozen=True)
-class _SerialSearch:
-    """Tunes layers one after another; see ``budget.Search``."""
+class _Search:
+    """Tunes layers, one after another or in a pool; see ``budget.Search``."""
 
     settings: SearchSettings
     layers: Sequence[int]
     taken: Capture
     journal: Journal
     progress: Progress
+    pool: "LayerPool | None"
 
     def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerProfile]:
+        advance: Callable[[float], None] = self.progress.advance
+        if self.pool is not None:
+            self.pool.search(
+                self.settings, self.layers, tolerances, self.taken, self.journal, advance
+            )
+            advance = _ignore  # what follows only reads what the workers found
         return {
-            layer: self._search(layer, self.progress.advance).run(tolerances.get(layer))
-            for layer in self.layers
+            layer: self._search(layer, advance).run(tolerances.get(layer)) for layer in self.layers
         }
 
     def of_layer(self, layer: int) -> LayerSearch:
-        return self._search(layer, lambda _: None)
+        return self._search(layer, _ignore)
 
     def _search(self, layer: int, on_progress: Callable[[float], None]) -> LayerSearch:
         return LayerSearch(self.settings, layer, self.taken, self.journal, on_progress)
+
+
+def _ignore(_: float) -> None:
+    pass
 
 
 def _profile(

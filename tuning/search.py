@@ -25,7 +25,7 @@ from vllm_afbs.tuning.bracket import (
 )
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS, Explorer
-from vllm_afbs.tuning.journal import Journal, Record
+from vllm_afbs.tuning.journal import Record, Steps
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.validation import MIN_SPARSITY, validate
 
@@ -44,7 +44,7 @@ class LayerSearch:
         settings: The job's settings.
         layer: Which layer.
         capture: Its Q, K and V.
-        journal: Where steps are kept.
+        journal: Where steps are kept; a journal, or what a worker sends to one.
         on_progress: Called with each further share of the layer that is done; they add up to 1.
     """
 
@@ -53,7 +53,7 @@ class LayerSearch:
         settings: SearchSettings,
         layer: int,
         capture: Capture,
-        journal: Journal,
+        journal: Steps,
         on_progress: Callable[[float], None],
     ) -> None:
         self._settings = settings

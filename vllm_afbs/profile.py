@@ -158,7 +158,9 @@ class TunerRun(_Record):
     cost: Annotated[float, Field(ge=0)] = Field(
         description="Evaluations weighted by (length / longest)^2 x share of the rows."
     )
-    wall_seconds: Annotated[float, Field(ge=0)]
+    wall_seconds: Annotated[float, Field(ge=0)] = Field(
+        description="Of all steps added up; those of several workers overlap."
+    )
 
 
 class Profile(_Record):

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_afbs.tuning.model import SourceModel
     from vllm_afbs.tuning.scorer import SearchSettings
     from vllm_afbs.tuning.texts import Text
+    from vllm_afbs.tuning.workers import LayerPool
 
 DEFAULT_LENGTHS = [2048, 4096, 8192]
 DEFAULT_TOLERANCE = 0.05
@@ -116,6 +118,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
     parser.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="tune N layers at once in N workers of a Ray on this machine, each with its own copy "
+        "of the memory that a layer takes (extra 'ray'; default: one layer after another)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        type=_ray_address,
+        metavar="ADDRESS",
+        help="use a running Ray cluster instead, 'auto' or HOST:PORT, with --workers layers at "
+        "once (default: one per GPU, or without GPUs one per machine); the output's directory has "
+        "to be on a file system that all of its machines share",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on with a job that was stopped or killed"
     )
     return parser
@@ -126,6 +143,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"a positive whole number expected, got {text}")
     return value
+
+
+def _ray_address(text: str) -> str:
+    match = re.fullmatch(r"[^/\s]+:(\d{1,5})", text, re.ASCII)
+    if text != "auto" and (match is None or int(match[1]) > 65535):
+        raise argparse.ArgumentTypeError(f"auto or HOST:PORT expected, got {text!r}")
+    return text
 
 
 def _layer_ranges(text: str) -> list[range]:
@@ -162,7 +186,9 @@ def _run(options: argparse.Namespace) -> int:
         model = open_model(options.model)
         settings = _settings(options, model)
         layers = _layers(options.layers, model.fingerprint.num_layers)
-        profile = _tune(model, texts, settings, layers, _goal(options), work)
+        goal = _goal(options)
+        with _layer_pool(options) as pool:
+            profile = _tune(model, texts, settings, layers, goal, work, pool)
         from vllm_afbs.profile import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
@@ -188,12 +214,13 @@ def _tune(
     layers: list[int],
     goal: "Goal | None",
     work: Path,
+    pool: "LayerPool | None",
 ) -> "Profile":
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.run import tune
 
     with ProgressBar() as progress:
-        return tune(model, texts, settings, layers, goal, work, progress)
+        return tune(model, texts, settings, layers, goal, work, progress, pool)
 
 
 def _goal(options: argparse.Namespace) -> "Goal | None":
@@ -209,6 +236,14 @@ def _goal(options: argparse.Namespace) -> "Goal | None":
     if options.layers is not None:
         raise InputError("--layers: all layers expected with a goal for the whole model")
     return goal
+
+
+def _layer_pool(options: argparse.Namespace) -> "AbstractContextManager[LayerPool | None]":
+    if options.workers is None and options.ray_address is None:
+        return nullcontext()
+    from vllm_afbs.tuning.workers import LayerPool
+
+    return LayerPool(options.workers, options.ray_address)
 
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":

@@ -1,0 +1,256 @@
+"""Tuning layers side by side in Ray workers: on this machine, or on a cluster's machines and GPUs.
+
+A layer's search is the unit: it needs nothing of the other layers. A worker streams every finished
+step to the job's own process, the only one that writes the journal, so a kill loses no more than
+the step that each worker is in. Ray is an extra, and imported only here.
+"""
+
+import itertools
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from vllm_afbs.tuning.capture import Capture
+from vllm_afbs.tuning.journal import Journal, Record, Steps
+from vllm_afbs.tuning.model import InputError, one_line
+from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search import LayerSearch
+
+Event = Record | float
+"""A finished step, or a further share of the layer that is done."""
+_CONNECT_SECONDS = 10.0
+_OBJECT_STORE_BYTES = 100 << 20  # steps are small; by default Ray takes a third of the memory
+_LOCAL_ONLY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # The only switch that has Ray on Linux listen on the loopback interface alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the machines are shared out among workers.
+
+    Attributes:
+        count: Layers tuned at once.
+        threads: CPU threads of each.
+        gpus: GPUs of each, 0 or 1: evaluators take what a whole GPU has room for.
+    """
+
+    count: int
+    threads: int
+    gpus: int
+
+    @classmethod
+    def of(cls, count: int | None, machines: Sequence[Mapping[str, float]]) -> "Share":
+        """Shares out machines.
+
+        Args:
+            count: Layers to tune at once; None for one per GPU, or without GPUs one per machine.
+            machines: What Ray says that each has, by ``CPU`` and ``GPU``.
+
+        Raises:
+            InputError: There is nothing to compute on, or fewer GPUs than ``count``.
+        """
+        usable = [machine for machine in machines if machine.get("CPU", 0) >= 1]
+        with_gpus = [machine for machine in usable if machine.get("GPU", 0) >= 1]
+        usable = with_gpus or usable
+        if not usable:
+            raise InputError("--ray-address: a cluster with free CPUs expected, it has none")
+        gpus = sum(int(machine["GPU"]) for machine in with_gpus)
+        count = count or gpus or len(usable)
+        if gpus and count > gpus:
+            raise InputError(f"--workers: at most {gpus} expected, one per GPU, got {count}")
+        cpus = [int(machine["CPU"]) for machine in usable]
+        # No more than the smallest machine has: Ray would wait for a larger one for ever.
+        return cls(count, max(1, min(sum(cpus) // count, *cpus)), min(gpus, 1))
+
+
+class LayerPool:
+    """Ray, started or connected to for the length of a ``with``.
+
+    Args:
+        count: Layers to tune at once, see ``Share.of``; to be given without an address.
+        address: Of a running cluster, ``auto`` or HOST:PORT; None for a Ray on this machine.
+    """
+
+    def __init__(self, count: int | None, address: str | None) -> None:
+        self._count = count
+        self._address = address
+        self._exit = ExitStack()
+
+    def __enter__(self) -> "LayerPool":
+        """Starts Ray or connects to it.
+
+        Raises:
+            InputError: Ray is not installed, no cluster answers, or ``count`` is too large.
+            OSError: Ray cannot be started.
+        """
+        with ExitStack() as stack:
+            if self._address is None:
+                os.environ.update(_LOCAL_ONLY)  # read when Ray is imported
+            ray = _import_ray()
+            if self._address is None:
+                _start(ray, self._count, stack)
+            else:
+                _connect(ray, self._address, stack)
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self._share = Share.of(self._count, machines)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._exit.close()
+
+    def search(
+        self,
+        settings: SearchSettings,
+        layers: Sequence[int],
+        tolerances: Mapping[int, float],
+        capture: Capture,
+        journal: Journal,
+        on_progress: Callable[[float], None],
+    ) -> None:
+        """Does every step of the layers' searches that the journal does not hold yet.
+
+        Args:
+            settings: The job's settings.
+            layers: Which layers.
+            tolerances: Of the layers that are not to have the job's.
+            capture: Their Q, K and V, in a directory that every worker can read.
+            journal: Gets the steps as they are finished.
+            on_progress: Called with each further share of a layer that is done.
+
+        Raises:
+            InputError: A worker cannot read the captures.
+            OSError: A worker, or the machine that it was on, is gone.
+        """
+        ray = _import_ray()
+        # The workers are other processes: leave them what the captured model took.
+        torch.cuda.empty_cache()
+        capture = replace(capture, directory=capture.directory.resolve())
+        share = self._share
+        task = ray.remote(
+            num_returns="streaming", max_retries=0, num_cpus=share.threads, num_gpus=share.gpus
+        )(search_layer)
+        waiting = iter(layers)
+        running: dict[Any, int] = {}
+        while True:
+            for layer in itertools.islice(waiting, share.count - len(running)):
+                known = journal.steps(f"layer {layer} ")
+                tolerance = tolerances.get(layer)
+                stream = task.remote(settings, layer, tolerance, capture, known, share.threads)
+                running[stream] = layer
+            if not running:
+                return
+            (stream, *_), _ = ray.wait(list(running), fetch_local=False)
+            event = _next_event(stream, running[stream])
+            if event is None:
+                del running[stream]
+            elif isinstance(event, float):
+                on_progress(event)
+            else:
+                journal.add(event)
+
+
+def search_layer(
+    settings: SearchSettings,
+    layer: int,
+    tolerance: float | None,
+    capture: Capture,
+    known: list[Record],
+    threads: int,
+) -> Iterator[Event]:
+    """Searches a layer in a worker; yields each finished step and share as it comes.
+
+    Args:
+        settings: The job's settings.
+        layer: Which layer.
+        tolerance: The layer's own; None for the job's.
+        capture: Its Q, K and V.
+        known: Its steps that were done before; they are replayed and not yielded.
+        threads: CPU threads to use.
+    """
+    torch.set_num_threads(threads)
+    events: SimpleQueue[Event | None] = SimpleQueue()
+    search = LayerSearch(settings, layer, capture, Steps(known, events.put), events.put)
+    # The search calls back where a generator would have to yield.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        running = thread.submit(search.run, tolerance)
+        running.add_done_callback(lambda _: events.put(None))
+        while (event := events.get()) is not None:
+            yield event
+        running.result()
+
+
+def _next_event(stream: Any, layer: int) -> Event | None:
+    """The next event of a layer's worker; None if it has ended."""
+    import ray
+
+    try:
+        return ray.get(next(stream))  # type: ignore[no-any-return]
+    except StopIteration:
+        return None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError | OSError):
+            # As the search raised it, without Ray's account of where.
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise OSError(f"the worker of layer {layer} is gone: {one_line(error)}") from None
+
+
+def _start(ray: Any, count: int | None, stack: ExitStack) -> None:
+    """Starts a Ray on this machine, ended by the stack."""
+    folder = tempfile.TemporaryDirectory(prefix="afbs-ray-", ignore_cleanup_errors=True)
+    stack.enter_context(folder)
+    stack.callback(ray.shutdown)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(count or 1, torch.get_num_threads()),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder.name,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(f"cannot start Ray: {one_line(error)}") from None
+
+
+def _connect(ray: Any, address: str, stack: ExitStack) -> None:
+    """Connects to a running cluster, left by the stack."""
+    try:
+        if address != "auto":
+            # Ray itself would try for two minutes, and end the process.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        stack.callback(ray.shutdown)
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"--ray-address: {address}: {one_line(error)}") from None
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise InputError(
+            "--workers, --ray-address: the extra 'ray' expected: pip install 'vllm-afbs[ray]'"
+        ) from None
+    return ray
