@@ -95,7 +95,7 @@ class BudgetSearch:
         Raises:
             InputError: No attempt reached the goal.
         """
-        before = self._whole("uniform", uniform)
+        before = self.whole_model("uniform", uniform)
         levels = self._levels(list(uniform), before.kl)
         budget, reached = goal.first_budget(), []
         best: tuple[Layers, WholeModel] | None = None
@@ -107,7 +107,7 @@ class BudgetSearch:
             tried.append(tolerances)
             self._begin(f"Attempt {len(tried)}", len(uniform))
             layers = self._search.tuned(tolerances)
-            after = self._whole(f"{goal.kind} {goal.value!r} attempt {len(tried)}", layers)
+            after = self.whole_model(f"{goal.kind} {goal.value!r} attempt {len(tried)}", layers)
             reached.append(goal.reached(after))
             if goal.allows(reached[-1]) and (best is None or goal.prefers(after, best[1])):
                 best = layers, after
@@ -136,8 +136,13 @@ class BudgetSearch:
     def _dense(self) -> dict[str, Predictions]:
         return {name: self._runner.predict(self._windows[name], {}) for name in self._held_out}
 
-    def _whole(self, name: str, layers: Layers) -> WholeModel:
-        """The whole model on the held-out windows."""
+    def whole_model(self, name: str, layers: Layers) -> WholeModel:
+        """Runs, or replays, the whole model on the held-out windows.
+
+        Args:
+            name: Of the measurement, in the journal.
+            layers: The model's layers.
+        """
 
         def measure() -> dict[str, float]:
             kls, losses = [], []

@@ -92,7 +92,7 @@ def tune(
     taken = capture(model, cut.windows, layers, work, progress.advance)
     journal.step("capture", lambda: {"capture_seconds": time.perf_counter() - start})
     progress.begin("Tuning", len(layers))
-    search = _Search(settings, layers, taken, journal, progress, pool)
+    search = LayerSearches(settings, layers, taken, journal, progress, pool)
     tuned, budget = search.tuned({}), None
     if goal is not None:
         outer = BudgetSearch(
@@ -107,17 +107,27 @@ def tune(
 
 
 @dataclass(frozen=True)
-class _Search:
-    """Tunes layers, one after another or in a pool; see ``budget.Search``."""
+class LayerSearches:
+    """The searches over a job's layers, one after another or in a pool; a ``budget.Search``.
+
+    Attributes:
+        settings: The job's.
+        layers: Which layers.
+        taken: Their Q, K and V.
+        journal: Where steps are kept.
+        progress: Hears about each layer.
+        pool: Workers, if layers are to be tuned side by side.
+    """
 
     settings: SearchSettings
     layers: Sequence[int]
     taken: Capture
     journal: Journal
     progress: Progress
-    pool: "LayerPool | None"
+    pool: "LayerPool | None" = None
 
     def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerProfile]:
+        """Tunes all layers; see ``budget.Search``."""
         advance: Callable[[float], None] = self.progress.advance
         if self.pool is not None:
             self.pool.search(
@@ -129,6 +139,7 @@ class _Search:
         }
 
     def of_layer(self, layer: int) -> LayerSearch:
+        """The search over one layer; see ``budget.Search``."""
         return self._search(layer, _ignore)
 
     def _search(self, layer: int, on_progress: Callable[[float], None]) -> LayerSearch:
