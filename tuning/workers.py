@@ -235,15 +235,21 @@ def _start(ray: Any, count: int | None, stack: ExitStack) -> None:
 
 def _connect(ray: Any, address: str, stack: ExitStack) -> None:
     """Connects to a running cluster, left by the stack."""
-    try:
-        if address != "auto":
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        try:
             # Ray itself would try for two minutes, and end the process.
-            host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-        stack.callback(ray.shutdown)
+        except OSError as error:
+            raise InputError(f"--ray-address: {address}: {one_line(error)}") from None
+    stack.callback(ray.shutdown)
+    try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"--ray-address: {address}: {one_line(error)}") from None
+        raise InputError(
+            f"--ray-address: {address}: {one_line(error)} (if the cluster asks for a token, set "
+            "RAY_AUTH_MODE=token)"
+        ) from None
 
 
 def _import_ray() -> Any:
