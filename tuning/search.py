@@ -55,13 +55,7 @@ class LayerSearch:
 
     def run(self) -> LayerProfile:
         """Runs or replays the three stages."""
-        explored = Explorer(
-            self._settings,
-            self._layer,
-            self._scorer,
-            self._step,
-            lambda share: self._on_progress(_EXPLORE_SHARE * share),
-        ).run()
+        explored = self._explore()
         refined = self._step("refine", lambda: self._refine(explored))
         self._on_progress(_REFINE_SHARE)
         validated = self._step("validate", lambda: self._validate(refined))
@@ -76,6 +70,17 @@ class LayerSearch:
             return {**result, **counts}
 
         return self._journal.step(f"layer {self._layer} {name}", counted)
+
+    # Stage 1
+
+    def _explore(self) -> Record:
+        return Explorer(
+            self._settings,
+            self._layer,
+            self._scorer,
+            self._step,
+            lambda share: self._on_progress(_EXPLORE_SHARE * share),
+        ).run()
 
     # Stage 2
 
