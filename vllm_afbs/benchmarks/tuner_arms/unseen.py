@@ -1,0 +1,135 @@
+"""What thresholds are worth on a text that no arm saw, at the longest length with all rows."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.tuning.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, depth_of, tau_of
+from vllm_afbs.tuning.capture import Capture
+from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+
+CLOSE = 0.005
+"""How near to the tolerance, in shares of it, a mean error counts as equal."""
+_MOST_SHIFT = 4.0  # in depth: the error grows or shrinks more than tenfold
+_MOST_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An arm's choice for one head, and what it spent on it.
+
+    Attributes:
+        layer: Its layer.
+        head: Its number there.
+        tau: 1 is dense.
+        theta: The guard.
+        evaluations: A head's share of its layer's.
+        cost: Likewise.
+        validation: Likewise; of the evaluations, those on held-out text.
+    """
+
+    layer: int
+    head: int
+    tau: float
+    theta: float
+    evaluations: float
+    cost: float
+    validation: float
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Means over heads.
+
+    Attributes:
+        error: Relative L1.
+        sparsity: Share of block products skipped.
+    """
+
+    error: float
+    sparsity: float
+
+
+class Unseen:
+    """Evaluators of the unseen text, kept for all arms.
+
+    Args:
+        settings: Of every arm.
+        capture: Tensors of the unseen text.
+    """
+
+    def __init__(self, settings: SearchSettings, capture: Capture) -> None:
+        self._settings = settings
+        self._capture = capture
+        self._evaluators: dict[int, LayerEvaluator] = {}
+
+    def worth(self, choices: Sequence[Choice], shift: float = 0.0) -> Worth:
+        """Measures choices, the depth of every sparse head moved by ``shift``."""
+        errors, sparsities = [], []
+        for layer in sorted({choice.layer for choice in choices}):
+            here = [choice for choice in choices if choice.layer == layer]
+            heads = torch.tensor([choice.head for choice in here])
+            scores = self._score(layer, heads, here, shift)
+            errors.append(scores.error[heads])
+            sparsities.append(scores.sparsity[heads])
+        return Worth(float(torch.cat(errors).mean()), float(torch.cat(sparsities).mean()))
+
+    def at_tolerance(self, choices: Sequence[Choice]) -> Worth:
+        """Moves all sparse heads' depths alike until the mean error is the tolerance.
+
+        A measuring device, not a tuner: it looks at the text that nobody may see, and is counted
+        for no arm. Heads that an arm left dense stay dense.
+        """
+        seen: dict[float, Worth] = {}
+
+        def error_at(shift: float) -> float:
+            seen[shift] = self.worth(choices, shift)
+            return seen[shift].error
+
+        return seen[meet(error_at, self._settings.tolerance)]
+
+    def _score(
+        self, layer: int, heads: torch.Tensor, choices: Sequence[Choice], shift: float
+    ) -> HeadScores:
+        if layer not in self._evaluators:
+            scorer = LayerScorer(self._settings, layer, self._capture)
+            longest = self._settings.longest
+            self._evaluators[layer] = scorer.evaluator("calibration", longest, None)
+        evaluator = self._evaluators[layer]
+        tau = torch.ones(evaluator.num_heads)
+        theta = torch.full((evaluator.num_heads,), THETA_OFF)
+        tau[heads] = torch.tensor([choice.tau for choice in choices])
+        theta[heads] = torch.tensor([choice.theta for choice in choices])
+        moved = (depth_of(tau) + shift).clamp(MIN_DEPTH, MAX_DEPTH)
+        dense = tau >= 1.0
+        thresholds = HeadThresholds(torch.where(dense, 1.0, tau_of(moved)), theta)
+        scores = evaluator.score(thresholds)
+        return HeadScores(
+            scores.error.masked_fill(dense, 0.0), scores.sparsity.masked_fill(dense, 0.0)
+        )
+
+
+def meet(error_at: Callable[[float], float], tolerance: float) -> float:
+    """Finds the shift of depth at which an error that falls with it equals the tolerance.
+
+    By the usual slope of log error while that stays inside the bracket, else by halving it.
+
+    Returns:
+        The last shift that was tried: near an end of the range if the error is on one side of the
+        tolerance all over it.
+    """
+    low, high, guess = -_MOST_SHIFT, _MOST_SHIFT, 0.0
+    for _ in range(_MOST_STEPS):
+        shift = guess
+        excess = math.log(max(error_at(shift), 1e-12) / tolerance)
+        if abs(excess) <= CLOSE:
+            break
+        low, high = (shift, high) if excess > 0.0 else (low, shift)
+        guess = shift + excess / START_SLOPE
+        guess = guess if low < guess < high else (low + high) / 2
+    return shift
