@@ -48,12 +48,13 @@ def austen(root: Path) -> tuple[str, str]:
     for name in _NOVELS:  # the database holds them in this order
         # Each is the size of the serialised object, then the object, deflated.
         inflater = zlib.decompressobj()
-        novels[name] = "\n".join(_r_strings(inflater.decompress(data[4:])))
+        novels[name] = "\n".join(r_strings(inflater.decompress(data[4:])))
         data = inflater.unused_data
     return novels["northanger abbey"] + "\n\n" + novels["persuasion"], novels["emma"]
 
 
-def _r_strings(serialised: bytes) -> list[str]:
+def r_strings(serialised: bytes) -> list[str]:
+    """The strings of a serialised R vector of them."""
     strings = []
     at = serialised.find(_R_STRING)
     while serialised.startswith(_R_STRING, at):

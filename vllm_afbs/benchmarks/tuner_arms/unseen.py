@@ -17,6 +17,7 @@ CLOSE = 0.005
 """How near to the tolerance, in shares of it, a mean error counts as equal."""
 _MOST_SHIFT = 4.0  # in depth: the error grows or shrinks more than tenfold
 _MOST_STEPS = 16
+_LEAST_SLOPE = 0.2  # where few heads are moved, their error stands still and jumps
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,22 @@ class Unseen:
 def meet(error_at: Callable[[float], float], tolerance: float) -> float:
     """Finds the shift of depth at which an error that falls with it equals the tolerance.
 
-    By the usual slope of log error while that stays inside the bracket, else by halving it.
+    By secants on log error while they stay inside the bracket, else by halving it.
 
     Returns:
-        The last shift that was tried: near an end of the range if the error is on one side of the
-        tolerance all over it.
+        Of the shifts that were tried, the one whose error came nearest.
     """
-    low, high, guess = -_MOST_SHIFT, _MOST_SHIFT, 0.0
+    excess: dict[float, float] = {}
+    low, high, shift, slope = -_MOST_SHIFT, _MOST_SHIFT, 0.0, START_SLOPE
     for _ in range(_MOST_STEPS):
-        shift = guess
-        excess = math.log(max(error_at(shift), 1e-12) / tolerance)
-        if abs(excess) <= CLOSE:
+        here = math.log(max(error_at(shift), 1e-12) / tolerance)
+        if excess:
+            before = next(reversed(excess))
+            slope = max(_LEAST_SLOPE, (excess[before] - here) / (shift - before))
+        excess[shift] = here
+        if abs(here) <= CLOSE:
             break
-        low, high = (shift, high) if excess > 0.0 else (low, shift)
-        guess = shift + excess / START_SLOPE
-        guess = guess if low < guess < high else (low + high) / 2
-    return shift
+        low, high = (shift, high) if here > 0.0 else (low, shift)
+        guess = shift + here / slope
+        shift = guess if low < guess < high else (low + high) / 2
+    return min(excess, key=lambda tried: abs(excess[tried]))
