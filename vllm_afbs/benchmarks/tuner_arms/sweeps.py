@@ -6,7 +6,8 @@
 - *one setting*: one tau for all heads of the model, no theta, by bisection on the mean error.
 - *oracle*: no tuner, but the most that tau and theta allow on the calibration text: 36 values of
   tau by 11 guards, and under each guard a bisection between the sparsest tau that was accepted and
-  the one below it. It has no errors on other text to fear, and is told of none.
+  the one below it. It fits the calibration text as closely as that, and nothing guards it against
+  other text.
 """
 
 from collections.abc import Sequence
