@@ -94,7 +94,8 @@ def _timed(
     if num_layers == 0:
         return []
     times = time_arms(plan, domain, names, num_layers, work)
-    return time_rows(times, WAYS, f"{domain.name}-{num_layers} layers-{_setting(plan)}")
+    num_timed = min((len(record[way]) for record in times.values() for way in WAYS), default=0)
+    return time_rows(times, WAYS, f"{domain.name}-{num_timed} layers-{_setting(plan)}")
 
 
 def _samples(
