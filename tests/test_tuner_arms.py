@@ -27,7 +27,7 @@ from vllm_afbs.benchmarks.tuner_arms.samples import (
     figures,
 )
 from vllm_afbs.benchmarks.tuner_arms.times import WAYS, without_cache
-from vllm_afbs.benchmarks.tuner_arms.unseen import Choice, Unseen, meet
+from vllm_afbs.benchmarks.tuner_arms.unseen import Choice, Meter, meet
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
@@ -152,12 +152,13 @@ def test_equal_error_is_met(slope: float, error: float) -> None:
 
 
 def test_sparsities_are_compared_at_the_tolerance(by_arm: Choices, taken: Capture) -> None:
-    unseen = Unseen(SETTINGS, taken)
+    meter = Meter(SETTINGS, taken)
     for name in ("afbs", "grid", "one setting"):
-        found = figures(by_arm[name], unseen)
+        found = figures(by_arm[name], meter, meter)
         plain = score(taken, by_arm[name])
         assert found["mean error on unseen text"] == pytest.approx(float(plain.error.mean()))
         assert found["mean sparsity on unseen text"] == pytest.approx(float(plain.sparsity.mean()))
+        assert found["mean sparsity on calibration text"] == found["mean sparsity on unseen text"]
         # Three heads of 16 blocks: the error moves in steps.
         assert found["error there"] == pytest.approx(SETTINGS.tolerance, rel=0.1)
         denser = found["mean error on unseen text"] > found["error there"]
@@ -167,7 +168,7 @@ def test_sparsities_are_compared_at_the_tolerance(by_arm: Choices, taken: Captur
 
 def test_dense_heads_stay_dense_at_equal_error(taken: Capture) -> None:
     dense = [Choice(0, head, 1.0, -1.0, 1.0, 1.0, 0.0) for head in range(3)]
-    worth = Unseen(SETTINGS, taken).at_tolerance(dense)
+    worth = Meter(SETTINGS, taken).at_tolerance(dense)
     assert (worth.error, worth.sparsity) == (0.0, 0.0)
 
 

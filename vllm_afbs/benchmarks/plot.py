@@ -110,7 +110,7 @@ def _mark(axes: Axes, name: str, spent: dict[str, str], worth: dict[str, str], n
         middle,
         yerr=[[middle - low], [high - middle]],
         marker="osD^vP*X<>h"[number % 11],
-        color=f"C{number % 10}",
+        color=f"C{number}" if number < 10 else "black",
         markersize=9 if name == "afbs" else 6,
         capsize=3,
         linestyle="none",

@@ -18,6 +18,9 @@ Arms for every layer:
 - *spargeattn*, *grid*, *random*, *one setting* (``sweeps``).
 
 For some layers: *oracle* (``sweeps``), the best that these thresholds allow on the calibration
-text. For one head of each of those, as their own seconds a step allow: *single-fidelity BO* and
-*paper literal* (``per_head``).
+text, which another text need not bear out. For one head of each of those layers, as their seconds
+a step allow no more: *single-fidelity BO* and *paper literal* (``per_head``).
+
+Arms are first timed alone, on a few layers, with and without the evaluator's cache (``times``).
+``--work`` keeps finished arms, so that a run that was cut off is gone on with.
 """

@@ -13,7 +13,7 @@ import torch
 
 from vllm_afbs.benchmarks.tuner_arms import per_head, stages, sweeps
 from vllm_afbs.benchmarks.tuner_arms.arms import Arm, Found, HeadCapture, swept
-from vllm_afbs.benchmarks.tuner_arms.unseen import Choice, Unseen
+from vllm_afbs.benchmarks.tuner_arms.unseen import Choice, Meter
 from vllm_afbs.tuning.capture import WINDOWS, Capture, capture, cut_windows
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.model import SourceModel, open_model
@@ -148,7 +148,7 @@ def _choices(layer: int, heads: Sequence[int], found: Found) -> list[Choice]:
     ]
 
 
-def figures(choices: Sequence[Choice], unseen: Unseen) -> dict[str, float]:
+def figures(choices: Sequence[Choice], seen: Meter, unseen: Meter) -> dict[str, float]:
     """What choices cost and are worth, as means over their heads."""
     worth, matched = unseen.worth(choices), unseen.at_tolerance(choices)
     return {
@@ -157,6 +157,7 @@ def figures(choices: Sequence[Choice], unseen: Unseen) -> dict[str, float]:
             each.evaluations - each.validation for each in choices
         ),
         "cost a head": fmean(each.cost for each in choices),
+        "mean sparsity on calibration text": seen.sparsity(choices),
         "mean error on unseen text": worth.error,
         "mean sparsity on unseen text": worth.sparsity,
         "sparsity at equal error": matched.sparsity,
@@ -207,15 +208,15 @@ def sample(
     scope = Scope.of(open_model(plan.model), plan.every, plan.num_slow)
     settings = plan.settings(seed)
     with (
-        captured(plan, domain.calibration, calibration_share(plan, seed)) as seen,
+        captured(plan, domain.calibration, calibration_share(plan, seed)) as taken,
         captured(plan, domain.measured, seed / plan.seeds) as hidden,
         torch.inference_mode(),
     ):
-        unseen = Unseen(settings, hidden)
+        meters = Meter(settings, taken), Meter(settings, hidden)
         records = {}
         for name in names:
             begun = time.monotonic()
-            compute = partial(_figures, name, settings, scope, seen, unseen)
+            compute = partial(_figures, name, settings, scope, taken, meters)
             records[name] = journal.step(name, compute)
             seconds = time.monotonic() - begun
             print(f"{domain.name}, seed {seed}, {name}: {seconds:.0f} s", flush=True)
@@ -223,13 +224,13 @@ def sample(
 
 
 def _figures(
-    name: str, settings: SearchSettings, scope: Scope, seen: Capture, unseen: Unseen
+    name: str, settings: SearchSettings, scope: Scope, taken: Capture, meters: tuple[Meter, Meter]
 ) -> Record:
-    choices = choose(name, settings, scope, seen)
+    choices = choose(name, settings, scope, taken)
     tuned = {(choice.layer, choice.head) for choice in choices}
     return {
         "figures": {
-            group: figures([each for each in choices if (each.layer, each.head) in heads], unseen)
+            group: figures([each for each in choices if (each.layer, each.head) in heads], *meters)
             for group, heads in scope.groups().items()
             if heads <= tuned
         }

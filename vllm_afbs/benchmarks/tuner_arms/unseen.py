@@ -1,7 +1,7 @@
 """What thresholds are worth on a text that no arm saw, at the longest length with all rows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, depth_of, tau_of
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.evaluator import LayerEvaluator
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 
 CLOSE = 0.005
@@ -56,12 +56,12 @@ class Worth:
     sparsity: float
 
 
-class Unseen:
-    """Evaluators of the unseen text, kept for all arms.
+class Meter:
+    """Evaluators of one text, kept for all arms.
 
     Args:
         settings: Of every arm.
-        capture: Tensors of the unseen text.
+        capture: Tensors of the text: the unseen one, or for ``sparsity`` any.
     """
 
     def __init__(self, settings: SearchSettings, capture: Capture) -> None:
@@ -72,13 +72,20 @@ class Unseen:
     def worth(self, choices: Sequence[Choice], shift: float = 0.0) -> Worth:
         """Measures choices, the depth of every sparse head moved by ``shift``."""
         errors, sparsities = [], []
-        for layer in sorted({choice.layer for choice in choices}):
-            here = [choice for choice in choices if choice.layer == layer]
-            heads = torch.tensor([choice.head for choice in here])
-            scores = self._score(layer, heads, here, shift)
-            errors.append(scores.error[heads])
-            sparsities.append(scores.sparsity[heads])
+        for layer, heads, thresholds in self._by_layer(choices, shift):
+            scores = self._evaluator(layer).score(thresholds)
+            dense = thresholds.tau >= 1.0
+            errors.append(scores.error.masked_fill(dense, 0.0)[heads])
+            sparsities.append(scores.sparsity.masked_fill(dense, 0.0)[heads])
         return Worth(float(torch.cat(errors).mean()), float(torch.cat(sparsities).mean()))
+
+    def sparsity(self, choices: Sequence[Choice]) -> float:
+        """Their mean sparsity alone, which attends to nothing."""
+        sparsities = []
+        for layer, heads, thresholds in self._by_layer(choices, 0.0):
+            sparsity = self._evaluator(layer).sparsity(thresholds)
+            sparsities.append(sparsity.masked_fill(thresholds.tau >= 1.0, 0.0)[heads])
+        return float(torch.cat(sparsities).mean())
 
     def at_tolerance(self, choices: Sequence[Choice]) -> Worth:
         """Moves all sparse heads' depths alike until the mean error is the tolerance.
@@ -94,25 +101,26 @@ class Unseen:
 
         return seen[meet(error_at, self._settings.tolerance)]
 
-    def _score(
-        self, layer: int, heads: torch.Tensor, choices: Sequence[Choice], shift: float
-    ) -> HeadScores:
+    def _by_layer(
+        self, choices: Sequence[Choice], shift: float
+    ) -> Iterator[tuple[int, torch.Tensor, HeadThresholds]]:
+        """Each layer, its heads that were chosen for, and all its heads' thresholds."""
+        for layer in sorted({choice.layer for choice in choices}):
+            here = [choice for choice in choices if choice.layer == layer]
+            heads = torch.tensor([choice.head for choice in here])
+            tau = torch.ones(self._evaluator(layer).num_heads)
+            theta = torch.full_like(tau, THETA_OFF)
+            tau[heads] = torch.tensor([choice.tau for choice in here])
+            theta[heads] = torch.tensor([choice.theta for choice in here])
+            moved = tau_of((depth_of(tau) + shift).clamp(MIN_DEPTH, MAX_DEPTH))
+            yield layer, heads, HeadThresholds(torch.where(tau >= 1.0, 1.0, moved), theta)
+
+    def _evaluator(self, layer: int) -> LayerEvaluator:
         if layer not in self._evaluators:
             scorer = LayerScorer(self._settings, layer, self._capture)
             longest = self._settings.longest
             self._evaluators[layer] = scorer.evaluator("calibration", longest, None)
-        evaluator = self._evaluators[layer]
-        tau = torch.ones(evaluator.num_heads)
-        theta = torch.full((evaluator.num_heads,), THETA_OFF)
-        tau[heads] = torch.tensor([choice.tau for choice in choices])
-        theta[heads] = torch.tensor([choice.theta for choice in choices])
-        moved = (depth_of(tau) + shift).clamp(MIN_DEPTH, MAX_DEPTH)
-        dense = tau >= 1.0
-        thresholds = HeadThresholds(torch.where(dense, 1.0, tau_of(moved)), theta)
-        scores = evaluator.score(thresholds)
-        return HeadScores(
-            scores.error.masked_fill(dense, 0.0), scores.sparsity.masked_fill(dense, 0.0)
-        )
+        return self._evaluators[layer]
 
 
 def meet(error_at: Callable[[float], float], tolerance: float) -> float:
