@@ -53,23 +53,23 @@ class _Partials:
 
     Attributes:
         maxima: Largest score, ``[num_k_blocks, num_kv_heads, group, rows, 1]``.
-        outputs: For each key block, sum of ``exp(score - maximum) * value``, and in the last
-            column of ``exp(score - maximum)``, ``[num_kv_heads, group, rows, head_dim + 1]``.
+        outputs: Sum of ``exp(score - maximum) * value``, and in the last column of
+            ``exp(score - maximum)``, ``[num_k_blocks, num_kv_heads, group, rows, head_dim + 1]``.
         dense: Output over all blocks, ``[num_heads, rows, head_dim]``.
     """
 
     maxima: torch.Tensor
-    outputs: Sequence[torch.Tensor]
+    outputs: torch.Tensor
     dense: torch.Tensor
 
     @classmethod
     def of(cls, maxima: torch.Tensor, outputs: torch.Tensor) -> "_Partials":
         """Takes the block dimension, last in ``maxima`` and second in ``outputs``, to the front."""
         by_block = maxima.movedim(-1, 0)[..., None].contiguous()
-        slices = outputs.unbind(1)
+        sums = outputs.transpose(0, 1)
         num_heads = maxima.shape[0] * maxima.shape[1]
-        everything = torch.ones(num_heads, len(slices), dtype=torch.bool, device=maxima.device)
-        return cls(by_block, slices, _combine(by_block, slices, everything))
+        everything = torch.ones(num_heads, len(sums), dtype=torch.bool, device=maxima.device)
+        return cls(by_block, sums, _combine(by_block, sums, everything))
 
     def attend(self, keep: torch.Tensor) -> torch.Tensor:
         """Attention over the kept blocks, ``[num_heads, num_k_blocks]``; like ``dense``."""
@@ -217,15 +217,17 @@ class LayerEvaluator:
             )
 
 
-def _combine(
-    maxima: torch.Tensor, outputs: Sequence[torch.Tensor], keep: torch.Tensor
-) -> torch.Tensor:
+def _combine(maxima: torch.Tensor, outputs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     by_block = keep.T.reshape(*maxima.shape[:3], 1, 1)
     kept = maxima.masked_fill(~by_block, -torch.inf)
     weights = torch.exp(kept - kept.amax(0))
-    total = torch.zeros_like(outputs[0])
-    for j in keep.any(0).nonzero().flatten().tolist():
-        total.addcmul_(weights[j], outputs[j])
+    if outputs.is_cuda:
+        # Products with the dropped blocks' zeros cost less than a launch for every block.
+        total = (weights * outputs).sum(0)
+    else:
+        total = torch.zeros_like(outputs[0])
+        for j in keep.any(0).nonzero().flatten().tolist():
+            total.addcmul_(weights[j], outputs[j])
     return (total[..., :-1] / total[..., -1:]).flatten(0, 1)
 
 

@@ -33,6 +33,9 @@ class Steps:
         self._steps = {record["step"]: record for record in known}
         self._keep = keep
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._steps
+
     def step(self, name: str, compute: Callable[[], Record]) -> Record:
         """Returns the step's record, computing and keeping it if it was not done before.
 

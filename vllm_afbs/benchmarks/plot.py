@@ -1,14 +1,16 @@
-"""Draws the GPU benchmarks' results.
+"""Draws benchmarks' results.
 
     python -m vllm_afbs.benchmarks.plot
 
-Reads ``prefill_gpu.csv`` and ``serving_gpu.csv`` in ``benchmarks/results`` and writes
-``prefill_gpu.svg`` and ``serving_gpu.svg`` beside them.
+Reads ``prefill_gpu.csv``, ``serving_gpu.csv`` and ``tuner_arms.csv`` in ``benchmarks/results``, or
+in the folder given with ``--results``, and writes an SVG beside each that is there.
 """
 
+import argparse
 import csv
 import re
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -22,16 +24,20 @@ _STYLES = ("-", "--", "-.", ":")
 Points = list[tuple[float, float]]
 
 
-def read(name: str) -> list[dict[str, str]]:
+Rows = list[dict[str, str]]
+
+
+def read(path: Path) -> Rows:
     """A benchmark's rows."""
-    with (RESULTS / name).open(newline="") as file:
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def prefill(axes: Axes) -> None:
+def prefill(figure: Figure, rows: Rows) -> None:
     """Speed-up over dense FlashAttention 3 by density."""
+    axes = figure.add_subplot()
     curves: dict[tuple[str, int], Points] = defaultdict(list)
-    for row in read("prefill_gpu.csv"):
+    for row in rows:
         way, _, what = row["what"].partition(": ")
         if (shape := _SHAPE.match(row["shape"])) and what == "speedup over dense FA3":
             point = (float(shape["density"]), float(row["p50"]))
@@ -54,10 +60,11 @@ def prefill(axes: Axes) -> None:
     axes.legend(fontsize="small", ncols=2)
 
 
-def serving(axes: Axes) -> None:
+def serving(figure: Figure, rows: Rows) -> None:
     """Time to first token by prompt length."""
+    axes = figure.add_subplot()
     curves: dict[str, Points] = defaultdict(list)
-    for row in read("serving_gpu.csv"):
+    for row in rows:
         engine, _, what = row["what"].partition(": ")
         if what == "time to first token":
             curves[engine].append((float(row["shape"]), float(row["p50"])))
@@ -68,13 +75,68 @@ def serving(axes: Axes) -> None:
     axes.legend(fontsize="small")
 
 
-def main() -> None:
-    """Draws both."""
+_SPENT, _WORTH = "evaluations a head", "sparsity at equal error"
+
+
+def tuner_arms(figure: Figure, rows: Rows) -> None:
+    """Sparsity at equal error by evaluations, for each text and group of heads."""
+    panels: dict[str, dict[str, dict[str, dict[str, str]]]] = defaultdict(dict)
+    for row in rows:
+        name, _, what = row["what"].partition(": ")
+        if what in (_SPENT, _WORTH):
+            panels[row["shape"]].setdefault(name, {})[what] = row
+    names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
+    num_texts = len({shape.split("-")[0] for shape in panels})
+    figure.set_size_inches(4.5 * len(panels) / num_texts, 4 * num_texts)
+    grid = figure.subplots(num_texts, len(panels) // num_texts, squeeze=False, sharey="row")
+    for axes, (shape, arms) in zip(grid.flat, panels.items(), strict=True):
+        for name, figures in arms.items():
+            _mark(axes, name, figures[_SPENT], figures[_WORTH], names.index(name))
+        axes.set(xscale="log", xlabel=_SPENT, title=shape)
+        axes.title.set_fontsize("small")
+        axes.grid(alpha=0.3)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(f"{_WORTH} on unseen text")
+    fullest = max(grid.flat, key=lambda axes: len(axes.containers))
+    handles, labels = fullest.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+
+
+def _mark(axes: Axes, name: str, spent: dict[str, str], worth: dict[str, str], number: int) -> None:
+    """A marker at the medians over the seeds, with the spread of the sparsity."""
+    low, middle, high = (float(worth[p]) for p in ("p20", "p50", "p80"))
+    axes.errorbar(
+        float(spent["p50"]),
+        middle,
+        yerr=[[middle - low], [high - middle]],
+        marker="osD^vP*X<>h"[number % 11],
+        color=f"C{number}" if number < 10 else "black",
+        markersize=9 if name == "afbs" else 6,
+        capsize=3,
+        linestyle="none",
+        label=name,
+    )
+
+
+DRAWINGS: dict[str, Callable[[Figure, Rows], None]] = {
+    "prefill_gpu": prefill,
+    "serving_gpu": serving,
+    "tuner_arms": tuner_arms,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws all whose figures are there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    results = parser.parse_args(argv).results
     matplotlib.rcParams["svg.hashsalt"] = "vllm-afbs"  # the same rows give the same file
-    for name, draw in (("prefill_gpu", prefill), ("serving_gpu", serving)):
-        figure = Figure(figsize=(7, 5), layout="constrained")
-        draw(figure.add_subplot())
-        figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+    for name, draw in DRAWINGS.items():
+        path = results / f"{name}.csv"
+        if path.exists():
+            figure = Figure(figsize=(7, 5), layout="constrained")
+            draw(figure, read(path))
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 if __name__ == "__main__":
