@@ -44,7 +44,7 @@ def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
     progress = Quiet()
     model, texts = open_model(str(tiny_model)), read_texts([])
     with LayerPool(2, None) as pool:
-        found = tune_model(model, texts, settings, [0, 1], tmp_path / "work", progress, pool)
+        found = tune_model(model, texts, settings, [0, 1], None, tmp_path / "work", progress, pool)
 
         journal = Journal(tmp_path / "journal.jsonl", {})
         nothing = Capture(tmp_path / "none", (0,), ("validation-0",))
