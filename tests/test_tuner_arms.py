@@ -133,7 +133,9 @@ def test_a_head_alone_is_that_head_of_its_layer(taken: Capture) -> None:
     layer = LayerEvaluator(taken.load(0, "calibration"), 512, 32, 32)
     together = layer.score(HeadThresholds(tau, theta))
     for head in range(3):
-        one = HeadCapture(taken.directory, taken.layers, taken.held_out, head).load(0, "calibration")
+        one = HeadCapture(taken.directory, taken.layers, taken.held_out, head).load(
+            0, "calibration"
+        )
         alone = LayerEvaluator(one, 512, 32, 32).score(
             HeadThresholds(tau[head, None], theta[head, None])
         )
