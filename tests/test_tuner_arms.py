@@ -31,7 +31,7 @@ from vllm_afbs.benchmarks.tuner_arms.unseen import Choice, Meter, meet
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
-from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.validation import HELD_OUT_SLACK
 
 SETTINGS = SearchSettings([128, 256, 512], 0.05, 32, 32, seed=1)
@@ -175,15 +175,14 @@ def test_dense_heads_stay_dense_at_equal_error(taken: Capture) -> None:
 
 
 def test_evaluators_keep_nothing_without_the_cache(taken: Capture) -> None:
-    tensors = taken.load(0, "calibration")
     thresholds = HeadThresholds(torch.full((3,), 0.9), torch.full((3,), -1.0))
+    evaluator = LayerScorer(SETTINGS, 0, taken).evaluator("calibration", 512, None)
     with without_cache():
-        evaluator = LayerEvaluator(tensors, 512, 32, 32)
-    evaluator.score(thresholds)
+        without = evaluator.score(thresholds)
     assert "_kept_partials" not in vars(evaluator)
-    evaluator = LayerEvaluator(tensors, 512, 32, 32)
-    evaluator.score(thresholds)
+    kept = evaluator.score(thresholds)
     assert "_kept_partials" in vars(evaluator)
+    assert torch.equal(without.error, kept.error)
 
 
 def test_results_are_rows_a_summary_and_a_plot(

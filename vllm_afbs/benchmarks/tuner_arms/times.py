@@ -24,9 +24,9 @@ from vllm_afbs.benchmarks.tuner_arms.samples import (
     captured,
     choose,
 )
-from vllm_afbs.tuning import evaluator
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.device import compute_device
+from vllm_afbs.tuning.evaluator import LayerEvaluator
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.scorer import SearchSettings
@@ -36,7 +36,7 @@ WITH_CACHE, WITHOUT_CACHE = "seconds a head", "seconds a head without the cache"
 
 def without_cache() -> AbstractContextManager[object]:
     """While it lasts, evaluators keep nothing; the product has no switch for it and needs none."""
-    return mock.patch.object(evaluator, "default_cache_bytes", return_value=0)
+    return mock.patch.object(LayerEvaluator, "_partials", LayerEvaluator._compute_partials)
 
 
 WAYS: dict[str, Callable[[], AbstractContextManager[object]]] = {
