@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.profiles import uniform_profile
-from vllm_afbs.profile import Measurement
+from vllm_afbs.profile import BudgetRun, Measurement, WholeModel
 from vllm_afbs.tuning.report import write_report
 
 CHROMIUM = shutil.which("chromium")
@@ -27,6 +27,7 @@ def steps() -> list[dict[str, Any]]:
             )
         ),
         {"step": "layer 0 validate", "heads": [], **common},
+        *({"step": f"damage of layer {layer}", "kl": 0.1 + layer} for layer in range(2)),
     ]  # fmt: skip
 
 
@@ -38,7 +39,11 @@ def report(tmp_path: Path) -> Path:
     heads[2] = heads[2].model_copy(update={"validation": measured})
     layers = [profile.layers[0], profile.layers[1].model_copy(update={"heads": heads})]
     path = tmp_path / "profile.html"
-    write_report(profile.model_copy(update={"layers": layers}), steps(), path)
+    layers[0] = layers[0].model_copy(update={"tolerance": 0.025})
+    whole = WholeModel(sparsity=0.4, kl=0.01, perplexity=9.5, dense_perplexity=9.0)
+    budget = BudgetRun(goal="perplexity", target=0.1, uniform=whole, allocated=whole)
+    run = profile.tuner.model_copy(update={"budget": budget})
+    write_report(profile.model_copy(update={"layers": layers, "tuner": run}), steps(), path)
     return path
 
 
@@ -47,6 +52,7 @@ def test_report_names_the_worst_heads_and_the_provenance(report: Path) -> None:
     assert "<td>layer 1, head 2</td>" in text
     assert ">0.0575<" in text
     assert ">1.15<" in text  # over the tolerance of 0.05
+    assert "perplexity: an increase of at most 0.1" in text
     assert "&lt;b&gt;model&lt;/b&gt;" in text
     assert "<b>model" not in text
     assert not re.findall(r"(?:src|href)=[\"']?http", text)
@@ -71,7 +77,7 @@ def test_a_browser_draws_every_figure_without_an_error(report: Path, tmp_path: P
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not complaints
     figures = re.findall(r'id="figure-\d+"', done.stdout)
-    assert len(figures) == 7
+    assert len(figures) == 8
     # Plotly draws each figure into such elements once it has run.
     drawn = re.findall(r'id="figure-\d+"[^>]*class="[^"]*js-plotly-plot', done.stdout)
-    assert len(drawn) == 7
+    assert len(drawn) == 8

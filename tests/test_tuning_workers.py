@@ -9,19 +9,24 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.test_tuning_search import captured
 from tests.tuning_jobs import command, result, start
 from vllm_afbs import tune
-from vllm_afbs.profile import Profile, load_profile
+from vllm_afbs.profile import HeadProfile, LayerProfile, Profile, load_profile
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.journal import Journal
+from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.model import InputError, open_model
 from vllm_afbs.tuning.run import tune as tune_model
 from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search import LayerSearch
 from vllm_afbs.tuning.texts import read_texts
-from vllm_afbs.tuning.workers import LayerPool, Share
+from vllm_afbs.tuning.workers import LayerPool, Share, search_layer
+
+STAGES = ("refine", "validate")
 
 
 class Quiet:
@@ -35,6 +40,22 @@ class Quiet:
 
     def advance(self, units: float) -> None:
         self.stages[next(reversed(self.stages))] += units
+
+
+def test_a_worker_tunes_to_the_layers_own_tolerance(tmp_path: Path) -> None:
+    settings = SearchSettings([128, 256], 0.1, 32, 32, seed=0)
+    taken = captured(tmp_path, 256)
+    steps = Steps([], lambda _: None)
+    LayerSearch(settings, 0, taken, steps, lambda _: None).run()
+    known = steps.steps("layer 0 ")
+    threads = torch.get_num_threads()
+    events = list(search_layer(settings, 0, 0.2, taken, known, threads))
+    assert sum(event for event in events if isinstance(event, float)) == pytest.approx(1.0)
+    done = [event for event in events if not isinstance(event, float)]
+    assert [each["step"] for each in done] == [f"layer 0 {n} within 0.2" for n in STAGES]
+    here = LayerSearch(settings, 0, taken, steps, lambda _: None).run(0.2)
+    found = [HeadProfile.model_validate(head) for head in done[-1]["heads"]]
+    assert LayerProfile(heads=found, tolerance=0.2) == here
 
 
 def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
