@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_tuning_search import captured
+from tests.test_tuning_search import captured, clustered
 from tests.tuning_jobs import command, result, start
 from vllm_afbs import tune
 from vllm_afbs.profile import HeadProfile, LayerProfile, Profile, load_profile
@@ -44,7 +44,7 @@ class Quiet:
 
 def test_a_worker_tunes_to_the_layers_own_tolerance(tmp_path: Path) -> None:
     settings = SearchSettings([128, 256], 0.1, 32, 32, seed=0)
-    taken = captured(tmp_path, 256)
+    taken = captured(tmp_path, 256, clustered)
     steps = Steps([], lambda _: None)
     LayerSearch(settings, 0, taken, steps, lambda _: None).run()
     known = steps.steps("layer 0 ")
