@@ -67,6 +67,27 @@ _ACQUISITION: dict[str, Any] = {
 }
 
 
+@contextmanager
+def for_ax(seed: int) -> Iterator[None]:
+    """What Ax needs around it.
+
+    The caller may have switched gradients off, which fitting needs, and owns the global random
+    state, which Ax draws from; and nobody reads its warnings.
+
+    Args:
+        seed: Of the random state that Ax gets.
+    """
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield
+
+
 @dataclass(frozen=True)
 class Observation:
     """A finished trial, as Ax sees it.
@@ -125,16 +146,7 @@ class LayerOptimizer:
 
     @contextmanager
     def _fitted(self) -> Iterator[Any]:
-        # The caller may have switched gradients off, which fitting needs, and owns the global
-        # random state, which Ax draws from.
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.inference_mode(mode=False),
-            torch.enable_grad(),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            torch.manual_seed(self._seed)
+        with for_ax(self._seed):
             yield Generators.BOTORCH_MODULAR(
                 experiment=self._experiment,
                 data=self._experiment.lookup_data(),

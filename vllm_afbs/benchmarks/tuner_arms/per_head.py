@@ -15,9 +15,7 @@ same bounds as in the other arms: as kind as to our own search.
 
 import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -102,7 +100,10 @@ def _optimise(
         trials.append((thresholds, scores))
         return float(scores.sparsity), float(scores.error)
 
-    with _for_ax(settings.seed):
+    # Imported here: it takes seconds, and most arms do without.
+    from vllm_afbs.tuning.bayes import for_ax
+
+    with for_ax(settings.seed):
         _run_ax(score, settings, num_trials)
     return trials
 
@@ -110,7 +111,6 @@ def _optimise(
 def _run_ax(
     score: Callable[[float, float], tuple[float, float]], settings: SearchSettings, num_trials: int
 ) -> None:
-    # Imported here: it takes seconds, and most arms do without.
     from ax.api.client import Client
     from ax.api.configs import RangeParameterConfig
 
@@ -131,17 +131,3 @@ def _run_ax(
             # and the log has no end: far within the tolerance is far enough.
             excess = math.log(max(error / settings.tolerance, _FAR_WITHIN))
             client.complete_trial(index, {"sparsity": (sparsity, 0.0), "excess": (excess, 0.0)})
-
-
-@contextmanager
-def _for_ax(seed: int) -> Iterator[None]:
-    """What Ax needs: gradients, a seeded state of its own, and nobody who reads its warnings."""
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(mode=False),
-        torch.enable_grad(),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        yield
