@@ -118,10 +118,31 @@ def _mark(axes: Axes, name: str, spent: dict[str, str], worth: dict[str, str], n
     )
 
 
+def budget_allocation(figure: Figure, rows: Rows) -> None:
+    """Sparsity by the change of predictions, with one tolerance and with divided ones."""
+    axes = figure.add_subplot()
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        name, _, what = row["what"].rpartition(": ")
+        found[name][what] = float(row["p50"])
+    for label, start, line in (("one tolerance", "tolerance", "-"), ("divided", "divided", "--")):
+        points = [
+            (each["KL to dense"], each["sparsity"])
+            for name, each in found.items()
+            if name.startswith(start)
+        ]
+        axes.plot(*zip(*sorted(points), strict=True), line, marker="o", label=label)
+    axes.set(xscale="log", xlabel="KL divergence from dense predictions, nats", ylabel="sparsity")
+    axes.set_title(rows[0]["shape"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
 DRAWINGS: dict[str, Callable[[Figure, Rows], None]] = {
     "prefill_gpu": prefill,
     "serving_gpu": serving,
     "tuner_arms": tuner_arms,
+    "budget_allocation": budget_allocation,
 }
 
 
