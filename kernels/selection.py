@@ -7,7 +7,9 @@ alone, so selection is the same for every chunk size and for prefix-cache hits. 
 on the same unsmoothed similarity.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -30,6 +32,18 @@ class BlockStats:
     similarity: torch.Tensor
 
 
+class TunedHead(Protocol):
+    """Anything that has one head's thresholds."""
+
+    @property
+    def tau(self) -> float:
+        """See ``HeadThresholds``."""
+
+    @property
+    def theta(self) -> float:
+        """See ``HeadThresholds``."""
+
+
 @dataclass(frozen=True)
 class HeadThresholds:
     """The tuned thresholds of one layer's query heads, each ``[num_heads]``, fp32.
@@ -41,6 +55,18 @@ class HeadThresholds:
 
     tau: torch.Tensor
     theta: torch.Tensor
+
+    @classmethod
+    def of(cls, heads: Sequence[TunedHead]) -> "HeadThresholds":
+        """Gathers the thresholds of single heads."""
+        return cls(
+            torch.tensor([head.tau for head in heads]),
+            torch.tensor([head.theta for head in heads]),
+        )
+
+    def to(self, device: torch.device) -> "HeadThresholds":
+        """The same on a device."""
+        return HeadThresholds(self.tau.to(device), self.theta.to(device))
 
 
 def pool_blocks(rows: torch.Tensor, counts: torch.Tensor) -> BlockStats:

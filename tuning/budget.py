@@ -16,7 +16,7 @@ times as much in one as in another. So, after all layers were tuned to one toler
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
 from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.journal import Journal
 from vllm_afbs.tuning.model import InputError, SourceModel
+from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
 from vllm_afbs.tuning.windows import CALIBRATION
@@ -59,8 +60,7 @@ class BudgetSearch:
         windows: Token ids of the calibration window and of every held-out one.
         journal: Where steps are kept.
         search: Tunes layers.
-        begin: Called with what begins and its number of units.
-        advance: Called with 1 after each unit.
+        progress: Hears about it.
     """
 
     def __init__(
@@ -70,8 +70,7 @@ class BudgetSearch:
         windows: Mapping[str, list[int]],
         journal: Journal,
         search: Search,
-        begin: Callable[[str, int], None],
-        advance: Callable[[float], None],
+        progress: Progress,
     ) -> None:
         self._model = model
         self._settings = settings
@@ -79,8 +78,7 @@ class BudgetSearch:
         self._held_out = [name for name in windows if name != CALIBRATION]
         self._journal = journal
         self._search = search
-        self._begin = begin
-        self._advance = advance
+        self._progress = progress
 
     def run(self, goal: Goal, uniform: Layers) -> tuple[Layers, BudgetRun]:
         """Finds the tolerances, or replays how they were found.
@@ -101,11 +99,15 @@ class BudgetSearch:
         best: tuple[Layers, WholeModel] | None = None
         tried: list[dict[int, float]] = []
         while len(tried) < ATTEMPTS:
-            tolerances = self._tolerances(goal, budget, levels, list(uniform))
+            chosen = goal.allocation(levels, budget).tolist()
+            tolerances = {
+                layer: self._settings.tolerance * FACTORS[level]
+                for layer, level in zip(uniform, chosen, strict=True)
+            }
             if tolerances in tried:
                 break
             tried.append(tolerances)
-            self._begin(f"Attempt {len(tried)}", len(uniform))
+            self._progress.begin(f"Attempt {len(tried)}", len(uniform))
             layers = self._search.tuned(tolerances)
             after = self.whole_model(f"{goal.kind} {goal.value!r} attempt {len(tried)}", layers)
             reached.append(goal.reached(after))
@@ -118,15 +120,6 @@ class BudgetSearch:
             raise InputError(goal.missed(reached))
         run = BudgetRun(goal=goal.kind, target=goal.value, uniform=before, allocated=best[1])
         return best[0], run
-
-    def _tolerances(
-        self, goal: Goal, budget: float, levels: Levels, layers: list[int]
-    ) -> dict[int, float]:
-        by_sparsity = goal.kind == "sparsity"
-        chosen = levels.within_density(1 - budget) if by_sparsity else levels.within_damage(budget)
-        factors = (FACTORS[level] for level in chosen.tolist())
-        base = self._settings.tolerance
-        return {layer: base * factor for layer, factor in zip(layers, factors, strict=True)}
 
     @cached_property
     def _runner(self) -> EndToEnd:
@@ -145,9 +138,10 @@ class BudgetSearch:
         """
 
         def measure() -> dict[str, float]:
+            thresholds = _thresholds(layers)
             kls, losses = [], []
             for window, dense in self._dense.items():
-                sparse = self._runner.predict(self._windows[window], _thresholds(layers))
+                sparse = self._runner.predict(self._windows[window], thresholds)
                 kls.append(dense.kl_to(sparse))
                 losses.append((dense.loss, sparse.loss))
             dense_loss, loss = (sum(side) / len(side) for side in zip(*losses, strict=True))
@@ -163,43 +157,45 @@ class BudgetSearch:
         return WholeModel.model_validate({key: record[key] for key in WholeModel.model_fields})
 
     def _levels(self, layers: list[int], kl: float) -> Levels:
-        self._begin("Measuring each layer's damage", len(layers))
-        damage = torch.tensor([self._damage(layer) for layer in layers], dtype=torch.float64)
+        self._progress.begin("Measuring each layer's damage", len(layers))
+        tolerances = [self._settings.tolerance * factor for factor in FACTORS]
+        damages, sparsities = [], []
+        for layer in layers:
+            search = self._search.of_layer(layer)
+            damages.append(self._damage(layer, *search.at_shortest()))
+            sparsities.append(search.sparsities(tolerances))
+            self._progress.advance(1.0)
+        damage = torch.tensor(damages, dtype=torch.float64)
         # A layer that drops nothing on the shortest length is taken for an average one.
         damage = torch.where(damage.isnan(), damage.nanmean(), damage)
         damage *= kl / damage.sum().clamp_min(1e-12)
         growth = torch.tensor(FACTORS, dtype=torch.float64).square()
-        tolerances = [self._settings.tolerance * factor for factor in FACTORS]
-        sparsities = [self._search.of_layer(layer).sparsities(tolerances) for layer in layers]
         density = 1.0 - torch.tensor(sparsities, dtype=torch.float64)
         return Levels(density, damage[:, None] * growth)
 
-    def _damage(self, layer: int) -> float:
+    def _damage(self, layer: int, thresholds: HeadThresholds, error: torch.Tensor) -> float:
         """KL divergence that a layer's mean squared error causes, over that error; or NaN."""
-        thresholds, error = self._search.of_layer(layer).at_shortest()
-        window = self._windows[CALIBRATION][: self._settings.lengths[0]]
 
         def measure() -> dict[str, float]:
-            sparse = self._runner.predict(window, {layer: thresholds})
+            sparse = self._runner.predict(self._shortest, {layer: thresholds})
             return {"kl": max(0.0, self._dense_short.kl_to(sparse))}
 
         kl = float(self._journal.step(f"damage of layer {layer}", measure)["kl"])
-        self._advance(1.0)
         square = float(error.double().square().mean())
         return kl / square if square > 0.0 else math.nan
 
+    @property
+    def _shortest(self) -> list[int]:
+        return self._windows[CALIBRATION][: self._settings.lengths[0]]
+
     @cached_property
     def _dense_short(self) -> Predictions:
-        window = self._windows[CALIBRATION][: self._settings.lengths[0]]
-        return self._runner.predict(window, {})
+        return self._runner.predict(self._shortest, {})
 
 
 def _thresholds(layers: Layers) -> dict[int, HeadThresholds]:
     return {
-        index: HeadThresholds(
-            torch.tensor([head.tau for head in layer.heads]),
-            torch.tensor([head.theta for head in layer.heads]),
-        )
+        index: HeadThresholds.of(layer.heads)
         for index, layer in layers.items()
         if any(head.tau < 1.0 for head in layer.heads)
     }

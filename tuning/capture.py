@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_afbs.tuning import attention
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 from vllm_afbs.tuning.weights import load_weights
 from vllm_afbs.tuning.windows import CALIBRATION
@@ -194,15 +195,12 @@ class Recorder:
         if used or attention_mask is not None:
             name = used[0] if used else "attention_mask"
             raise InputError(f"layer {module.layer_idx}: {name}: plain causal attention expected")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale = attention.scale_of(query, scaling)
         if module.layer_idx in self._taken.layers:
             self._save(module.layer_idx, query, key, value, scale)
         self.layers.append(module.layer_idx)
         self._on_progress(1.0)
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return output.transpose(1, 2).contiguous(), None
+        return attention.returned(attention.dense(query, key, value, scale))
 
     def _save(
         self,

@@ -13,6 +13,7 @@ from vllm_afbs.kernels import (
     pool_queries,
     select_blocks,
 )
+from vllm_afbs.tuning import attention
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.weights import load_weights
 
@@ -98,15 +99,11 @@ class EndToEnd:
         scaling: float | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale = attention.scale_of(query, scaling)
         thresholds = self._thresholds.get(module.layer_idx)
         if thresholds is None:
-            output = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=True
-            )
-        else:
-            output = _sparse(query, key, value, thresholds, self._blocks, scale)
-        return output.transpose(1, 2).contiguous(), None
+            return attention.returned(attention.dense(query, key, value, scale))
+        return attention.returned(_sparse(query, key, value, thresholds, self._blocks, scale))
 
 
 def _sparse(
@@ -121,7 +118,7 @@ def _sparse(
     length = query.shape[2]
     geometry = BlockGeometry(length, length, *blocks)
     rows, keys = query[0].transpose(0, 1), key[0].transpose(0, 1)
-    there = HeadThresholds(thresholds.tau.to(query.device), thresholds.theta.to(query.device))
+    there = thresholds.to(query.device)
     keep = select_blocks(
         pool_queries(rows, geometry), pool_keys(keys, geometry), there, geometry, scale
     )

@@ -165,7 +165,7 @@ class LayerEvaluator:
         return self._sparsity_of(self._select(thresholds))
 
     def _select(self, thresholds: HeadThresholds) -> torch.Tensor:
-        there = HeadThresholds(thresholds.tau.to(self._device), thresholds.theta.to(self._device))
+        there = thresholds.to(self._device)
         return select_blocks(self._queries, self._keys, there, self.geometry, self._softmax_scale)
 
     def _sparsity_of(self, keep: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from vllm_afbs.tuning.bracket import MIN_DEPTH, START_SLOPE, TauSearch, depth_of
 from vllm_afbs.tuning.evaluator import LayerEvaluator
 from vllm_afbs.tuning.journal import Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.windows import CALIBRATION
 
 if TYPE_CHECKING:
     from vllm_afbs.tuning.bayes import LayerOptimizer
@@ -111,7 +112,7 @@ class Explorer:
         return trial
 
     def _evaluator(self, length: int) -> LayerEvaluator:
-        return self._scorer.evaluator("calibration", length, EXPLORE_Q_BLOCKS)
+        return self._scorer.evaluator(CALIBRATION, length, EXPLORE_Q_BLOCKS)
 
     def _without_guard(self, length: int) -> Record:
         theta = self._evaluator(length).guard_theta(0.0)

@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from vllm_afbs.profile import WholeModel
+from vllm_afbs.tuning.allocation import Levels
 
 _SPARSITY_SLACK = 0.01
 _LEAST_USED = 0.8  # of an allowed increase in perplexity; with less, another attempt is worth it
@@ -55,6 +58,12 @@ class Goal:
         if self.kind == "sparsity":
             return self.value + _SPARSITY_SLACK / 2
         return _AIM * math.log1p(self.value)
+
+    def allocation(self, levels: Levels, budget: float) -> torch.Tensor:
+        """The level of each layer that makes the most of a budget, ``[num_layers]``, int64."""
+        if self.kind == "sparsity":
+            return levels.within_density(1.0 - budget)
+        return levels.within_damage(budget)
 
     def next_budget(self, budget: float, reached: float) -> float:
         """The budget moved by as much as it missed the goal."""

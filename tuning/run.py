@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile import (
@@ -23,6 +23,7 @@ from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS
 from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import SourceModel
+from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.search import REFINE_Q_BLOCKS, LayerSearch
 from vllm_afbs.tuning.texts import Text
@@ -31,16 +32,6 @@ from vllm_afbs.tuning.windows import cut_windows
 
 if TYPE_CHECKING:
     from vllm_afbs.tuning.workers import LayerPool
-
-
-class Progress(Protocol):
-    """Hears how far a job is."""
-
-    def begin(self, stage: str, total: int) -> None:
-        """A stage of ``total`` units begins."""
-
-    def advance(self, units: float) -> None:
-        """So many more units are done, fractions included."""
 
 
 def tune(
@@ -95,9 +86,7 @@ def tune(
     search = LayerSearches(settings, layers, taken, journal, progress, pool)
     tuned, budget = search.tuned({}), None
     if goal is not None:
-        outer = BudgetSearch(
-            model, settings, cut.windows, journal, search, progress.begin, progress.advance
-        )
+        outer = BudgetSearch(model, settings, cut.windows, journal, search, progress)
         tuned, budget = outer.run(goal, tuned)
     sources = [
         TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)

@@ -28,6 +28,7 @@ from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS, Explorer
 from vllm_afbs.tuning.journal import Record, Steps
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.validation import MIN_SPARSITY, validate
+from vllm_afbs.tuning.windows import CALIBRATION
 
 REFINE_Q_BLOCKS = 32
 """Query blocks scored while refining."""
@@ -120,7 +121,7 @@ class LayerSearch:
         thresholds = HeadThresholds(tau, torch.tensor(trial["theta"]))
 
         def measure() -> Record:
-            evaluator = self._scorer.evaluator("calibration", length, None)
+            evaluator = self._scorer.evaluator(CALIBRATION, length, None)
             scores = self._scorer.score(evaluator, thresholds, tau < 1.0)
             return {"error": torch.where(tau < 1.0, scores.error, 0.0).tolist()}
 
@@ -155,7 +156,7 @@ class LayerSearch:
         theta, start, slope, sparsity = (
             torch.tensor(explored[name]) for name in ("theta", "tau", "slope", "sparsity")
         )
-        evaluator = self._scorer.evaluator("calibration", self._settings.longest, REFINE_Q_BLOCKS)
+        evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, REFINE_Q_BLOCKS)
         worth = sparsity >= MIN_SPARSITY
         search = TauSearch(settings.tolerance, start, worth, slope)
         best = search.run(
@@ -176,7 +177,7 @@ class LayerSearch:
         further = torch.log(error.clamp_min(_LEAST_ERROR) / tolerance) / slope
         depth = (depth_of(tau).clamp_max(MAX_DEPTH) + further).clamp_min(MIN_DEPTH)
         moved = torch.where(depth < MAX_DEPTH, tau_of(depth), 1.0)
-        evaluator = self._scorer.evaluator("calibration", self._settings.longest, REFINE_Q_BLOCKS)
+        evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, REFINE_Q_BLOCKS)
         sparsity = evaluator.sparsity(HeadThresholds(moved, theta))
         sparsity = torch.where((moved < 1.0) & (sparsity >= MIN_SPARSITY), sparsity, 0.0)
         return {"tau": moved.tolist(), "slope": slope.tolist(), "sparsity": sparsity.tolist()}

@@ -13,6 +13,7 @@ from vllm_afbs.tuning.bracket import depth_of, tau_of
 from vllm_afbs.tuning.evaluator import HeadScores
 from vllm_afbs.tuning.journal import Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.windows import CALIBRATION
 
 HELD_OUT_SLACK = 1.2
 """Accepted held-out error, in units of the tolerance."""
@@ -96,14 +97,14 @@ def _calibration(
     thresholds = HeadThresholds(tau, theta)
     measured = []
     for length in settings.lengths[:-1]:
-        evaluator = scorer.evaluator("calibration", length, explored)
+        evaluator = scorer.evaluator(CALIBRATION, length, explored)
         measured.append((length, scorer.score(evaluator, thresholds, tau < 1.0)))
     known = HeadScores(
         torch.tensor(refined["error"], dtype=torch.float64),
         torch.tensor(refined["sparsity"], dtype=torch.float64),
     )
     moved = (tau < 1.0) & (tau != torch.tensor(refined["tau"]))
-    evaluator = scorer.evaluator("calibration", settings.longest, refined_blocks)
+    evaluator = scorer.evaluator(CALIBRATION, settings.longest, refined_blocks)
     again = scorer.score(evaluator, thresholds, moved)
     return [*measured, (settings.longest, _merge(moved, again, known))]
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile import (
@@ -162,10 +160,7 @@ def plan_layer(
     if not calibration or calibration[-1][1] < MIN_LAYER_SPARSITY:
         return LayerPlan(layer, None, "profile_dense")
     heads = tuned.heads[rank * num_heads : (rank + 1) * num_heads]
-    thresholds = HeadThresholds(
-        torch.tensor([head.tau for head in heads]), torch.tensor([head.theta for head in heads])
-    )
-    return LayerPlan(layer, thresholds, None, _mean_calibration(heads))
+    return LayerPlan(layer, HeadThresholds.of(heads), None, _mean_calibration(heads))
 
 
 def plan_layers(

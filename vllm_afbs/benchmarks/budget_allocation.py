@@ -81,9 +81,7 @@ def main() -> None:
         journal = Journal(Path(folder) / FILE_NAME, {})
         taken = capture(model, cut.windows, layers, Path(folder), lambda _: None)
         searches = LayerSearches(settings, layers, taken, journal, progress)
-        outer = BudgetSearch(
-            model, settings, cut.windows, journal, searches, progress.begin, progress.advance
-        )
+        outer = BudgetSearch(model, settings, cut.windows, journal, searches, progress)
         progress.begin(f"tolerance {base}", len(layers))
         uniform = searches.tuned({})
         measured[f"tolerance {base}"] = outer.whole_model("uniform", uniform)

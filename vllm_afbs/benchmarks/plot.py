@@ -2,8 +2,8 @@
 
     python -m vllm_afbs.benchmarks.plot
 
-Reads ``prefill_gpu.csv``, ``serving_gpu.csv`` and ``tuner_arms.csv`` in ``benchmarks/results``, or
-in the folder given with ``--results``, and writes an SVG beside each that is there.
+Reads the CSV files that ``DRAWINGS`` names in ``benchmarks/results``, or in the folder given with
+``--results``, and writes an SVG beside each that is there.
 """
 
 import argparse

@@ -87,8 +87,7 @@ class Case:
 
     def dense(self) -> None:
         """Runs FlashAttention 3 on the whole prompt, as vLLM's FLASH_ATTN does."""
-        length = len(self.step.query)
-        starts = self.starts
+        length, starts = len(self.step.query), self.starts
         self._flash_attention(
             self.step.query, self.step.key_cache, self.step.value_cache, out=self.output,
             cu_seqlens_q=starts, max_seqlen_q=length, seqused_k=starts[1:], max_seqlen_k=length,
@@ -100,6 +99,15 @@ class Case:
         """Does all that a layer does; attends to other blocks than the chosen ones if given."""
         chosen = way.choose(self.step, self.num_kept)
         way.attend(self.step, chosen if replaced is None else replaced, self.output)
+
+    def calls(
+        self, ways: dict[Way, SparsePrefill], replaced: dict[Way, Any]
+    ) -> dict[Way, Callable[[], object]]:
+        """Everything that a layer does, in every way; see ``run``."""
+        calls: dict[Way, Callable[[], object]] = {"dense": self.dense}
+        for name, way in ways.items():
+            calls[name] = functools.partial(self.run, way, replaced.get(name))
+        return calls
 
     def density(self, tau: float) -> float:
         """Share of the blocks that selection keeps at this tau."""
@@ -145,9 +153,7 @@ def measure(
         RuntimeError: The two sparse kernels do not agree.
     """
     ways = case.ways(tau)
-    functions: dict[str, Callable[[], object]] = {"dense": case.dense}
-    for name, way in ways.items():
-        functions[name] = functools.partial(case.run, way, replaced.get(name))
+    functions: dict[str, Callable[[], object]] = dict(case.calls(ways, replaced).items())
     functions["selection for tiles"] = functools.partial(
         ways["tiles"].choose, case.step, case.num_kept
     )
@@ -168,9 +174,7 @@ def measure_host(case: Case, rounds: int) -> tuple[list[Row], dict[Way, float]]:
     Returns:
         The rows, and the median seconds by way.
     """
-    functions: dict[Way, Callable[[], object]] = {"dense": case.dense}
-    for name, way in case.ways(0.9).items():
-        functions[name] = functools.partial(case.run, way, None)
+    functions = case.calls(case.ways(0.9), {})
     seconds: dict[Way, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():

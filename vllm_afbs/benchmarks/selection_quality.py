@@ -24,7 +24,7 @@ from vllm_afbs.kernels import BlockGeometry, cut_keys
 from vllm_afbs.tuning.capture import LayerTensors, capture
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.texts import read_texts
-from vllm_afbs.tuning.windows import cut_windows
+from vllm_afbs.tuning.windows import CALIBRATION, cut_windows
 
 BLOCK = 128
 DENSITIES = (0.5, 0.3, 0.2)
@@ -136,7 +136,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         layers = list(range(0, model.fingerprint.num_layers, args.every))
         taken = capture(model, cut.windows, layers, Path(folder), lambda _: None)
-        load = functools.partial(taken.load, window="calibration")
+        load = functools.partial(taken.load, window=CALIBRATION)
         rows = measure(load, layers, geometry)
     report_rows(rows, args.output)
 

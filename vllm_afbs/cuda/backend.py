@@ -18,7 +18,6 @@ from vllm_afbs import compat, metrics, serving
 from vllm_afbs.cuda.dispatch import Way, fastest_way
 from vllm_afbs.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.cuda.sparse import Layer, SparsePrefill, StepInputs, TilePrefill, TritonPrefill
-from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import LayerPlan
@@ -166,10 +165,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             # Nothing of ours runs in this server, so not even our look at each step is in the way.
             self.forward = super().forward  # type: ignore[method-assign]
         if plan.thresholds is not None:
-            thresholds = HeadThresholds(
-                plan.thresholds.tau.to(device), plan.thresholds.theta.to(device)
-            )
-            layer = Layer(thresholds, self.scale, float(self.logits_soft_cap))
+            layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
             self._ways = {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
 
     def forward(

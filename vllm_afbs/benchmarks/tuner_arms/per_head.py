@@ -27,6 +27,7 @@ from vllm_afbs.tuning.evaluator import HeadScores
 from vllm_afbs.tuning.journal import Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.windows import CALIBRATION
 
 SINGLE_TRIALS = 20
 PAPER_TRIALS = 15
@@ -69,7 +70,7 @@ class PaperSearch(LayerSearch):
 
     def _refine(self, explored: Record, settings: SearchSettings) -> Record:
         theta = torch.tensor(explored["theta"])
-        evaluator = self._scorer.evaluator("calibration", self._settings.longest, None)
+        evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, None)
         low, high = MIN_DEPTH, MAX_DEPTH
         found = {"tau": [1.0], "error": [0.0], "sparsity": [0.0]}
         for _ in range(PAPER_BISECTIONS):
@@ -91,7 +92,7 @@ class PaperSearch(LayerSearch):
 def _optimise(
     scorer: LayerScorer, settings: SearchSettings, length: int, num_trials: int
 ) -> list[Trial]:
-    evaluator = scorer.evaluator("calibration", length, None)
+    evaluator = scorer.evaluator(CALIBRATION, length, None)
     trials: list[Trial] = []
 
     def score(depth: float, theta: float) -> tuple[float, float]:

@@ -15,15 +15,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from vllm_afbs.benchmarks.tuner_arms.arms import Arm, Found, by_layer
+from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.evaluator import LayerEvaluator
 from vllm_afbs.tuning.explore import Explorer
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Record, read_steps
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.windows import CALIBRATION
 
 
 def searched(
@@ -43,13 +43,10 @@ def searched(
             journal = Journal(path, {})
             heads = search_type(adapt(settings), layer, capture, journal, lambda _: None).run()
             steps = read_steps(path)
-        tau, theta = (
-            torch.tensor([getattr(head, name) for head in heads.heads]) for name in ("tau", "theta")
-        )
+        found = HeadThresholds.of(heads.heads)
         validation = sum(s["evaluations"] for s in steps if s["step"].endswith(" validate"))
-        return Found(
-            tau, theta, journal.total("evaluations"), journal.total("cost"), float(validation)
-        )
+        spent = journal.total("evaluations"), journal.total("cost")
+        return Found(found.tau, found.theta, *spent, float(validation))
 
     return by_layer(tune)
 
@@ -87,7 +84,7 @@ class _AllRows(Explorer):
     """Stage 1 with all rows in every trial."""
 
     def _evaluator(self, length: int) -> LayerEvaluator:
-        return self._scorer.evaluator("calibration", length, None)
+        return self._scorer.evaluator(CALIBRATION, length, None)
 
 
 class WithoutLowFidelity(LayerSearch):

@@ -21,6 +21,7 @@ from vllm_afbs.tuning.bracket import MAX_DEPTH, MIN_DEPTH, tau_of
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.evaluator import LayerEvaluator
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.windows import CALIBRATION
 
 SPARGE_THETAS = 32
 SPARGE_BISECTIONS = 10
@@ -37,7 +38,7 @@ class _Sweep:
     """One layer, scored for all heads at once."""
 
     def __init__(self, scorer: LayerScorer, settings: SearchSettings) -> None:
-        self.evaluator: LayerEvaluator = scorer.evaluator("calibration", settings.longest, None)
+        self.evaluator: LayerEvaluator = scorer.evaluator(CALIBRATION, settings.longest, None)
         self.num_heads = self.evaluator.num_heads
         self.best = Best(self.num_heads, settings.tolerance)
         self._scorer = scorer
@@ -113,7 +114,7 @@ def one_setting(settings: SearchSettings, layers: Sequence[int], capture: Captur
     for _ in range(GLOBAL_BISECTIONS):
         tau, errors = (low + high) / 2, []
         for scorer in scorers:
-            evaluator = scorer.evaluator("calibration", settings.longest, None)
+            evaluator = scorer.evaluator(CALIBRATION, settings.longest, None)
             everyone = torch.ones(evaluator.num_heads, dtype=torch.bool)
             errors.append(scorer.score(evaluator, _uniform(evaluator, tau), everyone).error)
         within = float(torch.cat(errors).mean()) <= settings.tolerance
