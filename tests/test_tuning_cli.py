@@ -78,7 +78,8 @@ def test_profile_says_what_was_measured(
     assert (profile.block_q, profile.block_k) == (16, 16)
     assert (profile.tuner.seed, profile.tuner.tolerance) == (7, 0.2)
     (source,) = profile.calibration_texts
-    assert (source.name, source.num_tokens) == (str(text), 512)
+    # The calibration window and two held-out ones, of 256 each.
+    assert (source.name, source.num_tokens) == (str(text), 3 * 256)
     heads = [head for layer in profile.layers for head in layer.heads]
     assert any(head.tau < 1 for head in heads)
     for head in heads:

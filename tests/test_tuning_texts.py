@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_afbs.tuning import texts
 from vllm_afbs.tuning.model import InputError
 from vllm_afbs.tuning.texts import Text, read_texts
-from vllm_afbs.tuning.windows import CALIBRATION, cut_tokens, held_out
+from vllm_afbs.tuning.windows import CALIBRATION, by_text, cut_tokens, held_out
 
 ROWS = ["first\nrow", "second row", "dritte Zeile äöü"]
 CONTENT = "\n\n".join(ROWS)
@@ -192,13 +192,16 @@ def test_windows_take_equal_shares_and_share_nothing(
     assert calibration == [
         token for text, share in zip(tokens, shares, strict=True) for token in text[:share]
     ]
-    for text, window in zip(tokens, held_out(len(sizes)), strict=True):
-        held = cut.windows[window][len(prefix) :]
-        assert held == text[text.index(held[0]) :][:body]
-        assert not set(held) & set(calibration)
-        # From the middle, or as near to it as a whole window fits.
-        assert held[0] == text[len(text) // 2] or held[-1] == text[-1]
-    assert cut.num_tokens == [share + body for share in shares]
+    groups = by_text(held_out(len(sizes)))
+    assert sum(len(group) for group in groups) >= 2
+    for text, group, num_tokens in zip(tokens, groups, cut.num_tokens, strict=True):
+        seen = set(text) & set(calibration)
+        for window in group:
+            held = cut.windows[window][len(prefix) :]
+            assert held == text[text.index(held[0]) :][:body]
+            assert not set(held) & set(calibration)
+            seen |= set(held)
+        assert num_tokens == len(seen)
 
 
 def _split(items: list[int], parts: int) -> list[list[int]]:
@@ -206,9 +209,10 @@ def _split(items: list[int], parts: int) -> list[list[int]]:
     return [items[index::parts] for index in range(parts)]
 
 
-def test_one_text_is_cut_at_its_start_and_its_middle() -> None:
-    cut = cut_tokens([list(range(101))], ["text"], [-1], 11)
+def test_held_out_windows_of_one_text_are_spread_over_its_rest() -> None:
+    cut = cut_tokens([list(range(100))], ["text"], [-1], 11)
     assert cut.windows == {
         "calibration": [-1, *range(10)],
-        "validation-0": [-1, *range(50, 60)],
+        "validation-0-0": [-1, *range(30, 40)],
+        "validation-0-1": [-1, *range(70, 80)],
     }

@@ -48,7 +48,7 @@ def tune(
 
     Args:
         model: The model.
-        texts: Cut into one calibration window and a held-out one each, of the longest length.
+        texts: Cut into one calibration window and held-out ones, of the longest length.
         settings: The search's settings.
         layers: Which layers to tune; the others run dense.
         goal: What the whole model is to reach; None to keep the tolerance in every layer. With a

@@ -1,7 +1,8 @@
 """Stage 3: held-out text has the last word on each head's thresholds.
 
-A head has to be within the tolerance on every held-out window: the largest of its errors counts.
-Its sparsity is the mean over them.
+A head has to be within the tolerance on every text: the largest of its errors counts. The error on
+a text is the mean over the text's held-out windows, each with its share of the rows, so a text
+costs one score of all rows however many windows it has.
 """
 
 import torch
@@ -13,7 +14,7 @@ from vllm_afbs.tuning.bracket import depth_of, tau_of
 from vllm_afbs.tuning.evaluator import HeadScores
 from vllm_afbs.tuning.journal import Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.windows import CALIBRATION
+from vllm_afbs.tuning.windows import CALIBRATION, by_text
 
 HELD_OUT_SLACK = 1.2
 """Accepted held-out error, in units of the tolerance."""
@@ -74,14 +75,17 @@ def _back_off(
 def _held_out(
     settings: SearchSettings, scorer: LayerScorer, thresholds: HeadThresholds, heads: torch.Tensor
 ) -> HeadScores:
-    windows = [
-        scorer.score(scorer.evaluator(window, settings.longest, None), thresholds, heads)
-        for window in scorer.held_out
-    ]
-    return HeadScores(
-        torch.stack([scores.error for scores in windows]).amax(dim=0),
-        torch.stack([scores.sparsity for scores in windows]).mean(dim=0),
-    )
+    num_q_blocks = -(-settings.longest // settings.block_q)
+    errors, sparsities = [], []
+    for windows in by_text(scorer.held_out):
+        share = -(-num_q_blocks // len(windows))
+        scores = [
+            scorer.score(scorer.evaluator(window, settings.longest, share), thresholds, heads)
+            for window in windows
+        ]
+        errors.append(torch.stack([each.error for each in scores]).mean(dim=0))
+        sparsities += [each.sparsity for each in scores]
+    return HeadScores(torch.stack(errors).amax(dim=0), torch.stack(sparsities).mean(dim=0))
 
 
 def _calibration(

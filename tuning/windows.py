@@ -1,12 +1,14 @@
 """Cutting calibration texts into the windows of tokens that the model is run over.
 
-One *calibration* window is packed from equal shares of every text, each from its text's start. One
-*held-out* window per text, of the whole length, comes from the text's middle and shares no token
-with the calibration window.
+One *calibration* window is packed from equal shares of every text, each from its text's start.
+*Held-out* windows of the whole length are spread over the rest of each text, and share no token
+with the calibration window. There are at least two, since one passage of a text (a table, a
+listing) can be unlike all others.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 from vllm_afbs.tuning.texts import Text
@@ -14,9 +16,18 @@ from vllm_afbs.tuning.texts import Text
 CALIBRATION = "calibration"
 
 
+_LEAST_HELD_OUT = 2
+
+
 def held_out(num_texts: int) -> tuple[str, ...]:
-    """Names of the held-out windows, one per text."""
-    return tuple(f"validation-{index}" for index in range(num_texts))
+    """Names of the held-out windows, text by text."""
+    per_text = -(-_LEAST_HELD_OUT // num_texts)
+    return tuple(f"validation-{i}-{part}" for i in range(num_texts) for part in range(per_text))
+
+
+def by_text(names: Sequence[str]) -> list[list[str]]:
+    """Groups names of held-out windows by the text that they come from."""
+    return [list(group) for _, group in groupby(names, lambda name: name.rpartition("-")[0])]
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,8 @@ class Cut:
 
     Attributes:
         windows: Token ids by window, all of one length; the calibration window comes first.
-        num_tokens: Tokens taken from each text, the tokenizer's own first token not counted.
+        num_tokens: Tokens taken from each text, those that two of its windows share and the
+            tokenizer's own first token not counted again.
     """
 
     windows: dict[str, list[int]]
@@ -78,7 +90,9 @@ def cut_tokens(
     shares = [whole + (index < rest) for index in range(len(tokens))]
     calibration = list(prefix)
     windows = {CALIBRATION: calibration}
-    for text, name, share, window in zip(tokens, names, shares, held_out(len(tokens)), strict=True):
+    num_tokens = []
+    groups = by_text(held_out(len(tokens)))
+    for text, name, share, group in zip(tokens, names, shares, groups, strict=True):
         if len(text) < share + length:
             raise InputError(
                 f"{name}: the calibration text has {len(text)} tokens, {share + length} expected "
@@ -86,6 +100,11 @@ def cut_tokens(
                 "longer text or shorter --lengths"
             )
         calibration += text[:share]
-        start = min(len(text) // 2, len(text) - length)
-        windows[window] = [*prefix, *text[start : start + length]]
-    return Cut(windows, [share + length for share in shares])
+        taken = set(range(share))
+        room = len(text) - share - length
+        for part, window in enumerate(group):
+            start = share + room * (2 * part + 1) // (2 * len(group))
+            windows[window] = [*prefix, *text[start : start + length]]
+            taken.update(range(start, start + length))
+        num_tokens.append(len(taken))
+    return Cut(windows, num_tokens)

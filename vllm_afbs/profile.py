@@ -99,7 +99,7 @@ class HeadProfile(_Record):
     calibration: list[Measurement] = Field(default=[], description="One entry per fidelity.")
     validation: Measurement | None = Field(
         default=None,
-        description="On held-out text: the largest error and the mean sparsity over its windows.",
+        description="On held-out text: the largest error of any text, and the mean sparsity.",
     )
 
 

@@ -14,7 +14,7 @@ spread too.
 Arms for every layer:
 
 - *afbs*: what ``vllm_afbs.tune`` runs, its validation on held-out text included; and without
-  Bayesian optimisation, without binary search, without low fidelity (``stages``).
+  Bayesian optimisation, binary search, validation or low fidelity (``stages``).
 - *spargeattn*, *grid*, *random*, *one setting* (``sweeps``).
 
 For some layers: *oracle* (``sweeps``), the best that these thresholds allow on the calibration

@@ -27,6 +27,7 @@ BLOCK = 128
 ON_ALL_LAYERS: dict[str, Arm] = {
     "afbs": stages.searched(LayerSearch),
     "afbs without BO": stages.searched(stages.WithoutBayes),
+    "afbs without validation": stages.searched(stages.WithoutValidation),
     "afbs without binary search": stages.searched(stages.WithoutBinarySearch),
     "afbs without low fidelity": stages.searched(stages.WithoutLowFidelity, stages.nearly_longest),
     "one setting": sweeps.one_setting,
@@ -168,10 +169,10 @@ def figures(choices: Sequence[Choice], seen: Meter, unseen: Meter) -> dict[str, 
 
 
 @contextmanager
-def captured(plan: Plan, file: Path, share: float) -> Iterator[Capture]:
-    """A text's tensors, the text begun at a share of it; gone at the end."""
+def captured(plan: Plan, file: Path, seed: int) -> Iterator[Capture]:
+    """A text's tensors, the text begun at the seed's place in it; gone at the end."""
     model = open_model(plan.model)
-    text = _begun_at(share, file.read_text(encoding="utf-8"))
+    text = _begun_at(seed / plan.seeds, file.read_text(encoding="utf-8"))
     cut = cut_windows(model, [Text(file.name, text)], plan.lengths[-1])
     layers = range(model.fingerprint.num_layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -182,14 +183,6 @@ def _begun_at(share: float, text: str) -> str:
     """The text from a paragraph on, and what came before it at its end."""
     start = max(0, text.find("\n\n", int(share * len(text)))) if share else 0
     return text[start:] + "\n\n" + text[:start]
-
-
-def calibration_share(plan: Plan, seed: int) -> float:
-    """Where a seed's windows begin: evenly spread, no two of any seed the same.
-
-    A text is cut into two, one at its start and one at its middle.
-    """
-    return seed / (2 * plan.seeds)
 
 
 def sample(
@@ -214,8 +207,8 @@ def sample(
     scope = Scope.of(open_model(plan.model), plan.every, plan.num_slow)
     settings = plan.settings(seed)
     with (
-        captured(plan, domain.calibration, calibration_share(plan, seed)) as taken,
-        captured(plan, domain.measured, seed / plan.seeds) as hidden,
+        captured(plan, domain.calibration, seed) as taken,
+        captured(plan, domain.measured, seed) as hidden,
         torch.inference_mode(),
     ):
         meters = Meter(settings, taken), Meter(settings, hidden)

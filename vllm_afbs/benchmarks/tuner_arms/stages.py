@@ -1,10 +1,12 @@
 """Our search, and the same with a part taken out.
 
-All end in the same validation on held-out text as ``vllm_afbs.tune``, which also repairs what a
-taken-out part would have done better: an ablation shows in the sparsity as well as in the errors.
+All but one end in the same validation on held-out text as ``vllm_afbs.tune``, which also repairs
+what a taken-out part would have done better: an ablation shows in the sparsity as well as in the
+errors.
 
 - *without BO*: no guard is tried, so theta stays off.
 - *without binary search*: each head keeps the tau that its last trial read off a line.
+- *without validation*: what stage 2 found is taken, as the arms that only sweep do.
 - *without low fidelity*: every trial has all rows. The search needs two lengths, so the shorter is
   one query block below the longest, and all short ones are gone.
 """
@@ -17,12 +19,14 @@ from pathlib import Path
 
 from vllm_afbs.benchmarks.tuner_arms.arms import Arm, Found, by_layer
 from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.profile import HeadProfile
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.evaluator import LayerEvaluator
 from vllm_afbs.tuning.explore import Explorer
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Record, read_steps
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.validation import MIN_SPARSITY
 from vllm_afbs.tuning.windows import CALIBRATION
 
 
@@ -78,6 +82,17 @@ class WithoutBinarySearch(LayerSearch):
         # Where the trials' lines say that the tolerance is met; nothing is measured.
         error = [settings.tolerance] * len(explored["tau"])
         return {name: explored[name] for name in ("theta", "tau", "sparsity")} | {"error": error}
+
+
+class WithoutValidation(LayerSearch):
+    """No held-out text."""
+
+    def _validate(self, refined: Record, settings: SearchSettings) -> Record:
+        worth = [sparsity >= MIN_SPARSITY for sparsity in refined["sparsity"]]
+        tau = [tau if each else 1.0 for tau, each in zip(refined["tau"], worth, strict=True)]
+        theta = (min(1.0, each) for each in refined["theta"])
+        heads = [HeadProfile(tau=t, theta=g) for t, g in zip(tau, theta, strict=True)]
+        return {"heads": [head.model_dump() for head in heads]}
 
 
 class _AllRows(Explorer):

@@ -20,7 +20,6 @@ from vllm_afbs.benchmarks.tuner_arms.samples import (
     Domain,
     Plan,
     Scope,
-    calibration_share,
     captured,
     choose,
 )
@@ -71,7 +70,7 @@ def time_arms(
     scope = Scope.of(open_model(plan.model), plan.every, num_layers)
     settings = plan.settings(0)
     with (
-        captured(plan, domain.calibration, calibration_share(plan, 0)) as taken,
+        captured(plan, domain.calibration, seed=0) as taken,
         torch.inference_mode(),
     ):
         _warm_up(tuners, settings, scope, taken)
