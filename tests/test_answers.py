@@ -16,21 +16,25 @@ from vllm_afbs.demo.assets import prepare
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 from vllm_afbs.profile import ModelFingerprint, write_atomically
 
-Generate = Callable[..., list[dict[str, Any]]]
-NUM_PROMPTS, PROMPT_TOKENS, LONG_TOKENS = 20, 320, 3072
+pytestmark = pytest.mark.machine
+
+Answers = list[dict[str, Any]]
+Generate = Callable[..., list[Answers]]
+NUM_PROMPTS, PROMPT_TOKENS, LONG_TOKENS = 20, 320, 2048
+MIN_SEQ_LEN = 256  # so that the short prompts run through tiles, too
 
 
 @pytest.fixture(scope="module")
-def tokens() -> list[int]:
+def batches() -> list[dict[str, Any]]:
+    """Short prompts with several tokens of an answer, and a long one with its first."""
     assets = prepare()
     tokenizer = AutoTokenizer.from_pretrained(assets.model_dir)
     ids: list[int] = tokenizer(assets.prompt_file.read_text(), verbose=False).input_ids
-    return ids
-
-
-@pytest.fixture(scope="module")
-def prompts(tokens: list[int]) -> list[list[int]]:
-    return [tokens[i * PROMPT_TOKENS : (i + 1) * PROMPT_TOKENS] for i in range(NUM_PROMPTS)]
+    short = [ids[i * PROMPT_TOKENS : (i + 1) * PROMPT_TOKENS] for i in range(NUM_PROMPTS)]
+    return [
+        {"prompts": short, "max_tokens": 8},
+        {"prompts": [ids[:LONG_TOKENS]], "max_tokens": 1},
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,8 @@ def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Gen
     model = ModelFingerprint.from_config(AutoConfig.from_pretrained(smollm2_dir))
 
     def run(
-        prompts: list[list[int]], max_tokens: int, tau: float | None, chunk: int = 8192
-    ) -> list[dict[str, Any]]:
+        batches: list[dict[str, Any]], tau: float | None = None, chunk: int = 8192
+    ) -> list[Answers]:
         directory = tmp_path_factory.mktemp("generate")
         llm: dict[str, Any] = {
             "model": str(smollm2_dir),
@@ -52,10 +56,11 @@ def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Gen
         }
         if tau is not None:
             profile = directory / "profile.json"
-            write_atomically(profile, uniform_profile(model, tau).to_json())
+            tuned = uniform_profile(model, tau, min_seq_len=MIN_SEQ_LEN)
+            write_atomically(profile, tuned.to_json())
             llm["additional_config"] = {"afbs": {"profile": str(profile)}}
         request, answer = directory / "request.json", directory / "answer.json"
-        request.write_text(json.dumps({"llm": llm, "prompts": prompts, "max_tokens": max_tokens}))
+        request.write_text(json.dumps({"llm": llm, "batches": batches}))
         done = subprocess.run(
             [sys.executable, "-m", "tests.generate", str(request), str(answer)],
             cwd=Path(__file__).parent.parent,
@@ -65,10 +70,15 @@ def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Gen
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        answers: list[dict[str, Any]] = json.loads(answer.read_text())
+        answers: list[Answers] = json.loads(answer.read_text())
         return answers
 
     return run
+
+
+@pytest.fixture(scope="module")
+def stock(generate: Generate, batches: list[dict[str, Any]]) -> list[Answers]:
+    return generate(batches)
 
 
 def total_variation(one: dict[str, float], other: dict[str, float]) -> float:
@@ -76,26 +86,23 @@ def total_variation(one: dict[str, float], other: dict[str, float]) -> float:
 
 
 def test_tau_1_answers_as_stock_vllm_token_for_token(
-    generate: Generate, prompts: list[list[int]]
+    generate: Generate, batches: list[dict[str, Any]], stock: list[Answers]
 ) -> None:
-    stock = generate(prompts, 8, tau=None)
-    ours = generate(prompts, 8, tau=1.0)
-    assert [a["token_ids"] for a in ours] == [a["token_ids"] for a in stock]
+    (ours,) = generate(batches[:1], tau=1.0)
+    assert [a["token_ids"] for a in ours] == [a["token_ids"] for a in stock[0]]
 
 
 def test_chunking_moves_the_answer_less_than_sparsity_does(
-    generate: Generate, tokens: list[int]
+    generate: Generate, batches: list[dict[str, Any]], stock: list[Answers]
 ) -> None:
     """Chunks of 512 cut between query blocks, so the same blocks are selected for the same rows.
 
-    What remains is bf16 rounding, the few blocks whose pooled mass it carries over tau, and the
-    first chunk, dense because its context is below the calibrated range. So the next-token
-    distribution may move by no more than dropping blocks itself moves it.
+    What remains is rounding and the few blocks whose pooled mass it carries over tau. So the
+    next-token distribution may move by no more than dropping blocks itself moves it.
     """
-    prompt = [tokens[:LONG_TOKENS]]
-    (dense,) = generate(prompt, 1, tau=None)
-    (whole,) = generate(prompt, 1, tau=0.9)
-    (chunked,) = generate(prompt, 1, tau=0.9, chunk=512)
+    (dense,) = stock[1]
+    ((whole,),) = generate(batches[1:], tau=0.9)
+    ((chunked,),) = generate(batches[1:], tau=0.9, chunk=512)
     by_sparsity = total_variation(whole["first"], dense["first"])
     by_chunking = total_variation(whole["first"], chunked["first"])
     assert by_sparsity > 0, "nothing ran sparse"

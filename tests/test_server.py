@@ -16,6 +16,8 @@ from vllm_afbs.demo.client import Counters, complete, growth, scrape
 from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, running_server, vllm_command
 from vllm_afbs.profile import ModelFingerprint, Profile, write_atomically
 
+pytestmark = pytest.mark.machine
+
 PROMPT_TOKENS, CHUNK, BLOCK = 3000, 2048, 128
 ENVIRONMENT = os.environ | SERVER_ENVIRONMENT
 
