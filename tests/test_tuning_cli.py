@@ -150,7 +150,7 @@ def test_capture_is_what_the_model_attends_to(tiny_model: Path, tmp_path: Path) 
     windows = cut_windows(model, [Text("text", "some text to attend to " * 50)], 64).windows
     steps: list[float] = []
     taken = capture(model, windows, range(2), tmp_path, steps.append)
-    assert steps == [1.0] * 4
+    assert steps == [1.0] * 6
     body = AutoModel.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
     seen: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(body.layers):
@@ -414,10 +414,10 @@ def test_damaged_capture_is_named(tiny_model: Path, tmp_path: Path) -> None:
     model = open_model(str(tiny_model))
     cut = cut_windows(model, [Text("text", "text " * 100)], 64)
     taken = capture(model, cut.windows, range(2), tmp_path, lambda _: None)
-    path = taken.path(1, "validation-0")
+    path = taken.path(1, "validation-0-0")
     os.truncate(path, 100)
-    with pytest.raises(InputError, match=r"layer-001\.validation-0\.safetensors: cannot read"):
-        taken.load(1, "validation-0")
+    with pytest.raises(InputError, match=r"layer-001\.validation-0-0\.safetensors: cannot read"):
+        taken.load(1, "validation-0-0")
 
 
 def test_help_needs_no_heavy_import() -> None:
