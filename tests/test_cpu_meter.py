@@ -21,6 +21,7 @@ from vllm_afbs.demo.client import Counters, parse_counters
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.kernels.reference import reference_attention, reference_select
+from vllm_afbs.sampling import relative_l1 as sampled_l1
 from vllm_afbs.serving import LayerPlan, Settings
 from vllm_afbs.steps import Others, Step
 
@@ -152,6 +153,30 @@ def test_dense_time_is_estimated_from_what_was_measured(directory: Path) -> None
         estimates.append(value(read(directory), "dense_estimate_seconds_total"))
     grown = [after - before for before, after in zip([0.0, *estimates], estimates, strict=False)]
     assert grown == pytest.approx([6.25, 0, 0, 9.25, 0, 12.25])
+
+
+def test_a_sample_tells_what_dense_takes(directory: Path) -> None:
+    meter = HostMeter(Settings())
+    work = made_up_work([1, 2], 3.0)
+    reference = torch.full((2, 2, 1), 4.0)
+    meter.add_sample(work.plan, work.step, torch.full_like(reference, 3.0), reference, 12.0)
+    meter.add(work)  # 2 s a block, times 6, and the others
+    counters = read(directory)
+    assert value(counters, "dense_estimate_seconds_total") == pytest.approx(12.25)
+    assert value(counters, "sampled_error_sum", layer=LAYER) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_error_is_as_exact_over_many_rows(dtype: torch.dtype) -> None:
+    q_len = 8192
+    reference = torch.rand(q_len + 1, 9, HEAD_DIM).to(dtype)
+    output = (reference * 0.97).to(dtype)
+    output[0] = torch.nan  # another request's
+    rows = [part[1:].double() for part in (output, reference)]
+    request = PrefillRequest(1, 0, BlockGeometry(q_len, q_len, 128, 128))
+    error = float(sampled_l1(output, reference, [request]))
+    expected = float((rows[0] - rows[1]).abs().sum() / rows[1].abs().sum())
+    assert error == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_dense_cost_beats_a_sparse_one() -> None:

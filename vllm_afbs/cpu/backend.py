@@ -174,8 +174,10 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         self._meter.add(LayerWork(self._plan, step, num_kept, started, chosen, attended, ended))
         if tables and self._meter.is_sampled():
             reference = torch.empty_like(output)
+            started = time.perf_counter()
             dense(query, attn_metadata, reference)
-            self._meter.add_sample(self._plan, step, output, reference)
+            seconds = time.perf_counter() - started
+            self._meter.add_sample(self._plan, step, output, reference, seconds)
         return output
 
     def _select(

@@ -105,8 +105,23 @@ class HostMeter:
         return is_sampled(self._settings.sample_rate)
 
     def add_sample(
-        self, plan: LayerPlan, step: Step, output: torch.Tensor, reference: torch.Tensor
+        self,
+        plan: LayerPlan,
+        step: Step,
+        output: torch.Tensor,
+        reference: torch.Tensor,
+        seconds: float,
     ) -> None:
-        """Reports the error of a step that was also computed dense; see ``relative_l1``."""
+        """Reports the error of a step that was also computed dense; see ``relative_l1``.
+
+        Args:
+            plan: The layer's.
+            step: The step.
+            output: Sparse.
+            reference: Dense; overwritten.
+            seconds: What dense took.
+        """
         error = float(relative_l1(output, reference, step.long_prefills))
         metrics.SAMPLED_ERROR.observe(error, str(plan.layer))
+        if not step.others:
+            self._cost.learn_dense(seconds, len(plan.heads) * step.num_visible)

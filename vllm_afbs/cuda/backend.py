@@ -236,13 +236,21 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             self._meter.add_sample(self._slot, output, reference, blocks.requests)
         self._meter.add(
             LayerWork(
-                self._slot, "dense" if prefill is None else "sparse", blocks.num_rows,
-                blocks.num_visible, self._dense_seconds(blocks), started, chosen_at, attended_at,
-                ended, is_sampled,
+                slot=self._slot,
+                path="dense" if prefill is None else "sparse",
+                num_tokens=blocks.num_rows,
+                num_blocks=blocks.num_visible,
+                dense_seconds=self._dense_seconds(blocks),
+                started=started,
+                chosen=chosen_at,
+                attended=attended_at,
+                ended=ended,
+                is_sampled=is_sampled,
             )
-        )  # fmt: skip
+        )
 
     def _dense_seconds(self, blocks: QueryBlocks) -> float:
+        """What dense attention of the long prefills takes, estimated."""
         kv_len = blocks.requests[0].geometry.kv_len
         return dense_seconds(self.head_size, kv_len, self.num_heads * blocks.num_scores)
 
