@@ -106,7 +106,9 @@ class Gauge(_Metric):
 
     def set(self, value: float, *labels: str) -> None:
         """Replaces the value of these label values."""
-        _file(f"gauge_{self.mode}").write_value(self._key("", labels), value, time.time())
+        file = _file(f"gauge_{self.mode}")
+        with _LOCK:
+            file.write_value(self._key("", labels), value, time.time())
 
 
 BLOCK_PRODUCTS = Counter(
@@ -254,7 +256,8 @@ def _add(file: MmapedDict, key: str, amount: float) -> None:
 
 
 def _file(kind: str) -> MmapedDict:
-    return _open(directory(), kind, os.getpid())
+    with _LOCK:  # a file opened twice would be written over itself
+        return _open(directory(), kind, os.getpid())
 
 
 @functools.cache
