@@ -99,6 +99,11 @@ class BlockGeometry:
         """Block products of dense causal attention for one head (of QK^T, and again of PV)."""
         return int(self.visible.sum())
 
+    @property
+    def num_scores(self) -> int:
+        """Scores that dense causal attention computes for one head."""
+        return self.q_len * (2 * self.kv_len - self.q_len + 1) // 2
+
     def pages_per_block(self, page_size: int) -> int:
         """Pages of a key block.
 

@@ -79,6 +79,11 @@ class QueryBlocks:
         """Block products of dense causal attention for one head (of QK^T, and again of PV)."""
         return sum(request.geometry.num_visible for request in self.requests)
 
+    @property
+    def num_scores(self) -> int:
+        """Scores that dense causal attention computes for one head."""
+        return sum(request.geometry.num_scores for request in self.requests)
+
 
 def cut_query_blocks(requests: Sequence[PrefillRequest], device: torch.device) -> QueryBlocks:
     """Lists the query blocks of a step's long prefills.

@@ -37,7 +37,7 @@ def select_tile_lists(
         thresholds: tau and theta of each query head.
         blocks: The step's query blocks.
         softmax_scale: Factor of the scores.
-        num_kept: int64 scalar to which the number of kept blocks of all tiles is added.
+        num_kept: ``[num_heads]`` or longer, int64; the number of each head's kept blocks is added.
 
     Returns:
         The lists of ``num_heads * blocks.num_blocks`` tiles.
@@ -165,7 +165,7 @@ def _select_tile(
     keep = ((pooled & (mass >= least)) | unlike | always) & visible
     kept = keep.to(tl.int32)
     number = tl.sum(kept, 0)
-    tl.atomic_add(num_kept, number.to(tl.int64), sem="relaxed")
+    tl.atomic_add(num_kept + head, number.to(tl.int64), sem="relaxed")
 
     out = entries + tile.to(tl.int64) * stride_entries
     rank = tl.cumsum(kept, 0) - 1

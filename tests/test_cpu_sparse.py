@@ -5,32 +5,17 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
+from tests.cpu_problems import HEAD_DIM, fill_cache
 from tests.problems import SCALE, Problem, make_problem, relative_l1
 from vllm_afbs.cpu.key_pages import KeyPageReader
-from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill, split_cache
+from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.kernels.reference import reference_attention, reference_select
-
-HEAD_DIM = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels() -> None:
     current_platform.import_kernels()
-
-
-def fill_cache(problem: Problem, cache_format: CacheFormat) -> torch.Tensor:
-    """Writes the problem's K and V through vLLM's own operation; free slots hold NaN."""
-    num_pages = int(problem.pages.max()) + 1
-    shape = (num_pages, problem.num_kv_heads, cache_format.page_size, 2 * HEAD_DIM)
-    cache = torch.full(shape, torch.nan, dtype=cache_format.dtype)
-    positions = torch.arange(problem.geometry.kv_len)
-    slots = problem.pages[positions // cache_format.page_size] * cache_format.page_size
-    slots += positions % cache_format.page_size
-    ops.cpu_attn_reshape_and_cache(
-        problem.key, problem.value, *split_cache(cache), slots, cache_format.isa
-    )
-    return cache
 
 
 def case(

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from vllm_afbs import metrics
 from vllm_afbs.benchmarks.engine import Decode, Job, run_job
 from vllm_afbs.benchmarks.profiles import uniform_profile
 from vllm_afbs.benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.demo.divergence import total_variation
 from vllm_afbs.kernels import BlockGeometry
+from vllm_afbs.live import Counters
 from vllm_afbs.profile import ModelFingerprint, write_atomically
 
 NUM_LAYERS, NUM_HEADS = 2, 8
@@ -29,9 +31,13 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 @pytest.mark.gpu
-def test_engine_answers_as_flash_attention_does(model_dir: Path) -> None:
+def test_engine_answers_as_flash_attention_does(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoConfig
 
+    # Read once the engine has gone.
+    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model_dir))
     # Calibrated as sparse, so that it runs sparse, but with a tau that keeps nearly every block.
     nearly_all = uniform_profile(fingerprint, 1 - 1e-6, 0.8, [8192, 32768])
@@ -45,6 +51,7 @@ def test_engine_answers_as_flash_attention_does(model_dir: Path) -> None:
                 backend, backend, str(model_dir), True, 32768, prompts, 1,
                 decodes=[Decode(2, 200, 17)], profile=profile, num_answer_tokens=8,
                 way=None if profile is None else "tiles",
+                settings={"per_head_metrics": True, "sample_rate": 1.0} if profile else {},
             )
         )  # fmt: skip
 
@@ -58,3 +65,19 @@ def test_engine_answers_as_flash_attention_does(model_dir: Path) -> None:
     total = products["computed"] + products["skipped"]
     assert total == 2 * NUM_LAYERS * NUM_HEADS * visible * 2
     assert products["computed"] > 0.99 * total
+
+    counters = Counters(metrics.read())
+    for outcome in ("computed", "skipped"):
+        by_head = counters.by("vllm_afbs_head_block_products_total", "outcome")[outcome]
+        assert by_head == counters.by("vllm_afbs_block_products_total", "outcome")[outcome]
+    heads = counters.by("vllm_afbs_head_block_products_total", "head")
+    assert set(heads) == {str(head) for head in range(NUM_HEADS)}
+    num_sparse = counters.by("vllm_afbs_prefill_attention_seconds_count", "path")["sparse"]
+    num_samples = sum(counters.by("vllm_afbs_sampled_error_count", "layer").values())
+    assert num_samples == num_sparse > 0
+    # Nearly every block is kept, so what differs is bf16's rounding.
+    assert sum(counters.by("vllm_afbs_sampled_error_sum", "layer").values()) < 0.02 * num_samples
+    tokens = counters.by("vllm_afbs_prefill_tokens_total", "path")
+    assert tokens["sparse"] >= 2 * NUM_LAYERS * sum(q_len for q_len, _ in CHUNKS)
+    assert tokens["dense"] >= NUM_LAYERS * 300
+    assert counters.value("vllm_afbs_dense_estimate_seconds_total") > 0

@@ -16,7 +16,7 @@ from vllm_afbs import metrics
 
 WORKER = """
 from vllm_afbs import metrics
-metrics.count_products(3, 10, 40)
+metrics.count_products(3, [4, 6], 20, range(2, 4))
 metrics.count_fallbacks({"short_context": 2, "dense_is_faster": 0})
 for seconds in (0.002, 0.02, 20.0):
     metrics.PREFILL_ATTENTION_SECONDS.observe(seconds, "sparse")
@@ -42,6 +42,15 @@ def check(shown: dict[tuple[str, tuple[tuple[str, str], ...]], float]) -> None:
     products = "vllm_afbs_block_products_total"
     assert shown[products, (("layer", "3"), ("outcome", "computed"))] == 2 * 2 * 10
     assert shown[products, (("layer", "3"), ("outcome", "skipped"))] == 2 * 2 * 30
+    by_head = {
+        (dict(labels)["head"], dict(labels)["outcome"]): value
+        for (name, labels), value in shown.items()
+        if name == "vllm_afbs_head_block_products_total"
+    }
+    assert by_head == {
+        ("2", "computed"): 2 * 2 * 4, ("3", "computed"): 2 * 2 * 6,
+        ("2", "skipped"): 2 * 2 * 16, ("3", "skipped"): 2 * 2 * 14,
+    }  # fmt: skip
     fallbacks = {key: value for key, value in shown.items() if "fallbacks_total" in key[0]}
     assert list(fallbacks.values()) == [4]
 
@@ -57,11 +66,8 @@ def check(shown: dict[tuple[str, tuple[tuple[str, str], ...]], float]) -> None:
         if not key[0].endswith("_created")
     }
     name = "vllm_afbs_prefill_attention_seconds"
-    # Only buckets that were hit are stored, so an exposition may leave others out.
     ours = {key: value for key, value in shown.items() if key[0].startswith(name)}
-    assert ours.items() <= expected.items()
-    infinite = (("le", "+Inf"), ("path", "sparse"))
-    assert ours[f"{name}_bucket", infinite] == ours[f"{name}_count", (("path", "sparse"),)] == 6
+    assert ours == expected
 
 
 def test_one_api_server_reads_the_workers_directory(
@@ -73,6 +79,20 @@ def test_one_api_server_reads_the_workers_directory(
     metrics.publish()
     run_workers(tmp_path, metrics.DIRECTORY_VARIABLE)
     check(samples(generate_latest(REGISTRY).decode()))
+
+
+def test_a_quantile_can_be_taken_although_no_value_was_infinite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    metrics.SAMPLED_ERROR.observe(0.03, "1")
+    (family,) = metrics.read()
+    bounds = {
+        sample.labels["le"]: sample.value for sample in family.samples if "le" in sample.labels
+    }
+    assert len(bounds) == len(metrics.ERROR_BUCKETS)
+    assert bounds["0.02"] == 0
+    assert bounds["0.03"] == bounds["+Inf"] == 1
 
 
 def test_several_api_servers_read_prometheus_own_directory(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_installed_package_works_outside_the_checkout(
     assert [Path(file).is_relative_to(home) for file in lines[:3]] == [True] * 3
     assert {
         "vllm.platform_plugins afbs True",
+        "vllm.endpoint_plugins afbs True",
         "console_scripts vllm-afbs-tune True",
     } <= set(lines[3:])
     for module in ("vllm_afbs.tune", "vllm_afbs.demo"):

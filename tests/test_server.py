@@ -1,5 +1,6 @@
-"""Real servers: metrics against a count made another way, concurrency, abort, refusal."""
+"""Real servers: metrics against a count made another way, the kill switch, concurrency, refusal."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.machine
 
 PROMPT_TOKENS, CHUNK, BLOCK = 3000, 2048, 128
 ENVIRONMENT = os.environ | SERVER_ENVIRONMENT
+SETTINGS = {"per_head_metrics": True, "sample_rate": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +43,18 @@ def url(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("server")
+    # One of the two compiles, which takes minutes on a small machine; the other need not.
+    eager = ["--enforce-eager"] if request.param > 1 else []
     path = directory / "profile.json"
     write_atomically(path, profile.to_json())
     command = serve(
         smollm2_dir,
         "--max-num-batched-tokens", str(CHUNK),
         "--api-server-count", str(request.param),
+        "--additional-config", json.dumps({"afbs": SETTINGS}),
+        *eager,
     )  # fmt: skip
-    environment = {**ENVIRONMENT, "VLLM_AFBS_PROFILE": str(path)}
+    environment = {**ENVIRONMENT, "VLLM_AFBS_PROFILE": str(path), "VLLM_PLUGINS": "afbs"}
     with running_server(command, environment, directory / "server.log") as server_url:
         yield server_url
 
@@ -80,6 +86,48 @@ def test_metrics_agree_with_a_count_made_another_way(url: str, profile: Profile)
     assert total(grown, f"{seconds}_count") == num_chunks * profile.model.num_layers
     assert total(grown, "vllm_afbs_dense_fallbacks_total", reason="dense_is_faster") == dense
     assert total(grown, "vllm_afbs_selector_seconds_sum") < total(grown, f"{seconds}_sum")
+
+    by_head = "vllm_afbs_head_block_products_total"
+    for outcome in ("computed", "skipped"):
+        assert total(grown, by_head, outcome=outcome) == total(grown, name, outcome=outcome)
+    for head in range(profile.model.num_heads):
+        assert total(grown, by_head, layer="3", head=str(head)) == 2 * blocks_per_head
+    tokens = "vllm_afbs_prefill_tokens_total"
+    assert total(grown, tokens) == PROMPT_TOKENS * profile.model.num_layers
+    num_sparse = total(grown, f"{seconds}_count", path="sparse")
+    assert total(grown, tokens, path="sparse") > 0
+    num_samples = total(grown, "vllm_afbs_sampled_error_count")
+    assert 0 < num_samples < num_sparse
+    assert 0 < total(grown, "vllm_afbs_sampled_error_sum") < num_samples
+    estimate = total(grown, "vllm_afbs_dense_estimate_seconds_total")
+    assert estimate > total(grown, f"{seconds}_sum", path="sparse") / 2
+
+
+def test_the_kill_switch_reaches_the_workers(url: str, profile: Profile) -> None:
+    num_layers, name = profile.model.num_layers, "vllm_afbs_prefill_tokens_total"
+
+    def grown_by_a_prompt(first: int) -> Counters:
+        before = scrape(url)
+        complete(url, "model", [first + i % 900 for i in range(1200)], 1)
+        return growth(before, scrape(url))
+
+    assert httpx.post(f"{url}/afbs/disable").json()["enabled"] is False
+    assert scrape(url)["vllm_afbs_enabled", frozenset()] == 0
+    grown = grown_by_a_prompt(2000)
+    assert total(grown, name, path="dense") == 1200 * num_layers
+    assert total(grown, name, path="sparse") == 0
+    assert total(grown, "vllm_afbs_dense_fallbacks_total", reason="disabled") == num_layers
+    assert total(grown, "vllm_afbs_block_products_total") == 0
+    assert httpx.get(f"{url}/afbs/status").json()["fallbacks"]["disabled"] >= num_layers
+
+    assert httpx.post(f"{url}/afbs/enable").json()["enabled"] is True
+    assert scrape(url)["vllm_afbs_enabled", frozenset()] == 1
+    assert total(grown_by_a_prompt(4000), name, path="sparse") > 0
+    layers = httpx.get(f"{url}/afbs/layers").json()
+    assert len(layers) == num_layers
+    assert all(head["live"]["computed"] > 0 for layer in layers for head in layer["heads"])
+    served = httpx.get(f"{url}/afbs/profile").json()
+    assert Profile.model_validate(served["profile"]) == profile
 
 
 def test_concurrent_requests_and_an_abort(url: str) -> None:

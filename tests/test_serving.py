@@ -8,7 +8,7 @@ import torch
 
 from tests.profiles import uniform_profile
 from vllm_afbs import serving
-from vllm_afbs.profile import ProfileError, write_atomically
+from vllm_afbs.profile import Profile, ProfileError, write_atomically
 from vllm_afbs.steps import sort_requests
 
 
@@ -20,6 +20,8 @@ def test_requests_are_sorted_by_what_the_profile_covers() -> None:
     step = sort_requests(starts, seq_lens, uniform_profile())
     assert step.others == [0, 1, 2, 4]
     assert dict(step.dense_reasons) == {"short_query": 1, "short_context": 1, "long_context": 1}
+    assert step.num_dense_tokens == 100 + 500 + 300
+    assert step.num_long_tokens == 2000
     (request,) = step.long_prefills
     assert request.rows == slice(601, 2601)
     assert (request.geometry.q_len, request.geometry.kv_len) == (2000, 2500)
@@ -31,6 +33,17 @@ def test_without_a_profile_prefills_are_dense_and_decodes_are_no_prefill() -> No
     step = sort_requests(starts, seq_lens, None)
     assert dict(step.dense_reasons) == {"no_profile": 1}
     assert not sort_requests(starts[:2], seq_lens[:1], None).has_prefill
+
+
+@pytest.mark.parametrize("profile", [None, uniform_profile()], ids=["no-profile", "profile"])
+def test_switched_off_every_prefill_is_dense(profile: Profile | None) -> None:
+    starts = torch.tensor([0, 1, 101, 2101])  # decode, short chunk, long prefill
+    seq_lens = torch.tensor([3000, 4000, 2500])
+    step = sort_requests(starts, seq_lens, profile, enabled=False)
+    assert step.others == [0, 1, 2]
+    assert not step.long_prefills
+    assert dict(step.dense_reasons) == {"disabled": 2}
+    assert step.num_dense_tokens == 2100
 
 
 def test_a_request_that_only_pads_the_batch_is_left_out() -> None:
@@ -67,6 +80,7 @@ def test_a_rank_takes_its_heads() -> None:
     plan = serving.plan_layer(profile, 0, 2, 1, None)
     assert plan.thresholds is not None
     torch.testing.assert_close(plan.thresholds.theta, torch.tensor([0.2, 0.3]))
+    assert list(plan.heads) == [2, 3]
 
 
 def _config(**additional: Any) -> Any:
@@ -79,10 +93,20 @@ def test_additional_config_wins_over_the_environment(monkeypatch: pytest.MonkeyP
     assert serving.configured_profile(_config(afbs={"profile": "c.json"})) == "c.json"
 
 
-@pytest.mark.parametrize("settings", ["c.json", {"profil": "c.json"}, {"profile": 3}])
-def test_malformed_additional_config_is_refused(settings: Any) -> None:
-    with pytest.raises(ProfileError, match="--additional-config: afbs: "):
-        serving.configured_profile(_config(afbs=settings))
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ("c.json", "afbs: "),
+        ({"profil": "c.json"}, "afbs.profil: "),
+        ({"profile": 3}, "afbs.profile: "),
+        ({"per_head_metrics": "yes"}, "afbs.per_head_metrics: "),
+        ({"sample_rate": 1.5}, "afbs.sample_rate: "),
+        ({"sample_rate": float("nan")}, "afbs.sample_rate: "),
+    ],
+)
+def test_malformed_additional_config_is_refused(settings: Any, field: str) -> None:
+    with pytest.raises(ProfileError, match=f"^--additional-config: {field}"):
+        serving.read_settings(_config(afbs=settings))
 
 
 def test_a_profile_swapped_after_start_up_is_refused(tmp_path: Any) -> None:

@@ -37,13 +37,15 @@ def check_selection(batch: Batch, tau: float | None) -> None:
             for p in batch.problems
         ]
     )
-    num_kept = torch.zeros(1, dtype=torch.int64, device=device)
+    num_heads = batch.query.shape[1]
+    num_kept = torch.zeros(num_heads, dtype=torch.int64, device=device)
     arguments = (
         stats, batch.key_cache, batch.block_table, on_device, batch.blocks, SCALE, num_kept,
     )  # fmt: skip
     lists = select_tile_lists(*arguments)
-    assert int(num_kept) == sum(int(keep.sum()) for keep in keeps)
-    num_heads = batch.query.shape[1]
+    assert num_kept.tolist() == [
+        sum(int(keep[h].sum()) for keep in keeps) for h in range(num_heads)
+    ]
     counts = lists.counts.view(num_heads, -1).cpu()
     block_lists = lists.block_lists.view(num_heads, batch.blocks.num_blocks, -1).cpu()
     for keep, span in zip(keeps, batch.blocks.slices, strict=True):

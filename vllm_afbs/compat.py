@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -102,3 +104,17 @@ def flash_attention() -> Callable[..., Any]:
 
     attend: Callable[..., Any] = vars(fa_utils)["flash_attn_varlen_func"]
     return attend
+
+
+def api_keys(args: "Namespace") -> list[str]:
+    """The keys that a server's own routes ask for; none if it asks for none.
+
+    Its middleware guards only what starts with ``/v1`` and the like, so other routes need them.
+
+    Args:
+        args: The server's command line.
+    """
+    from vllm import envs
+
+    named = args.api_key or [envs.VLLM_API_KEY]
+    return [key for key in named if key]

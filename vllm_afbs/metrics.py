@@ -16,8 +16,9 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,13 @@ from vllm_afbs.profile import Profile
 
 DIRECTORY_VARIABLE = "VLLM_AFBS_METRICS_DIR"
 _LOCK = threading.Lock()
+_FILE_SUFFIX = "_afbs"
+"""The process may have files of prometheus-client's own there, so ours are named apart."""
 SECONDS_BUCKETS = (
     1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, float("inf"),
+)  # fmt: skip
+ERROR_BUCKETS = (
+    1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 7e-2, 0.1, 0.15, 0.2, 0.5, 1.0, float("inf"),
 )  # fmt: skip
 
 
@@ -59,29 +65,76 @@ class Counter(_Metric):
         _add(_file("counter"), self._key("_total", labels), amount)
 
 
+@dataclass(frozen=True)
 class Histogram(_Metric):
-    """A distribution of seconds."""
+    """A distribution.
 
-    def observe(self, seconds: float, *labels: str) -> None:
+    Attributes:
+        buckets: Upper bounds, the last one infinite.
+    """
+
+    buckets: tuple[float, ...] = SECONDS_BUCKETS
+
+    def observe(self, value: float, *labels: str) -> None:
         """Adds one observation."""
         file = _file("histogram")
-        bound = SECONDS_BUCKETS[bisect_left(SECONDS_BUCKETS, seconds)]
-        _add(file, self._key("_bucket", labels, le=floatToGoString(bound)), 1.0)
-        _add(file, self._key("_sum", labels), seconds)
+        _add(file, self._bucket_keys(file, labels)[bisect_left(self.buckets, value)], 1.0)
+        _add(file, self._key("_sum", labels), value)
+
+    @functools.cache  # noqa: B019 - metrics live as long as the process
+    def _bucket_keys(self, file: MmapedDict, labels: tuple[str, ...]) -> list[str]:
+        """The buckets' keys, all in the file from the first observation on.
+
+        Prometheus takes no quantile of a histogram whose infinite bucket is missing.
+        """
+        bounds = map(floatToGoString, self.buckets)
+        keys = [self._key("_bucket", labels, le=bound) for bound in bounds]
+        for key in keys:
+            _add(file, key, 0.0)
+        return keys
 
 
+@dataclass(frozen=True)
 class Gauge(_Metric):
-    """A state; of several workers the largest value is shown."""
+    """A state.
+
+    Attributes:
+        mode: Which process's value is shown: the ``max``, or the ``mostrecent``.
+    """
+
+    mode: str = "max"
 
     def set(self, value: float, *labels: str) -> None:
         """Replaces the value of these label values."""
-        _file("gauge_max").write_value(self._key("", labels), value, 0.0)
+        file = _file(f"gauge_{self.mode}")
+        with _LOCK:
+            file.write_value(self._key("", labels), value, time.time())
 
 
 BLOCK_PRODUCTS = Counter(
     "vllm_afbs_block_products",
     "Block products (QK^T and PV) of calibrated-length prefills, per layer and outcome.",
     ("layer", "outcome"),
+)
+HEAD_BLOCK_PRODUCTS = Counter(
+    "vllm_afbs_head_block_products",
+    "Block products of calibrated-length prefills, per layer, query head and outcome.",
+    ("layer", "head", "outcome"),
+)
+PREFILL_TOKENS = Counter(
+    "vllm_afbs_prefill_tokens",
+    "Query tokens of prefills, summed over layers, by the path their attention took.",
+    ("path",),
+)
+DENSE_ESTIMATE_SECONDS = Counter(
+    "vllm_afbs_dense_estimate_seconds",
+    "Estimate of what dense attention would have taken for the steps of path sparse.",
+)
+SAMPLED_ERROR = Histogram(
+    "vllm_afbs_sampled_error",
+    "Relative L1 of a layer's sparse attention against dense, in sampled steps.",
+    ("layer",),
+    ERROR_BUCKETS,
 )
 DENSE_FALLBACKS = Counter(
     "vllm_afbs_dense_fallbacks",
@@ -95,6 +148,11 @@ PREFILL_ATTENTION_SECONDS = Histogram(
 )
 SELECTOR_SECONDS = Histogram(
     "vllm_afbs_selector_seconds", "Block selection and list building of one layer in one step."
+)
+ENABLED = Gauge(
+    "vllm_afbs_enabled",
+    "1 if layers may run sparse, 0 if the kill switch makes every prefill dense.",
+    mode="mostrecent",
 )
 PROFILE_LOADED = Gauge("vllm_afbs_profile_loaded", "1 if a profile is served, 0 if not.")
 PROFILE_INFO = Gauge(
@@ -111,17 +169,31 @@ def count_fallbacks(reasons: Mapping[str, int]) -> None:
             DENSE_FALLBACKS.inc(count, reason)
 
 
-def count_products(layer: int, num_kept: int, num_blocks: int) -> None:
+def count_tokens(path: str, count: int) -> None:
+    """Adds query tokens of prefills whose attention took a path."""
+    if count:
+        PREFILL_TOKENS.inc(count, path)
+
+
+def count_products(
+    layer: int, num_kept: Sequence[int], num_blocks: int, heads: Sequence[int] | None = None
+) -> None:
     """Adds a layer's block products of one step.
 
     Args:
         layer: Index of the decoder layer.
-        num_kept: Blocks computed; each is a product QK^T and a product PV.
-        num_blocks: Blocks that dense causal attention computes.
+        num_kept: Blocks computed, by query head; each is a product QK^T and a product PV.
+        num_blocks: Blocks that dense causal attention computes for one head.
+        heads: Names of the heads; None to count the layer as a whole only.
     """
-    if num_blocks:
-        BLOCK_PRODUCTS.inc(2 * num_kept, str(layer), "computed")
-        BLOCK_PRODUCTS.inc(2 * (num_blocks - num_kept), str(layer), "skipped")
+    if not num_blocks:
+        return
+    total = sum(num_kept)
+    BLOCK_PRODUCTS.inc(2 * total, str(layer), "computed")
+    BLOCK_PRODUCTS.inc(2 * (len(num_kept) * num_blocks - total), str(layer), "skipped")
+    for head, kept in zip(heads or (), num_kept if heads else (), strict=True):
+        HEAD_BLOCK_PRODUCTS.inc(2 * kept, str(layer), str(head), "computed")
+        HEAD_BLOCK_PRODUCTS.inc(2 * (num_blocks - kept), str(layer), str(head), "skipped")
 
 
 def report_profile(profile: Profile | None) -> None:
@@ -152,12 +224,22 @@ def publish() -> None:
         REGISTRY.register(_DirectoryCollector())
 
 
+def directory() -> str:
+    """Where all processes of this server leave files for each other; made by the first one."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ[DIRECTORY_VARIABLE]
+
+
+def read() -> list[Metric]:
+    """Adds up our metrics over all processes of this server."""
+    files = [str(file) for file in Path(directory()).glob(f"*{_FILE_SUFFIX}-*.db")]
+    return list(MultiProcessCollector.merge(files))
+
+
 class _DirectoryCollector(Collector):
-    """Adds up the files of all workers of this server."""
+    """Shows what the workers of this server wrote."""
 
     def collect(self) -> Iterable[Metric]:
-        files = Path(os.environ[DIRECTORY_VARIABLE]).glob("*.db")
-        return list(MultiProcessCollector.merge([str(file) for file in files]))
+        return read()
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -174,12 +256,11 @@ def _add(file: MmapedDict, key: str, amount: float) -> None:
 
 
 def _file(kind: str) -> MmapedDict:
-    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ[DIRECTORY_VARIABLE]
-    return _open(directory, kind, os.getpid())
+    with _LOCK:  # a file opened twice would be written over itself
+        return _open(directory(), kind, os.getpid())
 
 
 @functools.cache
-def _open(directory: str, kind: str, pid: int) -> MmapedDict:
-    Path(directory).mkdir(mode=0o700, exist_ok=True)
-    # The process may have files of prometheus-client's own there, so ours are named apart.
-    return MmapedDict(str(Path(directory) / f"{kind}_afbs-{pid}.db"))
+def _open(path: str, kind: str, pid: int) -> MmapedDict:
+    Path(path).mkdir(mode=0o700, exist_ok=True)
+    return MmapedDict(str(Path(path) / f"{kind}{_FILE_SUFFIX}-{pid}.db"))

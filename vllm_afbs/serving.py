@@ -4,10 +4,12 @@ import functools
 import logging
 import os
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds
@@ -30,18 +32,38 @@ MIN_LAYER_SPARSITY = 0.1
 """A layer tuned to less than this is left to the dense parent: selection would not pay."""
 
 
+class Settings(BaseModel):
+    """``--additional-config '{"afbs": {...}}'``.
+
+    Attributes:
+        profile: Path of the profile to serve.
+        profile_id: Identity of the one that was checked at start-up; not for users.
+        per_head_metrics: Whether block products are also counted by head.
+        sample_rate: Share of a layer's sparse steps that is also computed dense and compared.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    profile: str | None = None
+    profile_id: str | None = None
+    per_head_metrics: bool = False
+    sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What one attention layer does with long prefills.
 
     Attributes:
         layer: Index of the decoder layer.
+        heads: This rank's query heads, by their index in the whole layer.
         thresholds: Of this rank's query heads; None if the layer is dense.
         dense_reason: Why it is dense; None if it is sparse.
         calibration: Mean sparsity of this rank's heads by calibrated length, shortest first.
     """
 
     layer: int
+    heads: range
     thresholds: HeadThresholds | None
     dense_reason: str | None
     calibration: tuple[tuple[int, float], ...] = ()
@@ -56,22 +78,31 @@ class LayerPlan:
         return low + (high - low) * min(max(share, 0.0), 1.0)
 
 
+def read_settings(vllm_config: "VllmConfig") -> Settings:
+    """What ``additional_config`` says.
+
+    Raises:
+        ProfileError: It is not of the expected form; the message names the field.
+    """
+    try:
+        return Settings.model_validate(_additional(vllm_config).get("afbs", {}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(["afbs", *map(str, first["loc"])])
+        message = first["msg"]
+        if first["type"] in ("extra_forbidden", "model_type"):
+            names = [name for name in Settings.model_fields if name != "profile_id"]
+            message = f"an object with any of {', '.join(names)} expected"
+        raise ProfileError(f"--additional-config: {field}: {message}") from None
+
+
 def configured_profile(vllm_config: "VllmConfig") -> str | None:
     """Path of the profile to serve: ``additional_config`` first, then the environment.
 
     Raises:
-        ProfileError: ``additional_config["afbs"]`` is not of the form {"profile": path}.
+        ProfileError: ``additional_config["afbs"]`` is malformed.
     """
-    settings = _additional(vllm_config).get("afbs", {})
-    if (
-        not isinstance(settings, dict)
-        or not isinstance(settings.get("profile", ""), str)
-        or (settings.keys() - {"profile", "profile_id"})
-    ):
-        raise ProfileError(
-            f'--additional-config: afbs: {{"profile": "PATH"}} expected, got {settings!r}'
-        )
-    return settings.get("profile") or os.environ.get(PROFILE_VARIABLE) or None
+    return read_settings(vllm_config).profile or os.environ.get(PROFILE_VARIABLE) or None
 
 
 def admit_or_exit(vllm_config: "VllmConfig") -> None:
@@ -112,9 +143,11 @@ def admit(vllm_config: "VllmConfig") -> None:
     path = str(Path(path).absolute())
     profile = load_profile(path)
     profile.check_model(ModelFingerprint.from_config(vllm_config.model_config.hf_config), path)
+    checked = {"profile": path, "profile_id": profile.profile_id}
+    settings = read_settings(vllm_config).model_copy(update=checked)
     vllm_config.additional_config = {
         **_additional(vllm_config),
-        "afbs": {"profile": path, "profile_id": profile.profile_id},
+        "afbs": settings.model_dump(exclude_defaults=True),
     }
 
 
@@ -135,8 +168,10 @@ def admitted_profile(vllm_config: "VllmConfig") -> Profile | None:
     Raises:
         ProfileError: The file changed since.
     """
-    settings = _additional(vllm_config).get("afbs")
-    return _admitted(settings["profile"], settings["profile_id"]) if settings else None
+    settings = read_settings(vllm_config)
+    if settings.profile is None or settings.profile_id is None:
+        return None
+    return _admitted(settings.profile, settings.profile_id)
 
 
 def plan_layer(
@@ -151,16 +186,16 @@ def plan_layer(
         rank: The rank: it holds heads ``[rank * num_heads, (rank + 1) * num_heads)``.
         unsupported: Why this layer cannot run sparse whatever the profile says, or None.
     """
+    heads = range(rank * num_heads, (rank + 1) * num_heads)
     if profile is None:
-        return LayerPlan(layer, None, "no_profile")
+        return LayerPlan(layer, heads, None, "no_profile")
     if unsupported is not None:
-        return LayerPlan(layer, None, unsupported)
-    tuned = profile.layers[layer]
-    calibration = _mean_calibration(tuned.heads)
-    if not calibration or calibration[-1][1] < MIN_LAYER_SPARSITY:
-        return LayerPlan(layer, None, "profile_dense")
-    heads = tuned.heads[rank * num_heads : (rank + 1) * num_heads]
-    return LayerPlan(layer, HeadThresholds.of(heads), None, _mean_calibration(heads))
+        return LayerPlan(layer, heads, None, unsupported)
+    tuned = profile.layers[layer].heads
+    if not is_sparse(tuned):
+        return LayerPlan(layer, heads, None, "profile_dense")
+    own = tuned[heads.start : heads.stop]
+    return LayerPlan(layer, heads, HeadThresholds.of(own), None, mean_calibration(own))
 
 
 def plan_layers(
@@ -201,8 +236,14 @@ def first_true(conditions: dict[str, bool]) -> str | None:
     return next((name for name, holds in conditions.items() if holds), None)
 
 
-def _mean_calibration(heads: list[HeadProfile]) -> tuple[tuple[int, float], ...]:
-    """Mean tuned sparsity of heads by length; a head of tau = 1 has none."""
+def is_sparse(heads: Sequence[HeadProfile]) -> bool:
+    """Whether a layer of these heads was tuned to enough sparsity to be served sparse."""
+    calibration = mean_calibration(heads)
+    return bool(calibration) and calibration[-1][1] >= MIN_LAYER_SPARSITY
+
+
+def mean_calibration(heads: Sequence[HeadProfile]) -> tuple[tuple[int, float], ...]:
+    """Mean tuned sparsity of heads by length, shortest first; a head of tau = 1 has none."""
     by_length: dict[int, float] = {}
     for head in heads:
         for measured in head.calibration:

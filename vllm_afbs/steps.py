@@ -24,16 +24,28 @@ class Step:
         long_prefills: Requests that may run sparse.
         others: Indices of all other requests that have rows.
         dense_reasons: How many prefills among the others have each reason to run dense.
+        num_dense_tokens: Query tokens of these prefills.
     """
 
     long_prefills: list[PrefillRequest] = field(default_factory=list)
     others: list[int] = field(default_factory=list)
     dense_reasons: Counter[str] = field(default_factory=Counter)
+    num_dense_tokens: int = 0
 
     @property
     def has_prefill(self) -> bool:
         """Whether any request computes more than one row."""
         return bool(self.long_prefills or self.dense_reasons)
+
+    @property
+    def num_long_tokens(self) -> int:
+        """Query tokens of the long prefills."""
+        return sum(request.geometry.q_len for request in self.long_prefills)
+
+    @property
+    def num_visible(self) -> int:
+        """Block products of the long prefills' dense attention for one head."""
+        return sum(request.geometry.num_visible for request in self.long_prefills)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ def sort_requests(
     seq_lens: torch.Tensor,
     profile: Profile | None,
     plain_causal: bool = True,
+    enabled: bool = True,
 ) -> Step:
     """Tells long prefills from everything else.
 
@@ -79,15 +92,19 @@ def sort_requests(
         seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU.
         profile: The served profile; without one nothing runs sparse.
         plain_causal: Whether the step's mask is causal and nothing else; no other runs sparse.
+        enabled: Whether the kill switch lets anything run sparse.
     """
     starts, kv_lens = query_start_loc.tolist(), seq_lens.tolist()
-    step = Step()
+    step_reason = None if plain_causal else "attention_mask"
+    if not enabled:
+        step_reason = "disabled"
+    step, num_dense_tokens = Step(), 0
     for request, (start, stop) in enumerate(itertools.pairwise(starts)):
         kv_len = kv_lens[request]
         q_len = stop - start
         if q_len == 0:  # pads a batch for a CUDA graph
             continue
-        reason = _dense_reason(q_len, kv_len, profile) if plain_causal else "attention_mask"
+        reason = step_reason or _dense_reason(q_len, kv_len, profile)
         if profile is not None and reason is None:
             geometry = BlockGeometry(q_len, kv_len, profile.block_q, profile.block_k)
             step.long_prefills.append(PrefillRequest(start, request, geometry))
@@ -95,7 +112,8 @@ def sort_requests(
         step.others.append(request)
         if q_len > 1:
             step.dense_reasons[str(reason)] += 1
-    return step
+            num_dense_tokens += q_len
+    return replace(step, num_dense_tokens=num_dense_tokens)
 
 
 def _dense_reason(q_len: int, kv_len: int, profile: Profile | None) -> str | None:

@@ -56,6 +56,7 @@ class Job:
         profile: Served to the afbs backend; none if None.
         num_answer_tokens: Greedy tokens kept of each prompt's answer; 0 for random weights.
         way: Way of sparse prefill to take wherever the profile is sparse; the dispatcher's if None.
+        settings: What ``additional_config`` says of afbs.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Job:
     profile: str | None = None
     num_answer_tokens: int = 0
     way: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -124,6 +126,7 @@ class Engine:
             max_num_seqs=max(*decode_sizes, len(job.prompts)),
             enable_prefix_caching=False,
             attention_config={"backend": job.backend},
+            additional_config={"afbs": job.settings} if job.settings else {},
             # Prefills run eagerly, decodes from graphs; nothing waits for a compiler.
             compilation_config={
                 "mode": 0,

@@ -72,7 +72,7 @@ class Case:
         self.step = StepInputs(query, key, value, self.pages[None], blocks)
         self.starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
         self.output = torch.empty_like(query)
-        self.num_kept = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self.num_kept = torch.zeros(num_heads, dtype=torch.int64, device="cuda")
         self.num_blocks = num_heads * blocks.num_visible
 
     def ways(self, tau: float) -> dict[Way, SparsePrefill]:
@@ -113,7 +113,7 @@ class Case:
         """Share of the blocks that selection keeps at this tau."""
         self.num_kept.zero_()
         self.ways(tau)["triton"].choose(self.step, self.num_kept)
-        return int(self.num_kept) / self.num_blocks
+        return int(self.num_kept.sum()) / self.num_blocks
 
     def tau_for(self, density: float) -> float:
         """The tau at which selection keeps this share of the blocks, by bisection."""

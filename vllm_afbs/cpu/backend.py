@@ -14,11 +14,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_afbs import compat, metrics, serving
+from vllm_afbs.cpu.meter import HostMeter, LayerWork
 from vllm_afbs.cpu.sparse import MAX_DENSITY, CacheFormat, SparsePrefill
 from vllm_afbs.kernels import TileTables
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import LayerPlan
 from vllm_afbs.steps import Others, Step, restrict, sort_requests
+from vllm_afbs.switch import Switch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -70,9 +72,11 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.profile = serving.admitted_profile(vllm_config)
         metrics.report_profile(self.profile)
+        self._switch = Switch()
+        meter = HostMeter(serving.read_settings(vllm_config))
         cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)
         for impl, plan in serving.plan_layers(vllm_config, layer_names, self.block_size):
-            impl.configure(plan, cache_format)
+            impl.configure(plan, cache_format, meter)
 
     def build(
         self,
@@ -87,6 +91,7 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             whole.seq_lens,
             self.profile,
             plain_causal=whole.causal is True and whole.dynamic_causal is None,
+            enabled=whole.max_query_len == 1 or self._switch.is_enabled(),
         )
         metadata = AfbsCPUMetadata(
             **{item.name: getattr(whole, item.name) for item in fields(whole)}, step=step
@@ -101,6 +106,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
     """One layer's attention."""
 
     _plan: LayerPlan
+    _meter: HostMeter
     _sparse: SparsePrefill | None
 
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> str | None:
@@ -114,9 +120,9 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             }
         )
 
-    def configure(self, plan: LayerPlan, cache_format: CacheFormat) -> None:
+    def configure(self, plan: LayerPlan, cache_format: CacheFormat, meter: HostMeter) -> None:
         """Takes the layer's plan; the metadata builder calls this before the first step."""
-        self._plan = plan
+        self._plan, self._meter = plan, meter
         self._sparse = None
         if plan.thresholds is not None:
             self._sparse = SparsePrefill(
@@ -150,47 +156,63 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         if not isinstance(attn_metadata, AfbsCPUMetadata) or not attn_metadata.step.has_prefill:
             return dense(query, attn_metadata, output)
 
-        start_seconds = time.perf_counter()
-        tables = self._choose(query, kv_cache, attn_metadata)
+        step = attn_metadata.step
+        started = time.perf_counter()
+        keeps, num_kept = self._select(query, kv_cache, attn_metadata)
+        tables = self._tables(keeps, attn_metadata)
+        chosen = time.perf_counter()
         if self._sparse is None or not tables:
-            path = "dense"
             dense(query, attn_metadata, output)
+            attended = time.perf_counter()
         else:
-            path = "sparse"
-            for request, its_tables in zip(attn_metadata.step.long_prefills, tables, strict=True):
+            for request, its_tables in zip(step.long_prefills, tables, strict=True):
                 self._sparse.attend(query, output, kv_cache, request, its_tables)
+            attended = time.perf_counter()
             if attn_metadata.others is not None:
                 attn_metadata.others.attend(dense, query, output)
-        metrics.PREFILL_ATTENTION_SECONDS.observe(time.perf_counter() - start_seconds, path)
+        ended = time.perf_counter()
+        self._meter.add(LayerWork(self._plan, step, num_kept, started, chosen, attended, ended))
+        if tables and self._meter.is_sampled():
+            reference = torch.empty_like(output)
+            started = time.perf_counter()
+            dense(query, attn_metadata, reference)
+            seconds = time.perf_counter() - started
+            self._meter.add_sample(self._plan, step, output, reference, seconds)
         return output
 
-    def _choose(
+    def _select(
         self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: AfbsCPUMetadata
-    ) -> list[TileTables]:
-        """Tiles of the step's long prefills; none where the parent is to do the whole step."""
+    ) -> tuple[list[torch.Tensor], list[int]]:
+        """Kept blocks of the step's long prefills, and how many by head.
+
+        Both are empty where the parent is to do the whole step.
+        """
         step, block_table = attn_metadata.step, attn_metadata.block_table
         metrics.count_fallbacks(step.dense_reasons)
         num_long = len(step.long_prefills)
-        num_blocks = self.num_heads * sum(r.geometry.num_visible for r in step.long_prefills)
-        num_kept = num_blocks
-        tables: list[TileTables] = []
         if self._sparse is None:
             metrics.count_fallbacks({str(self._plan.dense_reason): num_long})
-        elif num_long:
-            start_seconds = time.perf_counter()
-            keeps = [
-                self._sparse.select(query, kv_cache, each, block_table[each.table_row])
-                for each in step.long_prefills
-            ]
-            num_selected = sum(int(keep.sum()) for keep in keeps)
-            if num_selected > MAX_DENSITY * num_blocks:
-                metrics.count_fallbacks({"dense_is_faster": num_long})
-            else:
-                num_kept = num_selected
-                tables = [
-                    self._sparse.tables(keep, request, block_table[request.table_row])
-                    for keep, request in zip(keeps, step.long_prefills, strict=True)
-                ]
-            metrics.SELECTOR_SECONDS.observe(time.perf_counter() - start_seconds)
-        metrics.count_products(self._plan.layer, num_kept, num_blocks)
-        return tables
+            return [], []
+        if not num_long:
+            return [], []
+        keeps = [
+            self._sparse.select(query, kv_cache, each, block_table[each.table_row])
+            for each in step.long_prefills
+        ]
+        num_kept = torch.stack([keep.sum((1, 2)) for keep in keeps]).sum(0)
+        if int(num_kept.sum()) > MAX_DENSITY * self.num_heads * step.num_visible:
+            metrics.count_fallbacks({"dense_is_faster": num_long})
+            return [], []
+        return keeps, num_kept.tolist()
+
+    def _tables(
+        self, keeps: list[torch.Tensor], attn_metadata: AfbsCPUMetadata
+    ) -> list[TileTables]:
+        """The kept blocks as tiles."""
+        if self._sparse is None:
+            return []
+        requests = attn_metadata.step.long_prefills if keeps else []
+        return [
+            self._sparse.tables(keep, request, attn_metadata.block_table[request.table_row])
+            for keep, request in zip(keeps, requests, strict=True)
+        ]

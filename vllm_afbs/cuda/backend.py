@@ -15,13 +15,14 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_afbs import compat, metrics, serving
-from vllm_afbs.cuda.dispatch import Way, fastest_way
+from vllm_afbs.cuda.dispatch import Way, dense_seconds, fastest_way
 from vllm_afbs.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.cuda.sparse import Layer, SparsePrefill, StepInputs, TilePrefill, TritonPrefill
 from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import LayerPlan
 from vllm_afbs.steps import Others, Step, restrict, sort_requests
+from vllm_afbs.switch import Switch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,9 +82,10 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.profile = serving.admitted_profile(vllm_config)
         metrics.report_profile(self.profile)
+        self._switch = Switch()
         plans = list(serving.plan_layers(vllm_config, layer_names, kv_cache_spec.block_size))
         self._plans = [plan for _, plan in plans]
-        meter = DeviceMeter(len(plans), device)
+        meter = DeviceMeter(self._plans, serving.read_settings(vllm_config), device)
         for slot, (impl, plan) in enumerate(plans):
             impl.configure(plan, slot, meter, device)
 
@@ -106,8 +108,9 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             compat.host_seq_lens(common_attn_metadata),
             self.profile,
             plain_causal=compat.is_plain_causal(whole),
+            enabled=self._switch.is_enabled(),
         )
-        self._count_fallbacks(step)
+        self._count_dense(step)
         if not step.long_prefills:
             return whole
         metadata = AfbsCUDAMetadata(
@@ -125,7 +128,7 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         """Builds the parent's metadata: a captured graph replays dense attention only."""
         return super().build(0, common_attn_metadata)
 
-    def _count_fallbacks(self, step: Step) -> None:
+    def _count_dense(self, step: Step) -> None:
         """Counts prefills that layers leave to the parent, as each layer would."""
         num_layers, num_long = len(self._plans), len(step.long_prefills)
         counts = Counter({why: n * num_layers for why, n in step.dense_reasons.items()})
@@ -134,6 +137,7 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 if plan.dense_reason is not None:
                     counts[plan.dense_reason] += num_long
         metrics.count_fallbacks(counts)
+        metrics.count_tokens("dense", step.num_dense_tokens * num_layers)
 
 
 class AfbsCUDAImpl(FlashAttentionImpl):
@@ -209,9 +213,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     ) -> None:
         blocks = metadata.blocks
         assert blocks is not None  # this metadata is made for steps that have long prefills
-        num_blocks = self.num_heads * blocks.num_visible
-        prefill = self._choose_way(blocks, num_blocks)
-        started, chosen_at = mark(), None
+        prefill = self._choose_way(blocks)
+        started, chosen_at, attended_at = mark(), None, None
         if prefill is None:
             if self._ways:
                 metrics.count_fallbacks({"dense_is_faster": len(blocks.requests)})
@@ -223,17 +226,39 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             chosen_at = mark()
             prefill.attend(step, chosen, output)
             if metadata.others is not None:
+                attended_at = mark()
                 metadata.others.attend(dense, query, output)
-        path = "dense" if prefill is None else "sparse"
+        ended = mark()
+        is_sampled = prefill is not None and self._meter.is_sampled()
+        if is_sampled:
+            reference = torch.empty_like(output)
+            dense(query, metadata, reference)
+            self._meter.add_sample(self._slot, output, reference, blocks.requests)
         self._meter.add(
-            LayerWork(self._plan.layer, self._slot, path, num_blocks, started, chosen_at, mark())
+            LayerWork(
+                slot=self._slot,
+                path="dense" if prefill is None else "sparse",
+                num_tokens=blocks.num_rows,
+                num_blocks=blocks.num_visible,
+                dense_seconds=self._dense_seconds(blocks),
+                started=started,
+                chosen=chosen_at,
+                attended=attended_at,
+                ended=ended,
+                is_sampled=is_sampled,
+            )
         )
 
-    def _choose_way(self, blocks: QueryBlocks, num_blocks: int) -> SparsePrefill | None:
+    def _dense_seconds(self, blocks: QueryBlocks) -> float:
+        """What dense attention of the long prefills takes, estimated."""
+        kv_len = blocks.requests[0].geometry.kv_len
+        return dense_seconds(self.head_size, kv_len, self.num_heads * blocks.num_scores)
+
+    def _choose_way(self, blocks: QueryBlocks) -> SparsePrefill | None:
         """The fastest way for what the profile promises; None where the parent is."""
         if not self._ways:
             return None
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - self._plan.expected_sparsity(kv_len)
-        num_scores = num_blocks * blocks.block_q * blocks.block_k
+        num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
         return self._ways.get(fastest_way(self.head_size, kv_len, density, num_scores))

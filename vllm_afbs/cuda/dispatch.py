@@ -95,10 +95,28 @@ def fastest_way(head_dim: int, kv_len: int, density: float, num_scores: int) -> 
         density: Share of the causal block products expected to be computed, in (0, 1].
         num_scores: Scores that dense causal attention computes, over all heads.
     """
-    # Rounded, so that a long prompt's chunks share what is looked up.
-    device = _seconds_per_score(head_dim, round(2 * math.log2(kv_len)), round(density, 2))
+    device = _seconds_per_score(head_dim, _half_octaves(kv_len), round(density, 2))
     host = measurements().host_seconds
     return min(WAYS, key=lambda way: device[way] * num_scores + host[way])
+
+
+def dense_seconds(head_dim: int, kv_len: int, num_scores: int) -> float:
+    """Estimates the device's time for dense attention from the measurements nearest to these.
+
+    They were made on an H100: on another device the estimate is off by as much as its dense
+    attention is faster or slower.
+
+    Args:
+        head_dim: Size of a head.
+        kv_len: Keys of the longest context of the step.
+        num_scores: Scores that dense causal attention computes, over all heads.
+    """
+    return _seconds_per_score(head_dim, _half_octaves(kv_len), 1.0)["dense"] * num_scores
+
+
+def _half_octaves(kv_len: int) -> int:
+    # Rounded, so that a long prompt's chunks share what is looked up.
+    return round(2 * math.log2(kv_len))
 
 
 @functools.lru_cache(maxsize=4096)

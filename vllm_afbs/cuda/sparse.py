@@ -64,7 +64,7 @@ class SparsePrefill(Protocol):
     """Chooses key blocks, and attends to the chosen ones."""
 
     def choose(self, step: StepInputs, num_kept: torch.Tensor) -> Any:
-        """Chooses blocks; their number over all tiles is added to ``num_kept`` on the device."""
+        """Chooses blocks; their number is added to ``num_kept`` on the device, head by head."""
 
     def attend(self, step: StepInputs, chosen: Any, output: torch.Tensor) -> None:
         """Writes the long prefills' rows of ``output``, which is like ``step.query``."""

@@ -1,0 +1,151 @@
+"""What a layer reports of its steps on CUDA, on a made-up device and on a real one."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_afbs import metrics
+from vllm_afbs.cuda import backend, meter
+from vllm_afbs.cuda.dispatch import dense_seconds, measurements
+from vllm_afbs.kernels import BlockGeometry
+from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
+from vllm_afbs.live import Counters
+from vllm_afbs.serving import LayerPlan, Settings
+
+NUM_HEADS, HEAD_DIM, SHORT_LEN = 2, 64, 30
+LONG = BlockGeometry(600, 9000, 128, 128)
+PLANS = [
+    LayerPlan(7, range(2, 4), None, None, ((8192, 0.8),)),
+    LayerPlan(8, range(2, 4), None, "profile_dense"),
+]
+
+
+class MadeUpEvent:
+    """A device on which every point comes a second after the one before."""
+
+    clock_ms = 0.0
+
+    def __init__(self, **_: Any) -> None:
+        """Takes what a real one takes."""
+
+    def record(self) -> None:
+        MadeUpEvent.clock_ms += 1000.0
+        self.at_ms = MadeUpEvent.clock_ms
+
+    def elapsed_time(self, later: "MadeUpEvent") -> float:
+        return later.at_ms - self.at_ms
+
+    def synchronize(self) -> None:
+        pass
+
+
+class MadeUpWay:
+    """Keeps a block of the first head and two of the second, and is a tenth off."""
+
+    def choose(self, step: Any, num_kept: torch.Tensor) -> None:
+        num_kept += torch.tensor([1, 2], device=num_kept.device)
+
+    def attend(self, step: Any, chosen: None, output: torch.Tensor) -> None:
+        for request in step.blocks.requests:
+            output[request.rows] = 0.9
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    device = torch.device(request.param)
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "Event", MadeUpEvent)
+        monkeypatch.setattr(meter, "_to_host", torch.Tensor.clone)
+    return device
+
+
+def make_layer(slot: int, the_meter: meter.DeviceMeter) -> Any:
+    layer = object.__new__(backend.AfbsCUDAImpl)
+    layer.num_heads, layer.head_size = NUM_HEADS, HEAD_DIM
+    layer._plan, layer._slot, layer._meter = PLANS[slot], slot, the_meter
+    layer._ways = {"tiles": MadeUpWay()} if PLANS[slot].dense_reason is None else {}
+    return layer
+
+
+def dense(query: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
+    output.fill_(1.0)
+
+
+def reported(count: float) -> Counters:
+    """The counters once the thread has reported so many layers."""
+    for _ in range(500):
+        counters = Counters(metrics.read())
+        counts = counters.by("vllm_afbs_prefill_attention_seconds_count", "path")
+        products = counters.by("vllm_afbs_block_products_total", "layer")
+        if sum(counts.values()) == count and len(products) == len(PLANS):
+            time.sleep(0.05)  # what follows of the last one
+            return Counters(metrics.read())
+        time.sleep(0.01)
+    raise AssertionError("the reporting thread did not report")
+
+
+def test_layers_report_what_the_device_did(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(backend, "fastest_way", lambda *_: "tiles")
+    settings = Settings(per_head_metrics=True, sample_rate=1.0)
+    the_meter = meter.DeviceMeter(PLANS, settings, device)
+    layers = [make_layer(slot, the_meter) for slot in range(len(PLANS))]
+    # A short prompt in front; in the second step the long one is alone.
+    for first_row in (SHORT_LEN, 0):
+        blocks = cut_query_blocks([PrefillRequest(first_row, 1, LONG)], device)
+        others = SimpleNamespace(attend=lambda *_: None) if first_row else None
+        metadata = SimpleNamespace(blocks=blocks, others=others, block_table=None)
+        query = torch.zeros(first_row + LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
+        kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
+        for layer in layers:
+            layer._attend_long(query, kv_cache, metadata, torch.zeros_like(query), dense)
+
+    counters = reported(4)
+    num_visible = LONG.num_visible
+    products = {
+        (head, outcome): counters.value(
+            "vllm_afbs_head_block_products_total", layer="7", head=head, outcome=outcome
+        )
+        for head in "23"
+        for outcome in ("computed", "skipped")
+    }
+    assert products == {
+        ("2", "computed"): 2 * 2 * 1, ("2", "skipped"): 2 * 2 * (num_visible - 1),
+        ("3", "computed"): 2 * 2 * 2, ("3", "skipped"): 2 * 2 * (num_visible - 2),
+    }  # fmt: skip
+    name = "vllm_afbs_block_products_total"
+    assert counters.value(name, layer="7", outcome="computed") == 2 * 2 * 3
+    assert counters.value(name, layer="8", outcome="computed") == 2 * 2 * 2 * num_visible
+    assert counters.value(name, layer="8", outcome="skipped") == 0
+    tokens = "vllm_afbs_prefill_tokens_total"
+    assert counters.value(tokens, path="sparse") == counters.value(tokens, path="dense") == 1200
+    assert counters.value("vllm_afbs_sampled_error_count", layer="7") == 2
+    assert counters.value("vllm_afbs_sampled_error_sum", layer="7") == pytest.approx(0.2, rel=1e-4)
+    assert counters.value("vllm_afbs_sampled_error_count", layer="8") == 0
+
+    num_scores = NUM_HEADS * sum(kv_len for kv_len in range(9000 - 600 + 1, 9000 + 1))
+    estimate = counters.value("vllm_afbs_dense_estimate_seconds_total")
+    if device.type == "cpu":
+        # Twice the model's, and the second that the short prompt took beside the first.
+        assert estimate == pytest.approx(2 * dense_seconds(HEAD_DIM, 9000, num_scores) + 1.0)
+        seconds = counters.by("vllm_afbs_prefill_attention_seconds_sum", "path")
+        assert seconds == {"sparse": 3.0 + 2.0, "dense": 2.0}
+        assert counters.value("vllm_afbs_selector_seconds_sum") == 2.0
+    else:
+        assert estimate > 2 * dense_seconds(HEAD_DIM, 9000, num_scores)
+
+
+def test_the_dense_estimate_is_the_measurement_itself_where_one_was_made() -> None:
+    (row,) = (
+        row for row in measurements().rows
+        if (row.head_dim, row.kv_len, row.density) == (128, 32768, 1.0)
+    )  # fmt: skip
+    num_scores = row.num_heads * 32768 * 32769 // 2
+    assert dense_seconds(128, 32768, num_scores) == pytest.approx(row.seconds["dense"])
+    assert dense_seconds(128, 32768, num_scores // 4) == pytest.approx(row.seconds["dense"] / 4)
