@@ -1,13 +1,14 @@
 """The dashboard is what its code says, and the rules do what they promise."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from deploy.grafana import __main__ as generator
-from tests.prometheus import DASHBOARD, DEPLOY, RULES, tool
+from tests.prometheus import DASHBOARD, DEPLOY, RULES, rules, tool
 
 SERIES_PANELS = {"timeseries", "stat", "table", "status-history", "state-timeline"}
 
@@ -54,3 +55,21 @@ def test_rules_and_configuration_are_valid() -> None:
 @pytest.mark.parametrize("file", sorted((DEPLOY / "prometheus/tests").glob("*.yml")))
 def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
     assert "SUCCESS" in run(tool("promtool"), "test", "rules", file)
+
+
+def test_the_operators_page_explains_every_alert_and_every_reason_that_rules_name() -> None:
+    page = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    alerts = set(rules("alert"))
+    assert alerts == set(re.findall(r"^\| `(VllmAfbs\w+)`", page, re.MULTILINE))
+    named = {
+        reason
+        for expression in rules("record").values()
+        for listed in re.findall(r'reason[=!]~"([^"]+)"', expression)
+        for reason in listed.split("|")
+    }
+    table = page.split("### Fallback reasons")[1].split("\n## ")[0]
+    rows = [row.split("|")[1:3] for row in table.splitlines() if row.startswith("| `")]
+    kinds = {
+        reason: kind.strip() for names, kind in rows for reason in re.findall(r"`(\w+)`", names)
+    }
+    assert named == {reason for reason, kind in kinds.items() if kind != "changing"}
