@@ -136,11 +136,12 @@ def assert_everything_has_data(prometheus: Prometheus) -> None:
     """Every panel and recorded rule has a value, and every alert something to look at."""
     expressions = panel_expressions() | rules("record")
     silent = {name: expr for name, expr in expressions.items() if not prometheus.query(expr)}
-    assert not silent
+    assert not silent, silent
     for name, expression in rules("alert").items():
         names = metric_names(expression)
         assert names, name
-        assert all(prometheus.query(f"count({metric})") for metric in names), name
+        unknown = {metric for metric in names if not prometheus.query(f"count({metric})")}
+        assert not unknown, f"{name}: {unknown}"
     loaded = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert len(loaded) == len(rules("record") | rules("alert"))
     assert {rule["health"] for rule in loaded} == {"ok"}
