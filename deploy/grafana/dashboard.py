@@ -71,8 +71,8 @@ def _is_it_on() -> list[Panel]:
         ).mappings(states("DOWN", "up")),
         panel(
             number("unknown"), "Kill switch",
-            "Whether sparse attention is allowed. POST /afbs/enable turns it on again, "
-            "/afbs/disable off; neither needs a restart.",
+            "Whether sparse attention is allowed. How to turn it, without a restart: "
+            "deploy/README.md, Roll back.",
             NO_METRIC,
             query(f"min by (instance) ({ours('enabled')})", "{{instance}}"),
             span=6, height=5,
