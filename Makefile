@@ -1,11 +1,12 @@
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12))
 VENV := .venv
 BIN := $(VENV)/bin
+PROMETHEUS := $(VENV)/prometheus
 STAND_INS := $(wildcard deploy/cpu/stand-ins/*/pyproject.toml)
 STAMP := $(VENV)/.setup-stamp
 
 .DELETE_ON_ERROR:
-.PHONY: setup browser test lint demo clean
+.PHONY: setup browser prometheus test lint demo clean
 
 setup: $(STAMP)
 
@@ -31,9 +32,18 @@ browser:
 	{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium > /dev/null; } || \
 	echo "No Chromium, and no right to install it: the report's browser test will be skipped."
 
+# Debian's package is unpacked, not installed: that would start a service. Where it cannot be had,
+# the tests that need Prometheus or promtool are skipped, visibly.
+prometheus: setup
+	@command -v prometheus > /dev/null || test -x $(PROMETHEUS)/usr/bin/prometheus || \
+	{ mkdir -p $(PROMETHEUS) && cd $(PROMETHEUS) && \
+	  { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+	  dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb; } 2> /dev/null || \
+	echo "No Prometheus, and no Debian to fetch it from: the tests that need it will be skipped."
+
 # Engines pin threads to cores and wait for each other in a loop, so nothing may run beside them;
 # all else runs side by side, each test on one core.
-test: lint browser
+test: lint browser prometheus
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not machine' -n logical --dist loadfile
 	$(BIN)/python -m pytest -m machine
 

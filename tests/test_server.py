@@ -12,7 +12,9 @@ import httpx
 import pytest
 from transformers import AutoConfig
 
+from tests.coming_metrics import with_coming_metrics
 from tests.profiles import uniform_profile
+from tests.prometheus import assert_everything_has_data, running_prometheus, tool
 from vllm_afbs.demo.client import Counters, complete, growth, scrape
 from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, running_server, vllm_command
 from vllm_afbs.profile import ModelFingerprint, Profile, write_atomically
@@ -150,6 +152,15 @@ def test_concurrent_requests_and_an_abort(url: str) -> None:
         for answer in answers:
             assert len(answer.result().token_ids) in range(1, 5)
     assert httpx.get(f"{url}/health").is_success
+
+
+@pytest.mark.parametrize("url", [1], ids=["one-api-server"], indirect=True)
+def test_prometheus_has_an_answer_for_every_panel_and_rule(url: str, tmp_path: Path) -> None:
+    tool("prometheus")
+    with with_coming_metrics(url) as target, running_prometheus(target, tmp_path) as prometheus:
+        for first_token in (3000, 4000):  # nothing of it is in the prefix cache
+            complete(url, "model", [first_token + i % 900 for i in range(1500)], 4)
+        assert_everything_has_data(prometheus)
 
 
 def _corrupt(text: str) -> str:
