@@ -88,7 +88,9 @@ def _perplexities(
             (float(a.double().mean()), float(b.double().mean()))
             for one, other in zip(dense, sparse, strict=True)
             for a, b in zip(
-                _segments(one[low - 1 : high - 1]), _segments(other[low - 1 : high - 1]), strict=True
+                _segments(one[low - 1 : high - 1]),
+                _segments(other[low - 1 : high - 1]),
+                strict=True,
             )
         ]
         yield _of_pairs(PERPLEXITY, part, "perplexity", pairs, math.exp, worse=True)

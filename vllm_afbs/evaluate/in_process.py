@@ -33,7 +33,7 @@ class Counter:
     @property
     def sparsity(self) -> float:
         """Share of dense causal attention's block products that was skipped."""
-        return 1.0 - int(self._kept) / self._visible
+        return 1.0 - int(self._kept) / self._visible if self._visible else 0.0
 
 
 class Runner:
@@ -142,8 +142,9 @@ class Runner:
             caches.append(output.past_key_values)
         cache = DynamicCache()
         for layer in range(len(caches[0].layers)):
-            rows = [[each.layers[layer].keys, each.layers[layer].values] for each in caches]
-            cache.update(*(_padded(side, longest) for side in zip(*rows, strict=True)), layer)
+            keys = _padded([each.layers[layer].keys for each in caches], longest)
+            values = _padded([each.layers[layer].values for each in caches], longest)
+            cache.update(keys, values, layer)
         del caches
         tokens = [torch.stack(first)]
         self._padding = longest - lengths

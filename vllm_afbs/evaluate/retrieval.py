@@ -158,7 +158,7 @@ class Maker:
         del depth  # they are everywhere
         common = self._draw(_COMMON)
         others = [word for word in self._words if word not in common]
-        self._rng.shuffle(others)
+        others = self._rng.sample(others, len(others))
         seed = self._rng.random()
 
         def fill(num_units: int) -> list[str]:
@@ -231,7 +231,14 @@ class Maker:
         return self._sentences * whole + self._sentences[:rest]
 
     def _draw(self, count: int) -> list[str]:
-        return self._rng.sample(self._words, count)
+        """Words none of which is a part of another: an answer is searched for as a string."""
+        drawn: list[str] = []
+        for word in self._rng.sample(self._words, len(self._words)):
+            if not any(word in other or other in word for other in drawn):
+                drawn.append(word)
+            if len(drawn) == count:
+                return drawn
+        raise ValueError(f"a text of at least {count} different words expected, got {len(drawn)}")
 
     def _number(self, digits: int) -> str:
         return str(self._rng.randrange(10 ** (digits - 1), 10**digits))

@@ -120,6 +120,4 @@ def _products(counters: Counters, outcome: str) -> float:
 
 def _served_profile(counters: Counters) -> str | None:
     """Identity of the profile that a server says it serves."""
-    return next(
-        (dict(labels)["profile_id"] for name, labels in counters if name == _PROFILE), None
-    )
+    return next((dict(labels)["profile_id"] for name, labels in counters if name == _PROFILE), None)

@@ -128,7 +128,7 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
             tokenizer, text.content, amounts.length, amounts.per_kind, amounts.seed, amounts.kinds
         )
     except ValueError as error:
-        raise InputError(f"the length of retrieval prompts: {error}") from None
+        raise InputError(f"{text.name}: retrieval prompts: {error}") from None
     return Suite(
         windows=[
             [*prefix, *tokens[i * apart : i * apart + length]] for i in range(amounts.windows)

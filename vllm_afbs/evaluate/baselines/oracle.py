@@ -37,7 +37,8 @@ def _sum_blocks(values: torch.Tensor, dim: int, block: int) -> torch.Tensor:
     """Sums blocks along a dimension, the last one possibly partial."""
     behind = -values.shape[dim] % block
     padding = (0, behind) if dim == -1 else (0, 0, 0, behind)
-    return torch.nn.functional.pad(values, padding).unflatten(dim, (-1, block)).sum(dim)
+    padded: torch.Tensor = torch.nn.functional.pad(values, padding)
+    return torch.unflatten(padded, dim, (-1, block)).sum(dim)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ so that 0 is as tuned.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -73,9 +74,10 @@ def _token_mass(
                         -torch.inf)  # fmt: skip
     weights = torch.softmax(scores, -1).nan_to_num_(0.0)
     mass = weights.new_zeros(len(weights), geometry.num_q_blocks, weights.shape[-1])
-    return mass.index_add_(1, block_of_row, weights) / geometry.row_starts.diff().to(mass.device)[
-        None, :, None
-    ]
+    return (
+        mass.index_add_(1, block_of_row, weights)
+        / geometry.row_starts.diff().to(mass.device)[None, :, None]
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Tuned(UniformTau):
         return self.thresholds[layer.index].to(layer.query.device)
 
 
-def of_profile(name: str, profile: Profile, **fields: int) -> Tuned:
+def of_profile(name: str, profile: Profile, **fields: Any) -> Tuned:
     """What the server does with a profile, layers that it leaves dense included.
 
     Args:
@@ -106,7 +108,7 @@ def of_profile(name: str, profile: Profile, **fields: int) -> Tuned:
     """
     num_heads = profile.model.num_heads
     plans = [plan_layer(profile, i, num_heads, 0, None) for i in range(profile.model.num_layers)]
-    values: dict[str, int] = {
+    values: dict[str, Any] = {
         "block_q": profile.block_q,
         "block_k": profile.block_k,
         "min_length": profile.min_seq_len,

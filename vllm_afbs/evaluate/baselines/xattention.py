@@ -45,5 +45,5 @@ class XAttention(Method):
     def _groups(self, rows: torch.Tensor) -> torch.Tensor:
         """Takes ``stride`` rows together, zeros where the sequence does not fill the last group."""
         missing = -rows.shape[1] % self.stride
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, missing))
-        return padded.unflatten(1, (-1, self.stride))
+        padded: torch.Tensor = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        return torch.unflatten(padded, 1, (-1, self.stride))
