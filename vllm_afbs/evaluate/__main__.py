@@ -133,6 +133,8 @@ def _run(options: argparse.Namespace) -> int:
         "seconds": round(time.monotonic() - start, 1),
     }
     shape = f"{Path(model.name).name}-L{amounts.length}-sparsity{answers.sparsity:.2f}"
+    if (rope := model.fingerprint.rope.get("rope_type", "default")) != "default":
+        shape += f"-{rope} positions"
     write_report(options.output, comparisons, about, shape)
     return 0
 

@@ -11,6 +11,7 @@ import torch
 from vllm_afbs.demo.divergence import agreement_length, kl_divergence
 from vllm_afbs.evaluate.bootstrap import bootstrap_means, interval
 from vllm_afbs.evaluate.predictor import NextToken
+from vllm_afbs.evaluate.retrieval import WITHOUT_DEPTH
 from vllm_afbs.evaluate.suite import Answers, Suite
 
 SEGMENT = 256
@@ -139,7 +140,8 @@ def _retrievals(suite: Suite, dense: Answers, sparse: Answers) -> Iterator[Compa
     ):
         points = 100 * pair[0], 100 * pair[1]
         kinds.setdefault(prompt.task, []).append(points)
-        kinds.setdefault(f"depth {round(100 * prompt.depth)} %", []).append(points)
+        if prompt.task not in WITHOUT_DEPTH:
+            kinds.setdefault(f"depth {round(100 * prompt.depth)} %", []).append(points)
         kinds.setdefault("all kinds", []).append(points)
     for kind, pairs in kinds.items():
         yield _of_pairs(RETRIEVAL, kind, "points", pairs, worse=False)

@@ -269,6 +269,8 @@ KINDS: dict[str, Callable[[Maker, float], Task]] = {
     "frequent words": Maker.frequent_words,
 }
 
+WITHOUT_DEPTH = {"common words", "frequent words"}
+
 
 def make_prompts(
     tokenizer: Any, text: str, length: int, per_kind: int, seed: int, kinds: Sequence[str]

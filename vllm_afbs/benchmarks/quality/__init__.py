@@ -6,5 +6,7 @@
 Every method's knob is set on a text's calibration part and measured on its other part; the last
 setting measures the first text with what the second one calibrated. Of several candidates of one
 name (profiles of one text, SpargeAttn's tuner at several tolerances) the one that has to be moved
-least counts. The sparsity that is reported is the one measured.
+least counts. SpargeAttn's tuner searches the thresholds of the served selector, as in
+``tuner_arms``; with its defaults its own selector runs. The sparsity that is reported is the one
+measured.
 """
