@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a stock server of the same model as the dense reference (default: run here)",
     )
     parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS))
-    parser.add_argument("--windows", type=_positive, default=4, help="of text, for perplexity")
+    parser.add_argument(
+        "--windows", type=_positive, default=4, help="of text, at most, for perplexity"
+    )
     parser.add_argument("--prefixes", type=_positive, default=64, help="scored by one token each")
     parser.add_argument("--continuations", type=_positive, default=16)
     parser.add_argument("--new-tokens", type=_positive, default=64, help="of a continuation")

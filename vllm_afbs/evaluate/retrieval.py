@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from string import ascii_lowercase
 from typing import Any
 
 _NOISE = (
@@ -139,7 +140,7 @@ class Maker:
     def variable_tracking(self, depth: float) -> Task:
         """A chain of assignments that begins at the depth, its links evenly behind it."""
         value = self._number(5)
-        names = self._rng.sample([f"{a}{b}" for a in "ABCDEFGHJKLMN" for b in "PQRSTUVWXYZ"], 5)
+        names = [self._letters(5).upper() for _ in range(_NUM_HOPS + 1)]
         lines = [f"VAR {names[0]} = {value}."]
         lines += [f"VAR {name} = VAR {before}." for before, name in pairwise(names)]
         places = [depth + (1.0 - depth) * i / _NUM_HOPS for i in range(_NUM_HOPS + 1)]
@@ -181,8 +182,7 @@ class Maker:
     def frequent_words(self, depth: float) -> Task:
         """Made-up words whose frequencies fall off as a zeta distribution's."""
         del depth
-        letters = "abcdefghijklmnopqrstuvwxyz"
-        coded = ["".join(self._rng.choices(letters, k=6)) for _ in range(_CODED_WORDS)]
+        coded = [self._letters(6) for _ in range(_CODED_WORDS)]
         weights = [rank**-_ZETA for rank in range(1, _CODED_WORDS + 1)]
         seed = self._rng.random()
 
@@ -240,6 +240,9 @@ class Maker:
                 return drawn
         raise ValueError(f"a text of at least {count} different words expected, got {len(drawn)}")
 
+    def _letters(self, count: int) -> str:
+        return "".join(self._rng.choices(ascii_lowercase, k=count))
+
     def _number(self, digits: int) -> str:
         return str(self._rng.randrange(10 ** (digits - 1), 10**digits))
 
@@ -296,26 +299,28 @@ def make_prompts(
     return prompts
 
 
+_FULL = 0.98
+_FIRST_UNITS = 64
+
+
 def _fitted(tokenizer: Any, task: Task, room: int) -> list[int]:
-    """The longest version of a task that has room.
+    """A version of a task that nearly fills the room; it grows almost evenly with its filling.
 
     Raises:
-        ValueError: Not even its facts have.
+        ValueError: Not even its facts have room.
     """
-    low, high = 0, 64
-    while len(_encoded(tokenizer, task, high)) <= room:
-        low, high = high, high * 4
-    while high - low > max(1, high // 256):  # half a per cent of filling decides nothing
-        middle = (low + high) // 2
-        low, high = (middle, high) if _fits(tokenizer, task, middle, room) else (low, middle)
-    tokens = _encoded(tokenizer, task, low)
-    if len(tokens) > room:
-        raise ValueError(f"a prompt of at least {len(tokens)} tokens expected, got {room}")
-    return tokens
-
-
-def _fits(tokenizer: Any, task: Task, num_units: int, room: int) -> bool:
-    return len(_encoded(tokenizer, task, num_units)) <= room
+    bare = _encoded(tokenizer, task, 0)
+    if len(bare) > room:
+        raise ValueError(f"a prompt of at least {len(bare)} tokens expected, got {room}")
+    best, num_units, tried = bare, _FIRST_UNITS, set[int]()
+    while len(best) < _FULL * room and num_units not in tried:
+        tried.add(num_units)
+        tokens = _encoded(tokenizer, task, num_units)
+        if len(best) < len(tokens) <= room:
+            best = tokens
+        per_unit = max(1, len(tokens) - len(bare)) / num_units
+        num_units = max(1, int((1 + _FULL) / 2 * (room - len(bare)) / per_unit))
+    return best
 
 
 def _encoded(tokenizer: Any, task: Task, num_units: int) -> list[int]:

@@ -19,7 +19,7 @@ class Amounts:
 
     Attributes:
         length: Tokens of the longest prompt.
-        windows: Windows of text whose perplexity is taken.
+        windows: Windows of text whose perplexity is taken; fewer where it holds fewer.
         prefixes: Prompts cut out of the text whose next token alone is scored.
         continuations: Prompts cut out of the text that are continued greedily.
         new_tokens: Tokens of a continuation.
@@ -107,19 +107,19 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
     prefix = first[:1] if first and first[0] == tokenizer.bos_token_id else []
     tokens = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
     length = amounts.length - len(prefix)
-    needed = max(amounts.windows, 1) * length + 1
-    if len(tokens) < needed:
+    if len(tokens) <= length:
         raise InputError(
-            f"{text.name}: the text has {len(tokens)} tokens, {needed} expected for "
-            f"{amounts.windows} windows of {amounts.length}"
+            f"{text.name}: the text has {len(tokens)} tokens, at least {length + 1} expected for a "
+            f"window of {amounts.length}"
         )
+    num_windows = min(amounts.windows, len(tokens) // length)
     rng = random.Random(amounts.seed)
 
     def cut(size: int) -> list[int]:
         start = rng.randrange(len(tokens) - size)
         return [*prefix, *tokens[start : start + size]]
 
-    apart = len(tokens) // max(amounts.windows, 1)
+    apart = len(tokens) // max(num_windows, 1)
     sizes = [rng.randint(length // 2, length - 1) for _ in range(amounts.prefixes)]
     longer = [cut(size + 1) for size in sizes]
     shortened = length - amounts.new_tokens
@@ -130,9 +130,7 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
     except ValueError as error:
         raise InputError(f"{text.name}: retrieval prompts: {error}") from None
     return Suite(
-        windows=[
-            [*prefix, *tokens[i * apart : i * apart + length]] for i in range(amounts.windows)
-        ],
+        windows=[[*prefix, *tokens[i * apart : i * apart + length]] for i in range(num_windows)],
         prefixes=[(each[:-1], each[-1]) for each in longer],
         continued=[cut(shortened) for _ in range(amounts.continuations)],
         new_tokens=amounts.new_tokens,
