@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_afbs.benchmarks.quality.bench import OURS, Bench, Plan, Setting
+from vllm_afbs.benchmarks.quality.bench import Bench, Plan, Setting
 from vllm_afbs.benchmarks.quality.results import rows_of
 from vllm_afbs.benchmarks.tuner_arms.samples import Domain
 from vllm_afbs.evaluate.baselines import Tuned, UniformTau
@@ -51,18 +51,18 @@ def test_methods_meet_at_a_sparsity_and_a_second_run_measures_nothing(
         for layer, each in thresholds.items()
     }
     tuned = [
-        Tuned("near", BLOCK, BLOCK, thresholds=thresholds),
-        Tuned("far", BLOCK, BLOCK, thresholds=deeper),
+        Tuned("near", BLOCK, BLOCK, 0.0, thresholds=thresholds),
+        Tuned("far", BLOCK, BLOCK, 0.0, thresholds=deeper),
     ]
-    candidates = {"one tau": [UniformTau("one tau", BLOCK, BLOCK)], OURS: tuned}
+    candidates = {"one tau": [UniformTau("one tau", BLOCK, BLOCK)], "afbs": tuned}
     first = bench(setting, tiny_model, tmp_path, runner)
     records = list(first.run(candidates, [0.3, 0.5]))
     names = [record["method"] for record in records]
     assert names[:4] == ["one tau at 0.3", "one tau at 0.5", "afbs at 0.3", "afbs at 0.5"]
-    assert names[4:] == ["afbs, near, as tuned", "afbs, far, as tuned"]
+    assert names[4:] == ["afbs, near, as given", "afbs, far, as given"]
     for record, wanted in zip(records, (0.3, 0.5, 0.3, 0.5), strict=False):
         assert record["sparsity"] == pytest.approx(wanted, abs=0.06)
-    # The candidate that is moved least was taken, and as tuned nothing is moved.
+    # The candidate that is moved least was taken, and as given nothing is moved.
     assert abs(records[3]["knob"]) < 2.0
     assert records[4]["knob"] == 0.0
     again = bench(setting, tiny_model, tmp_path, None)

@@ -56,6 +56,7 @@ class Method(ABC):
         name: What results call it.
         block_q: Rows of a query block.
         block_k: Keys of a key block.
+        given: The knob that its authors set, or its tuner; None where there is none.
         corrects: Whether a dropped block still counts as its mean key and mean value.
         min_length: Shorter prompts run dense.
         max_length: So do longer ones.
@@ -64,6 +65,7 @@ class Method(ABC):
     name: str
     block_q: int = BLOCK
     block_k: int = BLOCK
+    given: float | None = None
     corrects: bool = False
     min_length: int = 0
     max_length: float = math.inf

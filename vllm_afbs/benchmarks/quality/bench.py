@@ -26,15 +26,20 @@ from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text, read_texts
 from vllm_afbs.tuning.windows import CALIBRATION, cut_windows
 
-OURS = "afbs"
-
 
 @dataclass(frozen=True)
 class Setting:
-    """Where methods are set and where they are measured."""
+    """Where methods are set and where they are measured.
+
+    Attributes:
+        calibration: The kind of text whose calibration part sets them.
+        measured: The kind of text whose other part measures them.
+        retrieves: Whether facts hidden in it are asked for, too.
+    """
 
     calibration: Domain
     measured: Domain
+    retrieves: bool = False
 
     @property
     def name(self) -> str:
@@ -94,9 +99,11 @@ class Bench:
         for name, methods in candidates.items():
             for sparsity in sparsities:
                 yield self._measured(name, methods, levels, sparsity)
-            for method in methods if name == OURS else ():
-                alone = partial(self._figures, Selection(method, 0.0), None)
-                yield self._step(f"{name}, {method.name}, as tuned", method.name, alone)
+            for method in methods:
+                if method.given is not None:
+                    alone = partial(self._figures, Selection(method, method.given), None)
+                    full = name if name == method.name else f"{name}, {method.name}"
+                    yield self._step(f"{full}, as given", method.name, alone)
 
     def tuned_by_spargeattn(self) -> list[Method]:
         """SpargeAttn's tuner on the calibration text, at every tolerance."""
@@ -110,7 +117,7 @@ class Bench:
                 layer: HeadThresholds(torch.tensor(tau), torch.tensor(theta))
                 for layer, (tau, theta) in enumerate(record["thresholds"])
             }
-            methods.append(Tuned(f"tolerance {tolerance}", thresholds=thresholds))
+            methods.append(Tuned(f"tolerance {tolerance}", given=0.0, thresholds=thresholds))
         return methods
 
     def _sparge(self, tolerance: float) -> Record:
@@ -174,7 +181,7 @@ class Bench:
         suite, dense = self._on_text
         answers = ask(InProcess(self._runner, selection), suite)
         found = compare(suite, dense, answers)
-        if sparsity is None or sparsity in self._plan.retrieval:
+        if self._setting.retrieves and sparsity in self._plan.retrieval:
             suite, dense = self._on_facts
             found += compare(suite, dense, ask(InProcess(self._runner, selection), suite))
         return {

@@ -111,6 +111,7 @@ def of_profile(name: str, profile: Profile, **fields: Any) -> Tuned:
     values: dict[str, Any] = {
         "block_q": profile.block_q,
         "block_k": profile.block_k,
+        "given": 0.0,
         "min_length": profile.min_seq_len,
         "max_length": profile.max_seq_len,
     }

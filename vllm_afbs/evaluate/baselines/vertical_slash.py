@@ -7,6 +7,9 @@ import torch
 from vllm_afbs.evaluate.methods import Layer, Method, depth, mass_before, sink
 from vllm_afbs.kernels import BlockGeometry
 
+GAMMA = 0.9
+"""FlexPrefill's default for the share."""
+
 
 @dataclass(frozen=True)
 class VerticalSlash(Method):

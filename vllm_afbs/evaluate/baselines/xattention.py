@@ -7,6 +7,9 @@ import torch
 from vllm_afbs.evaluate.methods import Layer, Method, depth, mass_before, sink
 from vllm_afbs.kernels import BlockGeometry
 
+THRESHOLD = 0.9
+"""The default of its code."""
+
 
 @dataclass(frozen=True)
 class XAttention(Method):
