@@ -21,7 +21,8 @@ from vllm_afbs.evaluate.in_process import Counter, InProcess, Runner
 from vllm_afbs.evaluate.masked import masked_attention
 from vllm_afbs.evaluate.matching import settle
 from vllm_afbs.evaluate.methods import Selection
-from vllm_afbs.evaluate.retrieval import KINDS, Maker, make_prompts
+from vllm_afbs.evaluate.prompts import make_prompts
+from vllm_afbs.evaluate.retrieval import KINDS, Maker
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.profile import Profile, write_atomically

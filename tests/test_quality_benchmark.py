@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from vllm_afbs.benchmarks import plot
 from vllm_afbs.benchmarks.quality.bench import Bench, Plan, Setting
 from vllm_afbs.benchmarks.quality.results import rows_of
+from vllm_afbs.benchmarks.table import write_rows
 from vllm_afbs.benchmarks.tuner_arms.samples import Domain
 from vllm_afbs.evaluate.baselines import Tuned, UniformTau
 from vllm_afbs.evaluate.in_process import Runner
@@ -39,8 +42,6 @@ def bench(setting: Setting, model_dir: Path, folder: Path, runner: Any) -> Bench
 def test_methods_meet_at_a_sparsity_and_a_second_run_measures_nothing(
     setting: Setting, tiny_model: Path, tmp_path: Path
 ) -> None:
-    import torch
-
     runner = Runner(open_model(str(tiny_model)))
     thresholds = {
         layer: HeadThresholds(torch.tensor([0.3, 0.5, 0.6, 0.7]), torch.full((4,), -1.0))
@@ -72,6 +73,10 @@ def test_methods_meet_at_a_sparsity_and_a_second_run_measures_nothing(
     assert row.shape == "letters-L256"
     low, high = (rows[f"{row.what}, {end}"].p50 for end in ("low", "high"))
     assert low <= row.p50 <= high
+    write_rows(tmp_path / "quality.csv", list(rows.values()))
+    plot.main(["--results", str(tmp_path)])
+    drawn = (tmp_path / "quality.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("one tau", "afbs", row.shape))
 
 
 def test_spargeattns_tuner_gives_a_method(

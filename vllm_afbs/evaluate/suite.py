@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vllm_afbs.evaluate.predictor import NextToken, Predictor
-from vllm_afbs.evaluate.retrieval import KINDS, Prompt, make_prompts
+from vllm_afbs.evaluate.prompts import Prompt, make_prompts
+from vllm_afbs.evaluate.retrieval import KINDS
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 from vllm_afbs.tuning.texts import Text
 

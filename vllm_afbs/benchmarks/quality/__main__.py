@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from vllm_afbs.benchmarks import quality
 from vllm_afbs.benchmarks.quality.bench import Bench, Candidates, Plan, Setting
@@ -14,7 +15,7 @@ from vllm_afbs.benchmarks.quality.results import rows_of, show
 from vllm_afbs.benchmarks.table import benchmark_parser, write_rows
 from vllm_afbs.benchmarks.tuner_arms.samples import Domain
 from vllm_afbs.demo.assets import prepare
-from vllm_afbs.evaluate.baselines import baselines, of_profile, variants
+from vllm_afbs.evaluate.baselines import VARIANTS, baselines, of_profile, variants
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.evaluate.methods import Method
 from vllm_afbs.evaluate.suite import Amounts
@@ -71,16 +72,19 @@ def _candidates(bench: Bench, ours: Sequence[str], args: argparse.Namespace) -> 
     candidates = {method.name: [method] for method in methods}
     if ours:
         candidates[OURS] = [_of_file(Path(path)) for path in ours]
+        for change, fields in VARIANTS.items() if args.variants else ():
+            changed = [_of_file(Path(path), given=None, **fields) for path in ours]
+            candidates[f"{OURS}, {change}"] = changed
     wanted = args.methods or [*candidates, THEIRS]
     if THEIRS in wanted:
         candidates[THEIRS] = bench.tuned_by_spargeattn()
     return {name: each for name, each in candidates.items() if name in wanted}
 
 
-def _of_file(path: Path) -> Method:
+def _of_file(path: Path, **fields: Any) -> Method:
     profile = load_profile(path)
     # Steps are kept under this name, so that another profile in the same file is measured anew.
-    return of_profile(f"{path.stem} {profile.profile_id}", profile, min_length=0)
+    return of_profile(f"{path.stem} {profile.profile_id}", profile, min_length=0, **fields)
 
 
 def _parser() -> argparse.ArgumentParser:

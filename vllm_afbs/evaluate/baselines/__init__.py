@@ -5,13 +5,20 @@ from math import log1p
 
 from vllm_afbs.evaluate.baselines.oracle import OracleTopK, OracleTopP
 from vllm_afbs.evaluate.baselines.spargeattn import CDFTHRESHD, SpargeAttn
-from vllm_afbs.evaluate.baselines.thresholds import Tuned, UniformTau, of_profile, variants
+from vllm_afbs.evaluate.baselines.thresholds import (
+    VARIANTS,
+    Tuned,
+    UniformTau,
+    of_profile,
+    variants,
+)
 from vllm_afbs.evaluate.baselines.vertical_slash import GAMMA, VerticalSlash
 from vllm_afbs.evaluate.baselines.windows import StreamingLLM
 from vllm_afbs.evaluate.baselines.xattention import THRESHOLD, XAttention
 from vllm_afbs.evaluate.methods import Method
 
 __all__ = [
+    "VARIANTS",
     "OracleTopK",
     "OracleTopP",
     "SpargeAttn",

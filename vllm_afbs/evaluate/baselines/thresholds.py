@@ -70,14 +70,12 @@ def _token_mass(
     """Mean over the block's rows of each row's softmax over the blocks' mean keys."""
     scores = layer.head_queries() @ means.transpose(1, 2)
     block_of_row = torch.arange(scores.shape[1], device=scores.device) // geometry.block_q
-    scores.masked_fill_(hidden.expand(len(scores), geometry.num_q_blocks, -1)[:, block_of_row],
-                        -torch.inf)  # fmt: skip
+    by_block = hidden.expand(len(scores), geometry.num_q_blocks, -1)
+    scores.masked_fill_(by_block[:, block_of_row], -torch.inf)
     weights = torch.softmax(scores, -1).nan_to_num_(0.0)
     mass = weights.new_zeros(len(weights), geometry.num_q_blocks, weights.shape[-1])
-    return (
-        mass.index_add_(1, block_of_row, weights)
-        / geometry.row_starts.diff().to(mass.device)[None, :, None]
-    )
+    rows = geometry.row_starts.diff().to(mass.device)
+    return mass.index_add_(1, block_of_row, weights) / rows[:, None]
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,16 @@ def of_profile(name: str, profile: Profile, **fields: Any) -> Tuned:
     return Tuned(name, thresholds=thresholds, **(values | fields))
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "token Q": {"token_queries": True},
+    "2 local blocks": {"local_blocks": 2},
+    "4 local blocks": {"local_blocks": 4},
+    "key blocks of 64": {"block_k": 64},
+    "mean correction": {"corrects": True},
+}
+"""Selectors that are not served, each one change away from the served one."""
+
+
 def variants() -> Sequence[Method]:
-    """Selectors that are not served, each one change away from one tau for all heads."""
-    return [
-        UniformTau("one tau, token Q", token_queries=True),
-        UniformTau("one tau, 2 local blocks", local_blocks=2),
-        UniformTau("one tau, 4 local blocks", local_blocks=4),
-        UniformTau("one tau, key blocks of 64", block_k=64),
-        UniformTau("one tau, mean correction", corrects=True),
-    ]
+    """Those, with one tau for all heads."""
+    return [UniformTau(f"one tau, {change}", **fields) for change, fields in VARIANTS.items()]
