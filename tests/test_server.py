@@ -104,10 +104,11 @@ def test_an_evaluation_through_the_server_finds_what_one_in_process_does(
     assert float((losses - expected).abs().mean()) < 0.01
     assert float((losses - dense.losses(tokens)).abs().mean()) > 0.05
     assert served.sparsity() == pytest.approx(here.sparsity(), abs=0.005)
-    one, other = (each.next_token(tokens, 11) for each in (served, here))
+    # Prompts that begin otherwise, or the server would read most of them from its cache.
+    one, other = (each.next_token(tokens[5:], 11) for each in (served, here))
     assert one.loss == pytest.approx(other.loss, abs=0.05)
     assert kl_divergence(other.top, one.top) < 1e-3
-    assert served.generate([tokens], 4) == here.generate([tokens], 4)
+    assert served.generate([tokens[9:]], 4) == here.generate([tokens[9:]], 4)
     with pytest.raises(InputError, match=r"a server of profile 000 expected, it serves"):
         Served(url, set(), "000")
 
