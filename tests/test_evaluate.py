@@ -25,9 +25,10 @@ from vllm_afbs.evaluate.prompts import make_prompts
 from vllm_afbs.evaluate.retrieval import KINDS, Maker
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
-from vllm_afbs.profile import Profile, write_atomically
+from vllm_afbs.profile import Profile, TextSource, write_atomically
 from vllm_afbs.tuning.end_to_end import EndToEnd
 from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.texts import Text
 
 BLOCK = 16
 TOKENS = [(5 * i) % 60 for i in range(256)]
@@ -278,12 +279,22 @@ def test_what_cannot_be_used_is_refused_with_one_line(
     other.write_text(profile.model_copy(update={"model": model}).to_json())
     short = tmp_path / "short.txt"
     short.write_text("too short")
+    seen = tmp_path / "seen.txt"
+    seen.write_text("seen " * 100)
+    tuned = [
+        TextSource(name=name, sha256=Text("", seen.read_text()).sha256, num_tokens=9)
+        for name in ("seen.txt", "pydoc_data.topics of Python 3")
+    ]
+    on_it = tmp_path / "tuned.json"
+    on_it.write_text(profile.model_copy(update={"calibration_texts": tuned}).to_json())
     url = "http://127.0.0.1:9"
     for given, complaint in (
         (arguments(tiny_model, tmp_path / "none.json", output), "none.json: cannot read"),
         (arguments(tmp_path / "none", profile_file, output), "none: no such directory"),
         (arguments(tiny_model, other, output), "model.head_dim is 96"),
         (arguments(tiny_model, profile_file, output, "--text", str(short)), "short.txt: the text"),
+        (arguments(tiny_model, on_it, output, "--text", str(seen)), "seen.txt: a held-out text"),
+        (arguments(tiny_model, on_it, output), "--text: a text expected"),
         (arguments(tiny_model, profile_file, output, "--length", "4"), "--length: 128 to 256"),
         (arguments(tiny_model, profile_file, output, "--server", url), f"{url}: Connection"),
         (arguments(tiny_model, profile_file, tmp_path / "none" / "q.json"), "--output: a .json"),

@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
     model = open_model(options.model)
     profile.check_model(model.fingerprint, str(options.profile))
     amounts = _amounts(options, profile, model)
-    text = _text(options.text)
+    text = _text(options.text, profile)
     from vllm_afbs.evaluate.comparison import compare
     from vllm_afbs.evaluate.report import show, write_report
     from vllm_afbs.evaluate.suite import ask, load_tokenizer, make_suite
@@ -167,14 +167,22 @@ def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceMode
     )
 
 
-def _text(path: Path | None) -> "Text":
+def _text(path: Path | None, profile: "Profile") -> "Text":
+    """The text to evaluate on, which the profile must not have been tuned on."""
+    from vllm_afbs.tuning.model import InputError
     from vllm_afbs.tuning.texts import Text, read_texts
 
-    if path is None:
-        from vllm_afbs.demo.assets import python_reference
+    if path is not None:
+        (text,) = read_texts([path])
+        if text.sha256 in {source.sha256 for source in profile.calibration_texts}:
+            raise InputError(f"{path}: a held-out text expected: the profile was tuned on this one")
+        return text
+    from vllm_afbs.demo.assets import python_reference
 
-        return Text("Python's language reference, held-out part", python_reference().prompt)
-    return read_texts([path])[0]
+    # The tuner's default is the whole reference.
+    if any(source.name.startswith("pydoc_data.topics") for source in profile.calibration_texts):
+        raise InputError("--text: a text expected: the profile was tuned on the default one")
+    return Text("Python's language reference, held-out part", python_reference().prompt)
 
 
 def _predictors(
