@@ -36,8 +36,8 @@ def masked_attention(
     """
     _, num_heads, length, _ = query.shape
     group = num_heads // key.shape[1]
-    means = [_means(rows, geometry).repeat_interleave(group, 1) for rows in (key, value)]
     key, value = (rows.repeat_interleave(group, 1) for rows in (key, value))
+    means = [_means(rows, geometry) for rows in (key, value)] if corrects else []
     at = torch.arange(length, device=query.device)
     output = torch.empty_like(query)
     entries = _MASK_ENTRIES[compute_device().type]
@@ -63,7 +63,7 @@ def masked_attention(
 
 
 def _means(rows: torch.Tensor, geometry: BlockGeometry) -> torch.Tensor:
-    """Mean of each block's rows, ``[1, num_kv_heads, num_k_blocks, head_dim]``."""
+    """Mean of each block's rows, ``[1, num_heads, num_k_blocks, head_dim]``."""
     blocks, counts = cut_keys(rows[0].transpose(0, 1), geometry)
     return (blocks.float().sum(2) / counts[None, :, None]).to(rows.dtype)[None]
 
