@@ -69,7 +69,8 @@ class Answers:
         next_tokens: After each prefix.
         continuations: Token ids.
         retrieved: The share of what was to be found, of each prompt.
-        sparsity: Share of block products skipped in all of it.
+        sparsity: Share of block products skipped in the windows, which are as long as prompts get;
+            without any, in all that was asked.
     """
 
     losses: Sequence[torch.Tensor]
@@ -140,25 +141,18 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
     )
 
 
-def ask(predictor: Predictor, suite: Suite, heard: Callable[[], None] = lambda: None) -> Answers:
-    """Asks a model everything.
-
-    Args:
-        predictor: The model.
-        suite: What to ask.
-        heard: Called after each part of the suite.
-    """
+def ask(predictor: Predictor, suite: Suite) -> Answers:
+    """Asks a model everything."""
     losses = [predictor.losses(window) for window in suite.windows]
-    heard()
+    sparsity = predictor.sparsity() if losses else None
     next_tokens = [predictor.next_token(*prefix) for prefix in suite.prefixes]
-    heard()
     continuations = predictor.generate(suite.continued, suite.new_tokens)
-    heard()
     retrieved: list[float] = [0.0] * len(suite.retrieval)
     for room in {prompt.num_tokens for prompt in suite.retrieval}:
         chosen = [i for i, prompt in enumerate(suite.retrieval) if prompt.num_tokens == room]
         answers = predictor.generate([suite.retrieval[i].tokens for i in chosen], room)
         for i, answer in zip(chosen, answers, strict=True):
             retrieved[i] = suite.retrieval[i].score(suite.decode(answer))
-    heard()
-    return Answers(losses, next_tokens, continuations, retrieved, predictor.sparsity())
+    if sparsity is None:
+        sparsity = predictor.sparsity()
+    return Answers(losses, next_tokens, continuations, retrieved, sparsity)
