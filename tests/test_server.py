@@ -16,8 +16,15 @@ from tests.coming_metrics import with_coming_metrics
 from tests.profiles import uniform_profile
 from tests.prometheus import assert_everything_has_data, running_prometheus, tool
 from vllm_afbs.demo.client import Counters, complete, growth, scrape
+from vllm_afbs.demo.divergence import kl_divergence
 from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, running_server, vllm_command
+from vllm_afbs.evaluate.baselines import of_profile
+from vllm_afbs.evaluate.in_process import InProcess, Runner
+from vllm_afbs.evaluate.methods import Selection
+from vllm_afbs.evaluate.predictor import end_tokens
+from vllm_afbs.evaluate.server import Served
 from vllm_afbs.profile import ModelFingerprint, Profile, write_atomically
+from vllm_afbs.tuning.model import InputError, open_model
 
 pytestmark = pytest.mark.machine
 
@@ -130,6 +137,32 @@ def test_the_kill_switch_reaches_the_workers(url: str, profile: Profile) -> None
     assert all(head["live"]["computed"] > 0 for layer in layers for head in layer["heads"])
     served = httpx.get(f"{url}/afbs/profile").json()
     assert Profile.model_validate(served["profile"]) == profile
+
+
+@pytest.mark.parametrize("url", [1], indirect=True, ids=["one-api-server"])
+def test_an_evaluation_through_the_server_finds_what_one_in_process_does(
+    url: str, profile: Profile, smollm2_dir: Path
+) -> None:
+    """Sparse prefill, its losses and the next token, against the emulation of both."""
+    model = open_model(str(smollm2_dir))
+    served = Served(url, end_tokens(model), profile.profile_id)
+    tokens = [7 + i * i % 1000 for i in range(1100)]
+    runner = Runner(model)
+    dense, here = (
+        InProcess(runner, each) for each in (None, Selection(of_profile("", profile), 0.0))
+    )
+    losses = served.losses(tokens)
+    expected = here.losses(tokens)
+    assert float((losses - expected).abs().mean()) < 0.01
+    assert float((losses - dense.losses(tokens)).abs().mean()) > 0.05
+    assert served.sparsity() == pytest.approx(here.sparsity(), abs=0.005)
+    # Prompts that begin otherwise, or the server would read most of them from its cache.
+    one, other = (each.next_token(tokens[5:], 11) for each in (served, here))
+    assert one.loss == pytest.approx(other.loss, abs=0.05)
+    assert kl_divergence(other.top, one.top) < 1e-3
+    assert served.generate([tokens[9:]], 4) == here.generate([tokens[9:]], 4)
+    with pytest.raises(InputError, match=r"a server of profile 000 expected, it serves"):
+        Served(url, set(), "000")
 
 
 def test_concurrent_requests_and_an_abort(url: str) -> None:

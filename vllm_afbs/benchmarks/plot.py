@@ -138,11 +138,45 @@ def budget_allocation(figure: Figure, rows: Rows) -> None:
     axes.legend()
 
 
+_AT = re.compile(r"(?P<method>.+) at [\d.]+$")
+
+
+def quality(figure: Figure, rows: Rows) -> None:
+    """Perplexity over dense by measured sparsity, for each text and what calibrated it."""
+    panels: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        name, _, what = row["what"].partition(": ")
+        panels[row["shape"]][name][what] = float(row["p50"])
+    figure.set_size_inches(5 * len(panels), 5)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (shape, found) in zip(grid, panels.items(), strict=True):
+        curves: dict[str, Points] = defaultdict(list)
+        for name, each in found.items():
+            if at := _AT.match(name):
+                increase = max(each["perplexity ratio"] - 1.0, 1e-4)  # for the log axis
+                curves[at["method"]].append((each["sparsity"], increase))
+        for number, (method, points) in enumerate(curves.items()):
+            style = {"color": "black", "linewidth": 2.5} if method == "afbs" else {}
+            axes.plot(
+                *zip(*sorted(points), strict=True),
+                _STYLES[number // 10 % len(_STYLES)],
+                marker="osD^vP*X<>h"[number % 11],
+                label=method,
+                **style,
+            )
+        axes.set(yscale="log", xlabel="block products skipped, measured", title=shape)
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("increase of perplexity over dense, ratio")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
+
+
 DRAWINGS: dict[str, Callable[[Figure, Rows], None]] = {
     "prefill_gpu": prefill,
     "serving_gpu": serving,
     "tuner_arms": tuner_arms,
     "budget_allocation": budget_allocation,
+    "quality": quality,
 }
 
 

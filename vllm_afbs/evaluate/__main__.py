@@ -1,0 +1,218 @@
+"""The evaluation's command line.
+
+    python -m vllm_afbs.evaluate --model MODEL --profile profile.json --output quality.json
+
+Torch is imported only once the arguments are known to be usable.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_afbs.evaluate.predictor import Predictor
+    from vllm_afbs.evaluate.suite import Amounts
+    from vllm_afbs.profile import Profile
+    from vllm_afbs.tuning.model import SourceModel
+    from vllm_afbs.tuning.texts import Text
+
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1
+TESTS = ("perplexity", "prefixes", "agreement", "retrieval")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the evaluation; returns the exit status: 2 where what was given cannot be used."""
+    options = _parser().parse_args(argv)
+    needed = ["matplotlib", *(["httpx", "openai"] if options.server else [])]
+    if missing := [name for name in needed if find_spec(name) is None]:
+        return _refuse(f"{missing[0]} is not installed: pip install 'vllm-afbs[evaluate]'")
+    if options.output.suffix in (".csv", ".svg") or not options.output.parent.is_dir():
+        return _refuse(f"{options.output}: --output: a .json file in a folder that exists expected")
+    from vllm_afbs.profile import ProfileError
+    from vllm_afbs.tuning.model import InputError, one_line
+
+    try:
+        return _run(options)
+    except (InputError, ProfileError) as error:
+        return _refuse(str(error))
+    except OSError as error:
+        return _refuse(f"{error.filename or options.output}: {one_line(error)}", EXIT_FAILED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_afbs.evaluate",
+        description="Measure what a profile costs a model in quality, against itself run dense.",
+    )
+    parser.add_argument("--model", required=True, help="directory or hub id, as tuned")
+    parser.add_argument("--profile", required=True, type=Path)
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="JSON to write; a CSV and an SVG of the same name appear beside it",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="held-out text: a UTF-8 file, or a directory of a data set; by default the part of "
+        "Python's language reference that the demo does not calibrate on",
+    )
+    parser.add_argument(
+        "--length",
+        type=_positive,
+        help="tokens of the longest prompt (default: the longest that the profile is for)",
+    )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask a running server of this profile instead of running the model here",
+    )
+    parser.add_argument(
+        "--dense-server",
+        metavar="URL",
+        help="a stock server of the same model as the dense reference (default: run here)",
+    )
+    parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS))
+    parser.add_argument(
+        "--windows", type=_positive, default=4, help="of text, at most, for perplexity"
+    )
+    parser.add_argument("--prefixes", type=_positive, default=64, help="scored by one token each")
+    parser.add_argument("--continuations", type=_positive, default=16)
+    parser.add_argument("--new-tokens", type=_positive, default=64, help="of a continuation")
+    parser.add_argument(
+        "--per-task", type=_positive, default=11, help="retrieval prompts of a task, by depth"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number expected, got {text}")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vllm_afbs.profile import load_profile
+    from vllm_afbs.tuning.model import open_model
+
+    profile = load_profile(options.profile)
+    model = open_model(options.model)
+    profile.check_model(model.fingerprint, str(options.profile))
+    amounts = _amounts(options, profile, model)
+    text = _text(options.text, profile)
+    from vllm_afbs.evaluate.comparison import compare
+    from vllm_afbs.evaluate.report import show, write_report
+    from vllm_afbs.evaluate.suite import ask, load_tokenizer, make_suite
+
+    suite = make_suite(load_tokenizer(model), text, amounts)
+    dense, sparse = _predictors(options, profile, model)
+    start = time.monotonic()
+    print("asking the dense model", file=sys.stderr, flush=True)
+    reference = ask(dense, suite)
+    print("asking the sparse model", file=sys.stderr, flush=True)
+    answers = ask(sparse, suite)
+    comparisons = compare(suite, reference, answers)
+    show(comparisons, answers.sparsity)
+    about = {
+        "model": model.name,
+        "rope": model.fingerprint.rope,
+        "profile": str(options.profile),
+        "profile_id": profile.profile_id,
+        "text": {"name": text.name, "sha256": text.sha256},
+        "through": options.server or "this process",
+        "dense_through": options.dense_server or "this process",
+        "length": amounts.length,
+        "seed": amounts.seed,
+        "sparsity": answers.sparsity,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    shape = f"{Path(model.name).name}-L{amounts.length}-sparsity{answers.sparsity:.2f}"
+    if (rope := model.fingerprint.rope.get("rope_type", "default")) != "default":
+        shape += f"-{rope} positions"
+    write_report(options.output, comparisons, about, shape)
+    return 0
+
+
+def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceModel") -> "Amounts":
+    from vllm_afbs.evaluate.suite import Amounts
+    from vllm_afbs.tuning.model import InputError
+
+    reach = min(profile.max_seq_len, model.max_length)
+    length = options.length or reach
+    if not profile.min_seq_len <= length <= reach:
+        raise InputError(
+            f"--length: {profile.min_seq_len} to {reach} expected, where the profile makes the "
+            f"model sparse, got {length}"
+        )
+
+    def if_asked(test: str, amount: int) -> int:
+        return amount if test in options.tests else 0
+
+    return Amounts(
+        length=length,
+        windows=if_asked("perplexity", options.windows),
+        prefixes=if_asked("prefixes", options.prefixes),
+        continuations=if_asked("agreement", options.continuations),
+        new_tokens=options.new_tokens,
+        per_kind=if_asked("retrieval", options.per_task),
+        seed=options.seed,
+    )
+
+
+def _text(path: Path | None, profile: "Profile") -> "Text":
+    """The text to evaluate on, which the profile must not have been tuned on."""
+    from vllm_afbs.tuning.model import InputError
+    from vllm_afbs.tuning.texts import Text, read_texts
+
+    if path is not None:
+        (text,) = read_texts([path])
+        if text.sha256 in {source.sha256 for source in profile.calibration_texts}:
+            raise InputError(f"{path}: a held-out text expected: the profile was tuned on this one")
+        return text
+    from vllm_afbs.demo.assets import python_reference
+
+    # The tuner's default is the whole reference.
+    if any(source.name.startswith("pydoc_data.topics") for source in profile.calibration_texts):
+        raise InputError("--text: a text expected: the profile was tuned on the default one")
+    return Text("Python's language reference, held-out part", python_reference().prompt)
+
+
+def _predictors(
+    options: argparse.Namespace, profile: "Profile", model: "SourceModel"
+) -> "tuple[Predictor, Predictor]":
+    """The dense model and the sparse one; weights are loaded only where one of them runs here."""
+    from vllm_afbs.evaluate.baselines import of_profile
+    from vllm_afbs.evaluate.in_process import InProcess, Runner
+    from vllm_afbs.evaluate.methods import Selection
+
+    def served(url: str, profile_id: str | None) -> "Predictor":
+        from vllm_afbs.evaluate.predictor import end_tokens
+        from vllm_afbs.evaluate.server import Served
+
+        return Served(url, end_tokens(model), profile_id)
+
+    # Servers first: they are asked whether they will do before weights are loaded.
+    sparse = served(options.server, profile.profile_id) if options.server else None
+    dense = served(options.dense_server, None) if options.dense_server else None
+    if sparse is None or dense is None:
+        runner = Runner(model)
+        sparse = sparse or InProcess(runner, Selection(of_profile("afbs", profile), 0.0))
+        dense = dense or InProcess(runner, None)
+    return dense, sparse
+
+
+def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> int:
+    print(f"vllm-afbs-evaluate: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Ways to choose blocks that others published, each by its definition, and what is served."""
+
+from collections.abc import Sequence
+from math import log1p
+
+from vllm_afbs.evaluate.baselines.oracle import OracleTopK, OracleTopP
+from vllm_afbs.evaluate.baselines.spargeattn import CDFTHRESHD, SpargeAttn
+from vllm_afbs.evaluate.baselines.thresholds import (
+    VARIANTS,
+    Tuned,
+    UniformTau,
+    of_profile,
+    variants,
+)
+from vllm_afbs.evaluate.baselines.vertical_slash import GAMMA, VerticalSlash
+from vllm_afbs.evaluate.baselines.windows import StreamingLLM
+from vllm_afbs.evaluate.baselines.xattention import THRESHOLD, XAttention
+from vllm_afbs.evaluate.methods import Method
+
+__all__ = [
+    "VARIANTS",
+    "OracleTopK",
+    "OracleTopP",
+    "SpargeAttn",
+    "StreamingLLM",
+    "Tuned",
+    "UniformTau",
+    "VerticalSlash",
+    "XAttention",
+    "baselines",
+    "of_profile",
+    "variants",
+]
+
+
+def baselines() -> Sequence[Method]:
+    """Those that need no tuning."""
+    return [
+        OracleTopK("oracle Top-K"),
+        OracleTopP("oracle Top-p"),
+        StreamingLLM("window + sink"),
+        SpargeAttn("SpargeAttn, defaults", given=-log1p(-CDFTHRESHD)),
+        XAttention("XAttention", given=-log1p(-THRESHOLD)),
+        VerticalSlash("vertical-slash", given=-log1p(-GAMMA)),
+        UniformTau("one tau"),
+    ]

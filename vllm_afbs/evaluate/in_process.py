@@ -1,0 +1,254 @@
+"""A model in this process that does what the server does: prefill sparse, decoding dense."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_afbs.evaluate.masked import masked_attention
+from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, Selection
+from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens
+from vllm_afbs.tuning import attention
+from vllm_afbs.tuning.model import SourceModel
+from vllm_afbs.tuning.weights import load_weights
+
+_ATTENTION = "afbs_evaluated"
+_DECODED_AT_ONCE = 16
+_ROWS = 1024  # of logits, whose softmax is taken in fp32
+
+
+class Counter:
+    """Blocks computed and not, over all that was run since it was made."""
+
+    def __init__(self) -> None:
+        self._kept: torch.Tensor | int = 0
+        self._visible = 0
+
+    def add(self, kept: torch.Tensor | int, visible: int) -> None:
+        """Counts one layer's blocks."""
+        self._kept = self._kept + kept
+        self._visible += visible
+
+    @property
+    def sparsity(self) -> float:
+        """Share of dense causal attention's block products that was skipped."""
+        return 1.0 - int(self._kept) / self._visible if self._visible else 0.0
+
+
+class Runner:
+    """A loaded model whose prefills can be made sparse by any method.
+
+    Args:
+        model: The model; its weights are loaded, on a GPU when there is one.
+
+    Raises:
+        InputError: The weights cannot be read.
+    """
+
+    def __init__(self, model: SourceModel) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_ATTENTION, self._attend)
+        self._model: Any = load_weights(model, _ATTENTION, with_head=True)
+        self._device = next(self._model.parameters()).device
+        self._selection: Selection | None = None
+        self._counter = Counter()
+        self._watched: Sequence[tuple[Method, list[torch.Tensor]]] = ()
+        self._padding: torch.Tensor | None = None  # of a batch that is decoded
+        self._ends = end_tokens(model)
+
+    @contextmanager
+    def selecting(self, selection: Selection | None, counter: Counter) -> Iterator[None]:
+        """Runs prefills with a selection, or dense, and counts their blocks."""
+        before = self._selection, self._counter
+        self._selection, self._counter = selection, counter
+        try:
+            yield
+        finally:
+            self._selection, self._counter = before
+
+    def levels(
+        self, tokens: Sequence[int], methods: Sequence[Method], selection: Selection | None = None
+    ) -> list[list[torch.Tensor]]:
+        """Levels of all visible blocks, by method and layer, while the model runs over a text.
+
+        Args:
+            tokens: Token ids.
+            methods: Whose levels.
+            selection: What the model runs with; dense by default.
+        """
+        watched: list[tuple[Method, list[torch.Tensor]]] = [(method, []) for method in methods]
+        self._watched = watched
+        try:
+            with self.selecting(selection, Counter()):
+                self._logits(tokens, 1)
+        finally:
+            self._watched = ()
+        return [levels for _, levels in watched]
+
+    @torch.inference_mode()
+    def losses(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Negative log likelihood of every token after the first, in nats, ``[length - 1]``."""
+        logits = self._logits(tokens, 0)[:-1]
+        targets = torch.tensor(tokens[1:], device=self._device)
+        parts = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+        losses = [
+            torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
+            for part, target in parts
+        ]
+        return torch.cat(losses).cpu()
+
+    @torch.inference_mode()
+    def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
+        """The distribution of the token after a prompt."""
+        log_probs = torch.log_softmax(self._logits(tokens, 1)[-1].float(), -1)
+        values, ids = log_probs.exp().topk(TOP)
+        top = dict(zip(ids.tolist(), values.tolist(), strict=True))
+        return NextToken(-float(log_probs[target]), top, log_probs.cpu())
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """Greedy continuations, without the token that ended them."""
+        answers = []
+        for start in range(0, len(prompts), _DECODED_AT_ONCE):
+            batch = prompts[start : start + _DECODED_AT_ONCE]
+            answers += [self._until_end(each) for each in self._decode(batch, num_tokens)]
+        return answers
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        stop = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        return tokens[:stop]
+
+    @torch.inference_mode()
+    def _logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
+        """Logits of the last so many positions, or with 0 of all, ``[positions, vocabulary]``."""
+        ids = torch.tensor([tokens], device=self._device)
+        output = self._model(input_ids=ids, use_cache=False, logits_to_keep=last)
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """Prefills prompts one by one, then decodes them together, padded on the left."""
+        from transformers import DynamicCache
+
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
+        longest = int(lengths.max())
+        first, caches = [], []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=self._device)
+            output = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            first.append(output.logits[0, -1].argmax())
+            caches.append(output.past_key_values)
+        cache = DynamicCache()
+        for layer in range(len(caches[0].layers)):
+            keys = _padded([each.layers[layer].keys for each in caches], longest)
+            values = _padded([each.layers[layer].values for each in caches], longest)
+            cache.update(keys, values, layer)
+        del caches
+        tokens = [torch.stack(first)]
+        self._padding = longest - lengths
+        try:
+            for step in range(num_tokens - 1):
+                output = self._model(
+                    input_ids=tokens[-1][:, None],
+                    past_key_values=cache,
+                    position_ids=(lengths + step)[:, None],
+                    use_cache=True,
+                )
+                tokens.append(output.logits[:, -1].argmax(-1))
+        finally:
+            self._padding = None
+        decoded: list[list[int]] = torch.stack(tokens, 1).tolist()
+        return decoded
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        scale = attention.scale_of(query, scaling)
+        if self._padding is not None:
+            there = torch.arange(key.shape[2], device=key.device) >= self._padding[:, None]
+            output = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=there[:, None, None], scale=scale, enable_gqa=True
+            )
+            return attention.returned(output)
+        rows, keys = query[0].transpose(0, 1), key[0].transpose(0, 1)
+        layer = Layer(module.layer_idx, rows, keys, scale)
+        for method, seen in self._watched:
+            seen.append(_visible_levels(method, layer))
+        return attention.returned(self._prefill(layer, query, key, value))
+
+    def _prefill(
+        self, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        length, num_heads = query.shape[2], query.shape[1]
+        selection = self._selection
+        if selection is None or selection.method.is_dense(layer.index, length):
+            if selection is not None:
+                visible = num_heads * selection.method.geometry(length).num_visible
+                self._counter.add(visible, visible)
+            return attention.dense(query, key, value, layer.softmax_scale)
+        geometry = selection.method.geometry(length)
+        keep = selection.keep(layer)
+        self._counter.add(keep.sum(), num_heads * geometry.num_visible)
+        return masked_attention(
+            query, key, value, keep, geometry, layer.softmax_scale,
+            corrects=selection.method.corrects,
+        )  # fmt: skip
+
+
+def _padded(rows: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    """Caches of single prompts as one batch, zeros before the shorter ones."""
+    return torch.cat(
+        [torch.nn.functional.pad(each, (0, 0, length - each.shape[2], 0)) for each in rows]
+    )
+
+
+def _visible_levels(method: Method, layer: Layer) -> torch.Tensor:
+    geometry = method.geometry(len(layer.query))
+    if method.is_dense(layer.index, len(layer.query)):
+        return layer.query.new_full(
+            (layer.query.shape[1] * geometry.num_visible,), ALWAYS, dtype=torch.float64
+        )
+    levels = method.levels(layer)
+    return levels[:, geometry.visible.to(levels.device)].flatten()
+
+
+class InProcess:
+    """The model with one selection, asked through ``Predictor``.
+
+    Args:
+        runner: The loaded model, which several of these may share.
+        selection: What it runs with; None for dense.
+    """
+
+    def __init__(self, runner: Runner, selection: Selection | None) -> None:
+        self._runner = runner
+        self._selection = selection
+        self._counter = Counter()
+
+    def losses(self, tokens: Sequence[int]) -> torch.Tensor:
+        """See ``Predictor``."""
+        with self._runner.selecting(self._selection, self._counter):
+            return self._runner.losses(tokens)
+
+    def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
+        """See ``Predictor``."""
+        with self._runner.selecting(self._selection, self._counter):
+            return self._runner.next_token(tokens, target)
+
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """See ``Predictor``."""
+        with self._runner.selecting(self._selection, self._counter):
+            return self._runner.generate(prompts, num_tokens)
+
+    def sparsity(self) -> float:
+        """See ``Predictor``."""
+        return 0.0 if self._selection is None else self._counter.sparsity

@@ -1,0 +1,123 @@
+"""A model behind an OpenAI-compatible server, asked through ``Predictor``."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import torch
+from openai import OpenAI
+from openai.types import CompletionChoice
+
+from vllm_afbs.demo.client import REQUEST_SECONDS, Counters, growth, scrape
+from vllm_afbs.evaluate.predictor import TOP, NextToken
+from vllm_afbs.tuning.model import InputError, one_line
+
+_PRODUCTS = "vllm_afbs_block_products_total"
+_PROFILE = "vllm_afbs_profile_info"
+
+
+class Served:
+    """A running vLLM server.
+
+    Args:
+        url: Of the server, without ``/v1``.
+        ends: Token ids that end an answer, which are cut off.
+        profile_id: Of the profile that it has to serve; None for a dense reference, of which
+            nothing is asked.
+
+    Raises:
+        InputError: It does not answer, or serves another profile.
+    """
+
+    def __init__(self, url: str, ends: set[int], profile_id: str | None) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._ends = ends
+        self._client = OpenAI(
+            base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS
+        )
+        with self._one_line():
+            self._model = self._client.models.list().data[0].id
+            self._before = scrape(self._url)
+        if profile_id is not None and profile_id != (served := _served_profile(self._before)):
+            raise InputError(
+                f"{self._url}: a server of profile {profile_id} expected, "
+                f"it serves {served or 'none'}"
+            )
+
+    def losses(self, tokens: Sequence[int]) -> torch.Tensor:
+        """See ``Predictor``."""
+        choice = self._complete(tokens, 1, {"prompt_logprobs": 0})
+        told: list[dict[str, dict[str, Any]]] = (choice.model_extra or {})["prompt_logprobs"][1:]
+        return -torch.tensor(
+            [each[str(token)]["logprob"] for each, token in zip(told, tokens[1:], strict=True)]
+        )
+
+    def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
+        """See ``Predictor``.
+
+        The answer is held to the one token, whose probability is told as if it were not: what a
+        server tells is taken before that (``--logprobs-mode raw_logprobs``, the default).
+        """
+        choice = self._complete(tokens, 1, {"logprobs": TOP, "allowed_token_ids": [target]})
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs is not None
+        assert choice.logprobs.top_logprobs is not None
+        ids = {_token_id(name): value for name, value in choice.logprobs.top_logprobs[0].items()}
+        top = dict(sorted(ids.items(), key=lambda each: -each[1])[:TOP])
+        probabilities = torch.tensor(list(top.values())).exp().tolist()
+        loss = -float(choice.logprobs.token_logprobs[0])
+        return NextToken(loss, dict(zip(top, probabilities, strict=True)), None)
+
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """See ``Predictor``."""
+        answers = []
+        for prompt in prompts:
+            choice = self._complete(prompt, num_tokens, {"logprobs": 0})
+            names = choice.logprobs.tokens if choice.logprobs is not None else None
+            ids = [_token_id(name) for name in names or []]
+            answers.append(ids[:-1] if ids and ids[-1] in self._ends else ids)
+        return answers
+
+    def sparsity(self) -> float:
+        """See ``Predictor``."""
+        with self._one_line():
+            grown = growth(self._before, scrape(self._url))
+        skipped, computed = (_products(grown, outcome) for outcome in ("skipped", "computed"))
+        return skipped / (skipped + computed) if skipped + computed else 0.0
+
+    def _complete(
+        self, prompt: Sequence[int], max_tokens: int, more: dict[str, Any]
+    ) -> CompletionChoice:
+        with self._one_line():
+            completion = self._client.completions.create(
+                model=self._model,
+                prompt=list(prompt),
+                max_tokens=max_tokens,
+                temperature=0,
+                extra_body={"return_tokens_as_token_ids": True, **more},
+            )
+        return completion.choices[0]
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            raise InputError(f"{self._url}: {one_line(error)}") from None
+
+
+def _token_id(name: str) -> int:
+    return int(re.sub(r"^token_id:", "", name))
+
+
+def _products(counters: Counters, outcome: str) -> float:
+    wanted = ("outcome", outcome)
+    return sum(v for (name, have), v in counters.items() if name == _PRODUCTS and wanted in have)
+
+
+def _served_profile(counters: Counters) -> str | None:
+    """Identity of the profile that a server says it serves."""
+    return next((dict(labels)["profile_id"] for name, labels in counters if name == _PROFILE), None)

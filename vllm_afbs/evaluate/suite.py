@@ -1,0 +1,158 @@
+"""What a model is asked, and what it answers."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_afbs.evaluate.predictor import NextToken, Predictor
+from vllm_afbs.evaluate.prompts import Prompt, make_prompts
+from vllm_afbs.evaluate.retrieval import KINDS
+from vllm_afbs.tuning.model import InputError, SourceModel, one_line
+from vllm_afbs.tuning.texts import Text
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is asked.
+
+    Attributes:
+        length: Tokens of the longest prompt.
+        windows: Windows of text whose perplexity is taken; fewer where it holds fewer.
+        prefixes: Prompts cut out of the text whose next token alone is scored.
+        continuations: Prompts cut out of the text that are continued greedily.
+        new_tokens: Tokens of a continuation.
+        per_kind: Retrieval prompts of each kind.
+        kinds: Kinds of retrieval.
+        seed: Of where texts are cut and what is hidden in them.
+    """
+
+    length: int
+    windows: int = 4
+    prefixes: int = 64
+    continuations: int = 16
+    new_tokens: int = 64
+    per_kind: int = 11
+    kinds: tuple[str, ...] = tuple(KINDS)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All that is asked, as token ids.
+
+    Attributes:
+        windows: Of text, all of one length.
+        prefixes: Prompts, each with the token that follows it in the text.
+        continued: Prompts that are continued greedily.
+        new_tokens: By so many tokens.
+        retrieval: Prompts with known answers.
+        decode: Token ids as text.
+    """
+
+    windows: Sequence[list[int]]
+    prefixes: Sequence[tuple[list[int], int]]
+    continued: Sequence[list[int]]
+    new_tokens: int
+    retrieval: Sequence[Prompt]
+    decode: Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers to a suite, in the suite's order.
+
+    Attributes:
+        losses: Of each window's tokens, ``[length - 1]`` each.
+        next_tokens: After each prefix.
+        continuations: Token ids.
+        retrieved: The share of what was to be found, of each prompt.
+        sparsity: Share of block products skipped in the windows, which are as long as prompts get;
+            without any, in all that was asked.
+    """
+
+    losses: Sequence[torch.Tensor]
+    next_tokens: Sequence[NextToken]
+    continuations: Sequence[list[int]]
+    retrieved: Sequence[float]
+    sparsity: float
+
+
+def load_tokenizer(model: SourceModel) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.directory(), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{model.name}: cannot read the tokenizer: {one_line(error)}") from None
+
+
+def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
+    """Cuts a text and hides facts in it.
+
+    Windows are spread evenly over the text and share no token; prefixes begin anywhere and are half
+    as long as the longest prompt to as long as it.
+
+    Raises:
+        InputError: The text is too short.
+    """
+    first = tokenizer("").input_ids
+    prefix = first[:1] if first and first[0] == tokenizer.bos_token_id else []
+    tokens = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    length = amounts.length - len(prefix)
+    if len(tokens) <= length:
+        raise InputError(
+            f"{text.name}: the text has {len(tokens)} tokens, at least {length + 1} expected for a "
+            f"window of {amounts.length}"
+        )
+    num_windows = min(amounts.windows, len(tokens) // length)
+    rng = random.Random(amounts.seed)
+
+    def cut(size: int) -> list[int]:
+        start = rng.randrange(len(tokens) - size)
+        return [*prefix, *tokens[start : start + size]]
+
+    apart = len(tokens) // max(num_windows, 1)
+    sizes = [rng.randint(length // 2, length - 1) for _ in range(amounts.prefixes)]
+    longer = [cut(size + 1) for size in sizes]
+    shortened = length - amounts.new_tokens
+    try:
+        retrieval = make_prompts(
+            tokenizer, text.content, amounts.length, amounts.per_kind, amounts.seed, amounts.kinds
+        )
+    except ValueError as error:
+        raise InputError(f"{text.name}: retrieval prompts: {error}") from None
+    return Suite(
+        windows=[[*prefix, *tokens[i * apart : i * apart + length]] for i in range(num_windows)],
+        prefixes=[(each[:-1], each[-1]) for each in longer],
+        continued=[cut(shortened) for _ in range(amounts.continuations)],
+        new_tokens=amounts.new_tokens,
+        retrieval=retrieval,
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+    )
+
+
+def ask(predictor: Predictor, suite: Suite) -> Answers:
+    """Asks a model everything."""
+    losses = [predictor.losses(window) for window in suite.windows]
+    sparsity = predictor.sparsity() if losses else None
+    next_tokens = [predictor.next_token(*prefix) for prefix in suite.prefixes]
+    continuations = predictor.generate(suite.continued, suite.new_tokens)
+    retrieved: list[float] = [0.0] * len(suite.retrieval)
+    for room in {prompt.num_tokens for prompt in suite.retrieval}:
+        chosen = [i for i, prompt in enumerate(suite.retrieval) if prompt.num_tokens == room]
+        answers = predictor.generate([suite.retrieval[i].tokens for i in chosen], room)
+        for i, answer in zip(chosen, answers, strict=True):
+            retrieved[i] = suite.retrieval[i].score(suite.decode(answer))
+    if sparsity is None:
+        sparsity = predictor.sparsity()
+    return Answers(losses, next_tokens, continuations, retrieved, sparsity)
