@@ -54,14 +54,12 @@ def by_arm(taken: Capture) -> Choices:
         return {name: choose(name, SETTINGS, SCOPE, taken) for name in names}
 
 
-def score(
-    taken: Capture, choices: list[Choice], window: str = "calibration", row_share: float = 1.0
-) -> HeadScores:
+def score(taken: Capture, choices: list[Choice], window: str = "calibration") -> HeadScores:
     heads = [choice.head for choice in choices]
     tau, theta = torch.ones(3), torch.full((3,), -1.0)
     tau[heads] = torch.tensor([choice.tau for choice in choices])
     theta[heads] = torch.tensor([choice.theta for choice in choices])
-    evaluator = LayerEvaluator(taken.load(0, window), SETTINGS.longest, 32, 32, row_share)
+    evaluator = LayerEvaluator(taken.load(0, window), SETTINGS.longest, 32, 32)
     scores = evaluator.score(HeadThresholds(tau, theta))
     return HeadScores(scores.error[heads], scores.sparsity[heads])
 
@@ -80,7 +78,7 @@ def test_arms_stay_within_the_tolerance(by_arm: Choices, taken: Capture) -> None
     assert float(score(taken, by_arm["one setting"]).error.mean()) <= tolerance
     for name in [*ON_ALL_LAYERS, *ON_SOME_HEADS]:
         if name.startswith(("afbs", "paper")) and name != "afbs without validation":
-            errors = [score(taken, by_arm[name], each, 0.5).error for each in taken.held_out]
+            errors = [score(taken, by_arm[name], each).error for each in taken.held_out]
             assert (torch.stack(errors).mean(0) <= HELD_OUT_SLACK * tolerance).all(), name
 
 

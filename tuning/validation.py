@@ -1,8 +1,7 @@
 """Stage 3: held-out text has the last word on each head's thresholds.
 
 A head has to be within the tolerance on every text: the largest of its errors counts. The error on
-a text is the mean over the text's held-out windows, each with its share of the rows, so a text
-costs one score of all rows however many windows it has.
+a text is the mean over the text's held-out windows, which share the rows that are scored.
 """
 
 import torch
@@ -18,6 +17,8 @@ from vllm_afbs.tuning.windows import CALIBRATION, by_text
 
 HELD_OUT_SLACK = 1.2
 """Accepted held-out error, in units of the tolerance."""
+HELD_OUT_Q_BLOCKS = 32
+"""Query blocks of a text that are scored, spread over its windows."""
 MIN_SPARSITY = 0.1
 """Heads that would skip less run dense: selection would cost more than it saves."""
 _BACK_OFFS = 4
@@ -75,12 +76,11 @@ def _back_off(
 def _held_out(
     settings: SearchSettings, scorer: LayerScorer, thresholds: HeadThresholds, heads: torch.Tensor
 ) -> HeadScores:
-    num_q_blocks = -(-settings.longest // settings.block_q)
     errors, sparsities = [], []
     for windows in by_text(scorer.held_out):
-        share = -(-num_q_blocks // len(windows))
+        q_blocks = HELD_OUT_Q_BLOCKS // len(windows)
         scores = [
-            scorer.score(scorer.evaluator(window, settings.longest, share), thresholds, heads)
+            scorer.score(scorer.evaluator(window, settings.longest, q_blocks), thresholds, heads)
             for window in windows
         ]
         errors.append(torch.stack([each.error for each in scores]).mean(dim=0))
