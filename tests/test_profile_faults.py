@@ -325,8 +325,10 @@ def test_a_clock_that_jumps_changes_no_duration(monkeypatch: pytest.MonkeyPatch)
     package = Path(profile_module.__file__).parent
     asking = {
         path.relative_to(package).as_posix()
-        for path in package.rglob("*.py")
+        for folder in ("", "kernels", "tuning")  # links in a checkout
+        for path in (package / folder).rglob("*.py")
         if re.search(r"\btime\.time\(|datetime\.now\(", path.read_text(encoding="utf-8"))
     }
-    assert asking <= {"metrics.py", "tuning/run.py", "demo/report.py", "evaluate/__main__.py"}
+    # The metrics' files hold times of writing, and a profile when it was made.
+    assert asking == {"metrics.py", "tuning/run.py"}
     assert Profile.model_validate_json(in_field(["tuner", "created_at"], '"2106-02-07"'))
