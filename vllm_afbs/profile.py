@@ -30,13 +30,16 @@ class ProfileError(ValueError):
 
     def __init__(self, message: str) -> None:
         """Makes one line of a message."""
-        printable = "".join(
-            letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-            for letter in message[: _MAX_MESSAGE + 1]
-        )
-        if len(printable) > _MAX_MESSAGE:
-            printable = printable[:_MAX_MESSAGE] + "..."
-        super().__init__(printable)
+        line = printable(message[: _MAX_MESSAGE + 1])
+        super().__init__(line if len(line) <= _MAX_MESSAGE else f"{line[:_MAX_MESSAGE]}...")
+
+
+def printable(text: str) -> str:
+    """The text on one line: what a terminal would obey is escaped as in Python."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 class _Record(BaseModel):
