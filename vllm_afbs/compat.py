@@ -22,7 +22,7 @@ CPU_BACKEND_PATH = "vllm_afbs.cpu.backend.AfbsCPUBackend"
 CUDA_BACKEND_PATH = "vllm_afbs.cuda.backend.AfbsCUDABackend"
 
 
-TRIED_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")
+KNOWN_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")
 """On CUDA, on the CPU, and read but not run."""
 
 
@@ -31,10 +31,10 @@ def unknown_version() -> str | None:
     import vllm
 
     release = vllm.__version__.split("+")[0]
-    if release in TRIED_VERSIONS:
+    if release in KNOWN_VERSIONS:
         return None
     return (
-        f"vLLM {vllm.__version__} is new to vllm-afbs, which knows {', '.join(TRIED_VERSIONS)}: "
+        f"vLLM {vllm.__version__} is new to vllm-afbs, which knows {', '.join(KNOWN_VERSIONS)}: "
         "compare answers with --attention-backend FLASH_ATTN or CPU_ATTN before you rely on it."
     )
 
@@ -134,7 +134,7 @@ def host_seq_lens(common: "CommonAttentionMetadata") -> "torch.Tensor | None":
     return common.seq_lens_cpu_upper_bound
 
 
-_HARMLESS_FIELDS = frozenset(
+HARMLESS_FIELDS = frozenset(
     {
         "causal",  # looked at by itself
         "num_actual_tokens",
@@ -160,7 +160,7 @@ _HARMLESS_FIELDS = frozenset(
 @functools.cache
 def _mask_fields(metadata: type) -> tuple[str, ...]:
     names = (field.name for field in fields(metadata))
-    return tuple(name for name in names if name not in _HARMLESS_FIELDS)
+    return tuple(name for name in names if name not in HARMLESS_FIELDS)
 
 
 def is_plain_causal(metadata: Any) -> bool:
