@@ -6,7 +6,7 @@ STAND_INS := $(wildcard deploy/cpu/stand-ins/*/pyproject.toml)
 STAMP := $(VENV)/.setup-stamp
 
 .DELETE_ON_ERROR:
-.PHONY: setup browser prometheus test lint demo clean
+.PHONY: setup browser prometheus test lint versions demo clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,10 @@ prometheus: setup
 test: lint browser prometheus
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not machine' -n logical --dist loadfile
 	$(BIN)/python -m pytest -m machine
+
+# Other versions of vLLM by their source, unrun: make versions VLLM='vllm-0.33.0.whl site-packages'
+versions: setup
+	$(BIN)/python -m tests.versions $(VLLM)
 
 demo: setup
 	$(BIN)/python -m vllm_afbs.demo

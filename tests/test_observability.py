@@ -9,6 +9,7 @@ import pytest
 
 from deploy.grafana import __main__ as generator
 from tests.prometheus import DASHBOARD, DEPLOY, RULES, rules, tool
+from vllm_afbs import fallbacks
 
 SERIES_PANELS = {"timeseries", "stat", "table", "status-history", "state-timeline"}
 
@@ -67,9 +68,18 @@ def test_the_operators_page_explains_every_alert_and_every_reason_that_rules_nam
         for listed in re.findall(r'reason[=!]~"([^"]+)"', expression)
         for reason in listed.split("|")
     }
-    table = page.split("### Fallback reasons")[1].split("\n## ")[0]
+    table = page.split("### Fallback reasons")[1].split("\n### ")[0]
     rows = [row.split("|")[1:3] for row in table.splitlines() if row.startswith("| `")]
     kinds = {
         reason: kind.strip() for names, kind in rows for reason in re.findall(r"`(\w+)`", names)
     }
+    assert kinds == fallbacks.KINDS
     assert named == {reason for reason, kind in kinds.items() if kind != "changing"}
+    fixed = rules("record")["instance:vllm_afbs_fixed_fallbacks:rate5m"]
+    (listed,) = re.findall(r'reason=~"([^"]+)"', fixed)
+    assert set(listed.split("|")) == {why for why, kind in kinds.items() if kind == "fixed"}
+
+    conditions = page.split("### What runs dense, what is refused")[1].split("\n## ")[0]
+    labels = set(re.findall(r"\| `(\w+)` \|$", conditions, re.MULTILINE))
+    chosen = {"dense_is_faster", "profile_dense", "no_profile", "disabled"}
+    assert labels == kinds.keys() - chosen - {"unknown_lengths"}

@@ -13,8 +13,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from vllm_afbs.profile import HeadProfile, Profile
+from vllm_afbs.profile import HeadProfile, Profile, printable
 
 
 class ProgressBar:
@@ -59,7 +60,9 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
 
     Errors and sparsities are means over the layer's heads, dense ones (0) included.
     """
-    table = Table(title=f"{profile.model_name}, {profile.max_seq_len} tokens")
+    # A plain string would be read as markup, and a name may hold anything.
+    title = Text(f"{printable(profile.model_name)}, {profile.max_seq_len} tokens")
+    table = Table(title=title)
     for column in ("layer", "sparse", "tau", "theta", "error", "held-out", "sparsity", "held-out"):
         table.add_column(column, justify="right")
     for index, layer in enumerate(profile.layers):
@@ -78,6 +81,7 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
     )
     console.print(
         f"{output}: profile {profile.profile_id} written; {report}: what it found",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

@@ -7,6 +7,7 @@ one that does not fit the model is refused with the field that differs.
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,9 +16,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 SCHEMA_VERSION = 1
 
+MAX_BYTES = 64 * 2**20
+"""Of a profile's file; that of a model of 70B parameters has about 2 MB."""
+
+_MAX_MESSAGE = 1000
+
 
 class ProfileError(ValueError):
-    """A profile that must not be served; the message is one line for the user."""
+    """A profile that must not be served; the message is one line for the user.
+
+    What a message quotes comes from files, so it is escaped and cut short here.
+    """
+
+    def __init__(self, message: str) -> None:
+        """Makes one line of a message."""
+        line = printable(message[: _MAX_MESSAGE + 1])
+        super().__init__(line if len(line) <= _MAX_MESSAGE else f"{line[:_MAX_MESSAGE]}...")
+
+
+def printable(text: str) -> str:
+    """The text on one line: what a terminal would obey is escaped as in Python."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 class _Record(BaseModel):
@@ -96,11 +118,18 @@ class HeadProfile(_Record):
     lambda_: Annotated[float, Field(le=0)] | None = Field(
         default=None, description="Log-space bound under which P.V is skipped; null: never."
     )
-    calibration: list[Measurement] = Field(default=[], description="One entry per fidelity.")
+    calibration: list[Measurement] = Field(default=[], description="One entry per length.")
     validation: Measurement | None = Field(
         default=None,
         description="On held-out text: the largest error of any text, and the mean sparsity.",
     )
+
+    @model_validator(mode="after")
+    def _lengths_differ(self) -> "HeadProfile":
+        lengths = [measured.length for measured in self.calibration]
+        if len(set(lengths)) < len(lengths):
+            raise ValueError("calibration: each length once expected")
+        return self
 
 
 class LayerProfile(_Record):
@@ -234,28 +263,71 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     """Reads and checks a profile.
 
     Raises:
-        ProfileError: Unreadable, not JSON, of another schema version, or a field is wrong; the
+        ProfileError: Unreadable, no file of a sensible size, or ``parse_profile`` refuses it; the
             message is one line that names the file and the field.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ProfileError(f"{path}: cannot read the profile: {reason}") from None
+        content = _read(path)
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot read the profile: {error.strerror}") from None
+    except ValueError as error:
+        raise ProfileError(f"{path}: cannot read the profile: {error}") from None
+    return parse_profile(content, str(path))
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    # Without blocking: opening a pipe waits for somebody to write into it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("a regular file expected")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"at most {MAX_BYTES} bytes expected")
+    return content
+
+
+def parse_profile(content: bytes, source: str) -> Profile:
+    """Checks a profile.
+
+    Args:
+        content: The file's bytes.
+        source: Where they came from, for the message.
+
+    Raises:
+        ProfileError: Not JSON in UTF-8, of another schema version, or a field is wrong.
+    """
     try:
-        data = json.loads(text)
+        text = content.decode()
+        data = json.loads(text, object_pairs_hook=_unique)
+    except UnicodeDecodeError:
+        raise ProfileError(f"{source}: cannot read the profile: not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        raise ProfileError(f"{path}: not valid JSON: {error}") from None
+        raise ProfileError(f"{source}: not valid JSON: {error}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise ProfileError(f"{path}: schema_version: {SCHEMA_VERSION} expected, got {version!r}")
+        raise ProfileError(f"{source}: schema_version: {SCHEMA_VERSION} expected, got {version!r}")
     try:
-        return Profile.model_validate_json(text)
+        # Strictly: a text is not a number, and true is not 1.
+        profile = Profile.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         prefix = f"{field}: " if field else ""
-        raise ProfileError(f"{path}: {prefix}{first['msg']}") from None
+        raise ProfileError(f"{source}: {prefix}{first['msg']}") from None
+    try:
+        json.dumps(data, allow_nan=False)
+    except ValueError:
+        raise ProfileError(f"{source}: model.rope or tuner.settings: NaN or Infinity") from None
+    return profile
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -264,7 +336,7 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: The directory cannot be written or the disk is full; ``path`` is untouched.
     """
-    target = Path(path)
+    target = Path(path).resolve()  # of a link, the file it points to is replaced
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     temporary = Path(name)
     try:

@@ -3,7 +3,7 @@
 Reading is as open as ``/metrics`` is; changing is not (``access``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +39,7 @@ class Server:
         per_head: Whether heads are counted one by one.
     """
 
-    api_keys: list[str]
+    api_keys: list[str] = field(repr=False)
     profile: Profile | None
     backend: bool
     per_head: bool

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_afbs import compat
+from vllm_afbs import compat, fallbacks, limits
+from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile import (
     HeadProfile,
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.afbs")
 
 PROFILE_VARIABLE = "VLLM_AFBS_PROFILE"
+
+UNKNOWN_LAYER = -1
+"""Index of a layer that is no layer of the profile's model, a draft model's for instance."""
 
 MIN_LAYER_SPARSITY = 0.1
 """A layer tuned to less than this is left to the dense parent: selection would not pay."""
@@ -65,7 +69,7 @@ class LayerPlan:
     layer: int
     heads: range
     thresholds: HeadThresholds | None
-    dense_reason: str | None
+    dense_reason: Reason | None
     calibration: tuple[tuple[int, float], ...] = ()
 
     def expected_sparsity(self, kv_len: int) -> float:
@@ -113,6 +117,8 @@ def admit_or_exit(vllm_config: "VllmConfig") -> None:
     """
     if vllm_config.model_config is None or not compat.is_afbs(vllm_config.attention_config.backend):
         return
+    if notice := compat.unknown_version():
+        logger.warning("%s", notice)
     try:
         admit(vllm_config)
     except ProfileError as error:
@@ -134,6 +140,10 @@ def admit(vllm_config: "VllmConfig") -> None:
     Raises:
         ProfileError: The profile cannot be served with this model.
     """
+    if read_settings(vllm_config).profile_id is not None:
+        # vLLM makes copies of a checked configuration with another model in it: a draft's, or one
+        # part of a multimodal one. Which layers are the profile's is decided layer by layer.
+        return
     path = configured_profile(vllm_config)
     if path is None:
         logger.warning(
@@ -149,6 +159,24 @@ def admit(vllm_config: "VllmConfig") -> None:
         **_additional(vllm_config),
         "afbs": settings.model_dump(exclude_defaults=True),
     }
+    for notice in notices(vllm_config, profile.profile_id):
+        logger.warning("%s", notice)
+
+
+def notices(vllm_config: "VllmConfig", profile_id: str) -> list[str]:
+    """What runs sparse but is not what the profile was tuned on, or may outlive it; a line each."""
+    found = []
+    if method := vllm_config.model_config.quantization:
+        found.append(
+            f"The model's weights are quantised ({method}); the profile does not say whether it "
+            "was tuned on them. Serve with a sample_rate and compare the error."
+        )
+    if vllm_config.kv_transfer_config is not None:
+        found.append(
+            "A KV connector is configured. Its cache does not know profiles: give each one a "
+            f"store or a prefix of its own, or let requests carry cache_salt={profile_id!r}."
+        )
+    return found
 
 
 @functools.cache
@@ -175,7 +203,7 @@ def admitted_profile(vllm_config: "VllmConfig") -> Profile | None:
 
 
 def plan_layer(
-    profile: Profile | None, layer: int, num_heads: int, rank: int, unsupported: str | None
+    profile: Profile | None, layer: int, num_heads: int, rank: int, unsupported: Reason | None
 ) -> LayerPlan:
     """Decides what a layer serves.
 
@@ -212,28 +240,22 @@ def plan_layers(
         The layer's implementation and its plan.
     """
     profile = admitted_profile(vllm_config)
-    rank = compat.tensor_parallel_rank()
-    for name, layer in compat.attention_layers(vllm_config, layer_names).items():
-        impl = layer.impl
-        unsupported = impl.unsupported_feature(page_size, profile)
-        index = compat.layer_index(name)
-        yield impl, plan_layer(profile, index, impl.num_heads, rank, unsupported)
-
-
-def common_limits(impl: Any, page_size: int, profile: Profile | None) -> dict[str, bool]:
-    """What no platform's sparse prefill can do, by name, and whether this layer asks for it."""
-    return {
-        "attention_type": impl.attn_type != "decoder",
-        "kv_sharing": impl.kv_sharing_target_layer_name is not None,
-        "alibi": impl.alibi_slopes is not None,
-        "sinks": impl.sinks is not None,
-        "page_size": profile is not None and profile.block_k % page_size != 0,
-    }
-
-
-def first_true(conditions: dict[str, bool]) -> str | None:
-    """Name of the first condition that holds, None if none does."""
-    return next((name for name, holds in conditions.items() if holds), None)
+    rank, num_ranks = compat.tensor_parallel_rank(), compat.tensor_parallel_size()
+    layers = compat.attention_layers(vllm_config, layer_names)
+    indices = compat.layer_indices(vllm_config)
+    whole_server = limits.server_limits(vllm_config)
+    plans = {}
+    for name, layer in layers.items():
+        unsupported: Reason | None = None
+        if profile is not None:
+            place = limits.place_limits(layer, indices.get(name), profile, num_ranks)
+            unsupported = limits.first_true(whole_server | place)
+            unsupported = unsupported or layer.impl.unsupported_feature(page_size, profile)
+        index = indices.get(name, UNKNOWN_LAYER)
+        plans[name] = plan_layer(profile, index, layer.impl.num_heads, rank, unsupported)
+    fallbacks.log_layers((name, plan.dense_reason) for name, plan in plans.items())
+    for name, layer in layers.items():
+        yield layer.impl, plans[name]
 
 
 def is_sparse(heads: Sequence[HeadProfile]) -> bool:

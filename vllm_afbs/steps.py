@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.profile import Profile
@@ -29,13 +30,18 @@ class Step:
 
     long_prefills: list[PrefillRequest] = field(default_factory=list)
     others: list[int] = field(default_factory=list)
-    dense_reasons: Counter[str] = field(default_factory=Counter)
+    dense_reasons: Counter[Reason] = field(default_factory=Counter)
     num_dense_tokens: int = 0
 
     @property
     def has_prefill(self) -> bool:
         """Whether any request computes more than one row."""
         return bool(self.long_prefills or self.dense_reasons)
+
+    @property
+    def num_prefills(self) -> int:
+        """Requests that compute more than one row."""
+        return len(self.long_prefills) + self.dense_reasons.total()
 
     @property
     def num_long_tokens(self) -> int:
@@ -80,47 +86,57 @@ class Others:
 
 def sort_requests(
     query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    seq_lens: torch.Tensor | None,
     profile: Profile | None,
     plain_causal: bool = True,
     enabled: bool = True,
+    num_decode_rows: int = 1,
 ) -> Step:
     """Tells long prefills from everything else.
 
     Args:
         query_start_loc: ``[num_reqs + 1]``, int32, on the CPU.
-        seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU.
+        seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU; None if vLLM does not tell.
         profile: The served profile; without one nothing runs sparse.
         plain_causal: Whether the step's mask is causal and nothing else; no other runs sparse.
         enabled: Whether the kill switch lets anything run sparse.
+        num_decode_rows: Rows that a decode may have: one, and those of drafted tokens. Their
+            context lengths are only bounds.
     """
-    starts, kv_lens = query_start_loc.tolist(), seq_lens.tolist()
-    step_reason = None if plain_causal else "attention_mask"
+    starts = query_start_loc.tolist()
+    kv_lens = [0] * len(starts) if seq_lens is None else seq_lens.tolist()
+    step_reason: Reason | None = None
     if not enabled:
         step_reason = "disabled"
+    elif not plain_causal:
+        step_reason = "attention_mask"
+    elif seq_lens is None:
+        step_reason = "unknown_lengths"
     step, num_dense_tokens = Step(), 0
     for request, (start, stop) in enumerate(itertools.pairwise(starts)):
         kv_len = kv_lens[request]
         q_len = stop - start
         if q_len == 0:  # pads a batch for a CUDA graph
             continue
-        reason = step_reason or _dense_reason(q_len, kv_len, profile)
-        if profile is not None and reason is None:
+        reason = step_reason or _dense_reason(q_len, kv_len, profile, num_decode_rows)
+        if reason is None and profile is not None:
             geometry = BlockGeometry(q_len, kv_len, profile.block_q, profile.block_k)
             step.long_prefills.append(PrefillRequest(start, request, geometry))
             continue
         step.others.append(request)
-        if q_len > 1:
-            step.dense_reasons[str(reason)] += 1
+        if q_len > 1 and reason is not None:
+            step.dense_reasons[reason] += 1
             num_dense_tokens += q_len
     return replace(step, num_dense_tokens=num_dense_tokens)
 
 
-def _dense_reason(q_len: int, kv_len: int, profile: Profile | None) -> str | None:
+def _dense_reason(
+    q_len: int, kv_len: int, profile: Profile | None, num_decode_rows: int
+) -> Reason | None:
     if profile is None:
         return "no_profile"
     # Shorter ones are decodes, speculative verifications and chunks' ends: a tile each.
-    if q_len < profile.block_q:
+    if q_len < profile.block_q or q_len <= num_decode_rows:
         return "short_query"
     if kv_len < profile.min_seq_len:
         return "short_context"

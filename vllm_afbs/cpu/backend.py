@@ -13,9 +13,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_afbs import compat, metrics, serving
+from vllm_afbs import compat, fallbacks, limits, metrics, serving
 from vllm_afbs.cpu.meter import HostMeter, LayerWork
 from vllm_afbs.cpu.sparse import MAX_DENSITY, CacheFormat, SparsePrefill
+from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels import TileTables
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import LayerPlan
@@ -73,6 +74,7 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.profile = serving.admitted_profile(vllm_config)
         metrics.report_profile(self.profile)
         self._switch = Switch()
+        self._num_decode_rows = compat.num_decode_rows(vllm_config)
         meter = HostMeter(serving.read_settings(vllm_config))
         cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)
         for impl, plan in serving.plan_layers(vllm_config, layer_names, self.block_size):
@@ -90,8 +92,9 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             common_attn_metadata.query_start_loc_cpu,
             whole.seq_lens,
             self.profile,
-            plain_causal=whole.causal is True and whole.dynamic_causal is None,
+            plain_causal=compat.is_plain_causal(whole),
             enabled=whole.max_query_len == 1 or self._switch.is_enabled(),
+            num_decode_rows=self._num_decode_rows,
         )
         metadata = AfbsCPUMetadata(
             **{item.name: getattr(whole, item.name) for item in fields(whole)}, step=step
@@ -109,12 +112,16 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
     _meter: HostMeter
     _sparse: SparsePrefill | None
 
-    def unsupported_feature(self, page_size: int, profile: Profile | None) -> str | None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Notes what vLLM asks for; arguments are the parent's."""
+        super().__init__(*args, **kwargs)
+        self.unknown_arguments = limits.unknown_arguments(super().__init__, args, kwargs)
+
+    def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
         """Names what keeps this layer from running sparse whatever its thresholds; or None."""
-        return serving.first_true(
-            serving.common_limits(self, page_size, profile)
+        return limits.first_true(
+            limits.layer_limits(self, page_size, profile)
             | {
-                "kv_cache_dtype": self.is_fp8_kv_cache,
                 "sliding_window": self.sliding_window != -1,
                 "softcap": bool(self.logits_soft_cap),
             }
@@ -157,6 +164,9 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             return dense(query, attn_metadata, output)
 
         step = attn_metadata.step
+        if output_scale is not None or output_block_scale is not None:
+            fallbacks.count({"output_quantization": step.num_prefills})
+            return dense(query, attn_metadata, output)
         started = time.perf_counter()
         keeps, num_kept = self._select(query, kv_cache, attn_metadata)
         tables = self._tables(keeps, attn_metadata)
@@ -188,10 +198,11 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         Both are empty where the parent is to do the whole step.
         """
         step, block_table = attn_metadata.step, attn_metadata.block_table
-        metrics.count_fallbacks(step.dense_reasons)
+        fallbacks.count(step.dense_reasons)
         num_long = len(step.long_prefills)
         if self._sparse is None:
-            metrics.count_fallbacks({str(self._plan.dense_reason): num_long})
+            if self._plan.dense_reason is not None:
+                fallbacks.count({self._plan.dense_reason: num_long})
             return [], []
         if not num_long:
             return [], []
@@ -201,7 +212,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         ]
         num_kept = torch.stack([keep.sum((1, 2)) for keep in keeps]).sum(0)
         if int(num_kept.sum()) > MAX_DENSITY * self.num_heads * step.num_visible:
-            metrics.count_fallbacks({"dense_is_faster": num_long})
+            fallbacks.count({"dense_is_faster": num_long})
             return [], []
         return keeps, num_kept.tolist()
 

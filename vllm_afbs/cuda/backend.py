@@ -14,10 +14,11 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_afbs import compat, metrics, serving
+from vllm_afbs import compat, fallbacks, limits, metrics, serving
 from vllm_afbs.cuda.dispatch import Way, dense_seconds, fastest_way
 from vllm_afbs.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.cuda.sparse import Layer, SparsePrefill, StepInputs, TilePrefill, TritonPrefill
+from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import LayerPlan
@@ -71,6 +72,10 @@ class AfbsCUDAMetadata(FlashAttentionMetadata):
 class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
     """Builds the parent's metadata and tells each layer what its profile says."""
 
+    supports_update_block_table = False
+    """vLLM would give a step's metadata to a second group of layers with another block table, and
+    that of the other requests (``AfbsCUDAMetadata.others``) would keep the first group's."""
+
     def __init__(
         self,
         kv_cache_spec: Any,
@@ -83,6 +88,7 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.profile = serving.admitted_profile(vllm_config)
         metrics.report_profile(self.profile)
         self._switch = Switch()
+        self._num_decode_rows = compat.num_decode_rows(vllm_config)
         plans = list(serving.plan_layers(vllm_config, layer_names, kv_cache_spec.block_size))
         self._plans = [plan for _, plan in plans]
         meter = DeviceMeter(self._plans, serving.read_settings(vllm_config), device)
@@ -109,6 +115,7 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             self.profile,
             plain_causal=compat.is_plain_causal(whole),
             enabled=self._switch.is_enabled(),
+            num_decode_rows=self._num_decode_rows,
         )
         self._count_dense(step)
         if not step.long_prefills:
@@ -136,7 +143,7 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             for plan in self._plans:
                 if plan.dense_reason is not None:
                     counts[plan.dense_reason] += num_long
-        metrics.count_fallbacks(counts)
+        fallbacks.count(counts)
         metrics.count_tokens("dense", step.num_dense_tokens * num_layers)
 
 
@@ -148,15 +155,18 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     _meter: DeviceMeter
     _ways: dict[Way, SparsePrefill]
 
-    def unsupported_feature(self, page_size: int, profile: Profile | None) -> str | None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Notes what vLLM asks for; arguments are the parent's."""
+        super().__init__(*args, **kwargs)
+        self.unknown_arguments = limits.unknown_arguments(super().__init__, args, kwargs)
+
+    def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
         """Names what keeps this layer from running sparse whatever its thresholds; or None."""
-        return serving.first_true(
-            serving.common_limits(self, page_size, profile)
+        return limits.first_true(
+            limits.layer_limits(self, page_size, profile)
             | {
-                "kv_cache_dtype": self.kv_cache_dtype not in ("auto", "float16", "bfloat16"),
                 "sliding_window": tuple(self.sliding_window) != (-1, -1),
                 "flash_attention_version": self.vllm_flash_attn_version != 3,
-                "context_parallel": self.dcp_world_size > 1,
             }
         )
 
@@ -200,7 +210,12 @@ class AfbsCUDAImpl(FlashAttentionImpl):
                 output_scale, output_block_scale,
             )  # fmt: skip
 
-        self._attend_long(query, kv_cache, attn_metadata, output, dense)
+        if output_scale is not None or output_block_scale is not None:
+            blocks = attn_metadata.blocks
+            fallbacks.count({"output_quantization": len(blocks.requests) if blocks else 0})
+            dense(query, attn_metadata, output)
+        else:
+            self._attend_long(query, kv_cache, attn_metadata, output, dense)
         return output
 
     def _attend_long(
@@ -217,7 +232,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         started, chosen_at, attended_at = mark(), None, None
         if prefill is None:
             if self._ways:
-                metrics.count_fallbacks({"dense_is_faster": len(blocks.requests)})
+                fallbacks.count({"dense_is_faster": len(blocks.requests)})
             dense(query, metadata, output)
         else:
             key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)

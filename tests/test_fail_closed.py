@@ -1,0 +1,261 @@
+"""Whatever sparse prefill cannot do, or was not calibrated for, runs dense or is refused.
+
+The table of conditions is deploy/README.md's, "What runs dense, what is refused". Here is a row for
+each that is a layer's or a server's, on vLLM's own implementations and layers;
+``test_fail_closed_steps.py`` has those of steps, ``test_refused.py`` those that stop a server.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from vllm.model_executor.layers import attention
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+from tests.layers import make_impl, make_layer
+from tests.profiles import uniform_profile
+from vllm_afbs import compat, fallbacks, limits, serving, steps
+from vllm_afbs.cpu import backend as cpu
+from vllm_afbs.cuda import backend as cuda
+from vllm_afbs.fallbacks import Reason
+from vllm_afbs.profile import write_atomically
+
+PAGE_SIZE = 64
+PLATFORMS = ("cpu", "cuda")
+
+
+def make_config(tmp_path: Path, layers: dict[str, Any], **changes: Any) -> Any:
+    """A worker's configuration with an admitted profile."""
+    profile = uniform_profile()
+    path = tmp_path / "profile.json"
+    write_atomically(path, profile.to_json())
+    settings = {"profile": str(path), "profile_id": profile.profile_id}
+    values = {
+        "additional_config": {"afbs": settings},
+        "compilation_config": SimpleNamespace(static_forward_context=layers),
+        "lora_config": None,
+        "speculative_config": None,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+def reasons(
+    config: Any, monkeypatch: pytest.MonkeyPatch, rank: int = 0, num_ranks: int = 1
+) -> list[Reason | None]:
+    monkeypatch.setattr(compat, "tensor_parallel_rank", lambda: rank)
+    monkeypatch.setattr(compat, "tensor_parallel_size", lambda: num_ranks)
+    names = list(config.compilation_config.static_forward_context)
+    return [plan.dense_reason for _, plan in serving.plan_layers(config, names, PAGE_SIZE)]
+
+
+def name_of(index: int) -> str:
+    return f"model.layers.{index}.self_attn.attn"
+
+
+ARGUMENTS: list[tuple[dict[str, Any], Reason | None, Reason | None]] = [
+    ({}, None, None),
+    ({"attn_type": "encoder"}, "attention_type", "attention_type"),
+    ({"attn_type": "encoder_only"}, "attention_type", "attention_type"),
+    ({"attn_type": "encoder_decoder"}, "attention_type", "attention_type"),
+    ({"kv_sharing_target_layer_name": name_of(0)}, "kv_sharing", "kv_sharing"),
+    ({"alibi_slopes": [1.0] * 4}, "alibi", "alibi"),
+    ({"sinks": torch.zeros(4)}, "sinks", "sinks"),
+    ({"sliding_window": 512}, "sliding_window", "sliding_window"),
+    ({"logits_soft_cap": 30.0}, "softcap", None),  # the kernels on CUDA cap as asked
+    ({"logits_soft_cap": 0.0}, None, None),
+    ({"kv_cache_dtype": "bfloat16"}, None, None),
+    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "kv_cache_dtype"),
+    ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype", "kv_cache_dtype"),
+    ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype", "kv_cache_dtype"),
+    ({"kv_cache_dtype": "a_type_of_tomorrow"}, "kv_cache_dtype", "kv_cache_dtype"),
+]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("row", ARGUMENTS, ids=lambda row: str(row[0]))
+def test_what_a_layer_is_given_decides(
+    row: tuple[dict[str, Any], Reason | None, Reason | None],
+    platform: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments, on_cpu, on_cuda = row
+    layers = {name_of(1): make_layer(make_impl(platform, **arguments))}
+    expected = on_cpu if platform == "cpu" else on_cuda
+    assert reasons(make_config(tmp_path, layers), monkeypatch) == [expected]
+
+
+ATTRIBUTES: list[tuple[str, str, Any, Reason]] = [
+    *[(each, "dcp_world_size", 2, "context_parallel") for each in PLATFORMS],
+    *[(each, "pcp_world_size", 2, "context_parallel") for each in PLATFORMS],
+    ("cuda", "vllm_flash_attn_version", 2, "flash_attention_version"),
+    ("cuda", "vllm_flash_attn_version", 4, "flash_attention_version"),
+    ("cuda", "vllm_flash_attn_version", None, "flash_attention_version"),
+]
+
+
+@pytest.mark.parametrize(("platform", "attribute", "value", "reason"), ATTRIBUTES)
+def test_what_a_layer_runs_on_decides(
+    platform: str, attribute: str, value: Any, reason: Reason, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    impl = make_impl(platform)
+    setattr(impl, attribute, value)
+    layers = {name_of(1): make_layer(impl)}
+    assert reasons(make_config(tmp_path, layers), monkeypatch) == [reason]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_pages_have_to_divide_key_blocks(platform: str) -> None:
+    impl = make_impl(platform)
+    assert impl.unsupported_feature(128, uniform_profile()) is None
+    assert impl.unsupported_feature(96, uniform_profile()) == "page_size"
+    assert impl.unsupported_feature(256, uniform_profile()) == "page_size"
+
+
+@pytest.mark.parametrize(
+    ("platform", "parent"), [("cpu", CPUAttentionBackendImpl), ("cuda", FlashAttentionImpl)]
+)
+def test_an_argument_of_tomorrow_makes_its_layer_dense(
+    platform: str, parent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    today = parent.__init__
+
+    def tomorrow(
+        self: Any, num_heads: int, head_size: int, scale: float, num_kv_heads: int,
+        alibi_slopes: Any, sliding_window: Any, kv_cache_dtype: str, chunk_lookback: int = -1,
+        **more: Any,
+    ) -> None:  # fmt: skip
+        more.pop("qk_clip", None)
+        today(
+            self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window,
+            kv_cache_dtype, **more,
+        )  # fmt: skip
+
+    monkeypatch.setattr(parent, "__init__", tomorrow)
+    for arguments, reason in (
+        ({}, None),
+        ({"chunk_lookback": -1}, None),
+        ({"chunk_lookback": 3}, "unknown_argument"),
+        ({"qk_clip": None}, "unknown_argument"),
+    ):
+        layers = {name_of(0): make_layer(make_impl(platform, **arguments))}
+        assert reasons(make_config(tmp_path, layers), monkeypatch) == [reason], arguments
+
+
+def test_every_argument_of_the_installed_vllm_is_known() -> None:
+    for parent in (CPUAttentionBackendImpl, FlashAttentionImpl):
+        names = parent.__init__.__annotations__.keys() - {"return"}
+        assert names <= limits.KNOWN_ARGUMENTS
+
+
+SUBCLASSES = [
+    kind
+    for kind in vars(attention).values()
+    if isinstance(kind, type)
+    and issubclass(kind, attention.Attention)
+    and kind is not attention.Attention
+]
+
+
+def test_only_attention_itself_runs_sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(SUBCLASSES) >= 3
+    for kind in SUBCLASSES:
+        layers = {name_of(0): make_layer(make_impl("cpu"), kind)}
+        config = make_config(tmp_path, layers)
+        assert reasons(config, monkeypatch) == ["attention_type"], kind
+    layer = make_layer(make_impl("cpu"))
+    layer.head_size_v = 16
+    config = make_config(tmp_path, {name_of(0): layer})
+    assert reasons(config, monkeypatch) == ["attention_type"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rank", "num_ranks", "reason"),
+    [
+        (4, 2, 0, 1, None),
+        (2, 1, 1, 2, None),
+        (1, 1, 3, 4, None),  # a KV head on two ranks
+        (2, 2, 1, 2, "head_shape"),
+        (2, 1, 1, 3, "head_shape"),
+        (4, 2, 1, 2, "head_shape"),  # heads are not split: data parallel attention
+        (8, 2, 0, 1, "head_shape"),  # layers of their own widths
+        (4, 4, 0, 1, "head_shape"),
+    ],
+)
+def test_heads_of_a_rank_have_to_be_the_profiles(
+    heads: int, kv_heads: int, rank: int, num_ranks: int, reason: Reason | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    impl = make_impl("cpu", num_heads=heads, num_kv_heads=kv_heads)
+    config = make_config(tmp_path, {name_of(1): make_layer(impl)})
+    assert reasons(config, monkeypatch, rank, num_ranks) == [reason]
+
+
+def test_another_head_size_is_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, {name_of(1): make_layer(make_impl("cpu", head_size=64))})
+    assert reasons(config, monkeypatch) == ["head_shape"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([name_of(0), name_of(1)], [None, None]),
+        ([name_of(0), name_of(2)], [None, "unknown_layer"]),  # a drafter behind the model's layers
+        ([name_of(0), f"draft_model.{name_of(0)}"], [None, "unknown_layer"]),
+        (["model.attn"], ["unknown_layer"]),
+        (["model.layers.0.experts.1.attn"], ["unknown_layer"]),
+        (["encoder.layers.0.attn", "decoder.layers.0.attn"], ["unknown_layer"] * 2),
+    ],
+)
+def test_a_layer_has_to_have_a_place_in_the_profile(
+    names: list[str], expected: list[Reason | None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = make_config(tmp_path, {name: make_layer(make_impl("cpu")) for name in names})
+    assert reasons(config, monkeypatch) == expected
+
+
+def test_what_the_whole_server_does_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = {name_of(0): make_layer(make_impl("cpu"))}
+    config = make_config(tmp_path, layers, lora_config=SimpleNamespace(max_loras=1))
+    assert reasons(config, monkeypatch) == ["lora"]
+    config = make_config(tmp_path, layers)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert reasons(config, monkeypatch) == ["batch_invariant"]
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    config.additional_config = {}
+    assert reasons(config, monkeypatch) == ["no_profile"]
+
+
+def test_layers_are_logged_once_by_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    layers = {name: make_layer(make_impl("cpu")) for name in (name_of(0), "a", "b")}
+    layers[name_of(0)].impl.sliding_window = 9
+    reasons(make_config(tmp_path, layers), monkeypatch)
+    assert logged == [
+        f"1 layers run dense: sliding_window ({name_of(0)} to {name_of(0)}).",
+        "2 layers run dense: unknown_layer (a to b).",
+    ]
+
+
+def test_a_layer_that_was_not_tuned_is_dense() -> None:
+    plan = serving.plan_layer(uniform_profile(tau=1.0), 0, 4, 0, None)
+    assert plan.dense_reason == "profile_dense"
+
+
+def test_every_reason_is_given_and_tested() -> None:
+    """Mypy sees that no other is given."""
+    assert tuple(fallbacks.KINDS) == get_args(Reason)
+    code = [Path(module.__file__ or "") for module in (limits, serving, steps, cpu, cuda)]
+    here = Path(__file__)
+    tests = [here, here.with_name("test_fail_closed_steps.py"), here.with_name("test_server.py")]
+    for texts in (code, tests):
+        text = "".join(path.read_text(encoding="utf-8") for path in texts)
+        assert not [reason for reason in fallbacks.KINDS if f'"{reason}"' not in text]

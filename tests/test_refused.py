@@ -1,0 +1,107 @@
+"""What stops a server before anything is loaded, and what it only says."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import vllm
+from transformers import LlamaConfig
+from vllm.config import VllmConfig
+
+from tests.profiles import uniform_profile
+from vllm_afbs import compat, serving
+from vllm_afbs.cpu.platform import AfbsCpuPlatform
+from vllm_afbs.cuda.backend import AfbsCUDABackend
+from vllm_afbs.profile import ProfileError, write_atomically
+
+
+def llama(**changes: Any) -> Any:
+    """The configuration that ``SMALL_MODEL`` is the fingerprint of."""
+    shape = {
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 128, "architectures": ["LlamaForCausalLM"],
+    }  # fmt: skip
+    return LlamaConfig(**shape | changes)
+
+
+def server_config(tmp_path: Path, hf_config: Any, **changes: Any) -> Any:
+    path = tmp_path / "profile.json"
+    write_atomically(path, uniform_profile().to_json())
+    values = {
+        "additional_config": {"afbs": {"profile": str(path)}},
+        "model_config": SimpleNamespace(hf_config=hf_config, quantization=None),
+        "kv_transfer_config": None,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"num_hidden_layers": 3}, "num_layers"),
+        ({"num_attention_heads": 8}, "num_heads"),
+        ({"num_key_value_heads": 1}, "num_kv_heads"),
+        ({"head_dim": 64}, "head_dim"),
+        ({"architectures": ["MistralForCausalLM"]}, "architecture"),
+        ({"rope_theta": 5e5}, "rope"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope"),
+    ],
+    ids=str,
+)
+def test_another_model_is_refused(changes: dict[str, Any], field: str, tmp_path: Path) -> None:
+    hf_config = llama(**changes)
+    with pytest.raises(ProfileError, match=rf"model\.{field} is ") as refused:
+        serving.admit(server_config(tmp_path, hf_config))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_draft_of_a_checked_configuration_is_not_checked_again(tmp_path: Path) -> None:
+    config = server_config(tmp_path, llama())
+    serving.admit(config)
+    admitted = config.additional_config
+    config.model_config = SimpleNamespace(hf_config=llama(num_hidden_layers=1), quantization=None)
+    serving.admit(config)
+    assert config.additional_config == admitted
+
+
+def test_other_weights_and_outer_caches_are_said_once(tmp_path: Path, logged: list[str]) -> None:
+    config = server_config(tmp_path, llama())
+    config.model_config.quantization = "fp8"
+    config.kv_transfer_config = SimpleNamespace(kv_connector="LMCacheConnectorV1")
+    for _ in range(2):
+        serving.admit(config)
+    quantised, connector = logged
+    assert "quantised (fp8)" in quantised
+    assert f"cache_salt={uniform_profile().profile_id!r}" in connector
+    assert "\n" not in quantised + connector
+
+
+def test_latent_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = SimpleNamespace(name="AFBS")
+    for attribute in ("use_mla", "use_sparse"):
+        asked = {"use_mla": False, "use_sparse": False, attribute: True}
+        with pytest.raises(NotImplementedError, match=r"^--attention-backend afbs does not"):
+            AfbsCpuPlatform.get_attn_backend_cls(ours, SimpleNamespace(**asked))
+    # On CUDA, vLLM asks the backend itself and refuses it by name.
+    assert not AfbsCUDABackend.is_mla()
+    assert not AfbsCUDABackend.is_sparse()
+
+
+@pytest.mark.parametrize("installed", ["0.33.1", "0.25.0", "1.0.0rc1", "0.34.0+cu130"])
+def test_an_unknown_version_is_one_line(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.unknown_version() is None
+    monkeypatch.setattr(vllm, "__version__", installed)
+    notice = compat.unknown_version()
+    assert notice is not None
+    assert notice.startswith(f"vLLM {installed} is new to vllm-afbs, which knows 0.26.0, 0.32.0,")
+    assert "\n" not in notice
+
+
+def test_the_compilation_cache_tells_profiles_apart() -> None:
+    hashes = {
+        VllmConfig(additional_config={"afbs": {"profile_id": name}}).compute_hash()
+        for name in ("0123456789ab", "ba9876543210")
+    }
+    assert len(hashes) == 2

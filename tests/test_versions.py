@@ -1,0 +1,72 @@
+"""The check of vLLM's versions: the installed one passes, and one that lacks something does not."""
+
+import ast
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests import versions
+from vllm_afbs import compat
+
+
+def test_the_installed_version_has_what_we_take(capsys: pytest.CaptureFixture[str]) -> None:
+    assert versions.main([]) == 0
+    assert "known: 0 problems" in capsys.readouterr().out
+    assert len(set(versions.imports())) > 20
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, str]:
+    """The files of the installed version that the check reads."""
+    tree, read = versions.Tree(versions.installed()), {}
+    for module, name in [*versions.imports(), ("vllm", ""), ("vllm.v1.attention.backend", "")]:
+        for each in (module, f"{module}.{name}", "vllm.distributed.parallel_state"):
+            path = each.replace(".", "/")
+            for file in (f"{path}.py", f"{path}/__init__.py"):
+                if (text := tree.read(file)) is not None:
+                    read[file] = text
+    read["vllm/_version.py"] = "__version__ = version = '0.99.0'"
+    return read
+
+
+BACKENDS = "vllm/v1/attention/backends"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "problem"),
+    [
+        ("vllm/_version.py", "0.99", "0.99", None),
+        (f"{BACKENDS}/registry.py", "AttentionBackendEnum", "Renamed", "no AttentionBackendEnum"),
+        (f"{BACKENDS}/flash_attn.py", "    max_num_splits: int = 0", "    tree_mask: int = 0",
+         "new field tree_mask"),
+        (f"{BACKENDS}/flash_attn.py", "        sinks: torch.Tensor | None = None,",
+         "        sinks: torch.Tensor | None = None, qk_clip: int = 0,", "new argument qk_clip"),
+        ("vllm/v1/attention/backend.py", "seq_lens_cpu_upper_bound: ", "lens: ",
+         "CommonAttentionMetadata has no seq_lens_cpu_upper_bound"),
+        ("vllm/distributed/parallel_state.py", "get_tensor_model_parallel_rank", "renamed",
+         "vllm.distributed has no get_tensor_model_parallel_rank"),
+        ("vllm/platforms/cpu.py", None, None, "module vllm.platforms.cpu is missing"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_wheel_that_lacks_something_is_told(
+    file: str, old: str | None, new: str, problem: str | None, files: dict[str, str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    changed = dict(files)
+    if old is None:
+        del changed[file]
+    else:
+        assert old in files[file]
+        changed[file] = files[file].replace(old, new)
+        ast.parse(changed[file])
+    wheel = tmp_path / "vllm.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in changed.items():
+            archive.writestr(name, text)
+    assert versions.main([str(wheel)]) == (problem is not None)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"vLLM 0.99.0 ({wheel}), not among the known versions: ")
+    assert (problem or "0 problems") in printed
+    assert "0.99.0" not in compat.KNOWN_VERSIONS
