@@ -18,7 +18,6 @@ from vllm_afbs.evaluate.baselines import UniformTau, of_profile
 from vllm_afbs.evaluate.bootstrap import bootstrap_means, interval
 from vllm_afbs.evaluate.comparison import Comparison, buckets, worst
 from vllm_afbs.evaluate.in_process import Counter, InProcess, Runner
-from vllm_afbs.evaluate.masked import masked_attention
 from vllm_afbs.evaluate.matching import settle
 from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.evaluate.prompts import make_prompts
@@ -27,6 +26,7 @@ from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.profile import Profile, TextSource, write_atomically
 from vllm_afbs.tuning.end_to_end import EndToEnd
+from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.texts import Text
 
@@ -54,7 +54,7 @@ def profile(tiny_model: Path) -> Profile:
 def test_masked_attention_is_the_specification(
     entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_afbs.evaluate.masked._MASK_ENTRIES", {"cpu": entries})
+    monkeypatch.setattr("vllm_afbs.tuning.masked._MASK_ENTRIES", {"cpu": entries})
     problem = make_problem(149, 149, BLOCK, BLOCK // 2)
     args = problem.query, problem.key
     keep = reference_select(*args, problem.thresholds, problem.geometry, SCALE)

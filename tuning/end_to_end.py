@@ -14,6 +14,7 @@ from vllm_afbs.kernels import (
     select_blocks,
 )
 from vllm_afbs.tuning import attention
+from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.weights import load_weights
 
@@ -122,13 +123,4 @@ def _sparse(
     keep = select_blocks(
         pool_queries(rows, geometry), pool_keys(keys, geometry), there, geometry, scale
     )
-    output = torch.empty_like(query)
-    for i in range(geometry.num_q_blocks):
-        start, stop = (int(row) for row in geometry.row_starts[i : i + 2])
-        seen = keep[:, i].repeat_interleave(geometry.block_k, dim=-1)[:, None, :stop]
-        causal = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
-        output[:, :, start:stop] = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop],
-            attn_mask=(seen & causal)[None], scale=scale, enable_gqa=True,
-        )  # fmt: skip
-    return output
+    return masked_attention(query, key, value, keep, geometry, scale)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from vllm_afbs.evaluate.masked import masked_attention
 from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, Selection
 from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens
 from vllm_afbs.tuning import attention
+from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.weights import load_weights
 

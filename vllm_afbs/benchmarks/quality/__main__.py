@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_afbs.benchmarks import quality
+from vllm_afbs.benchmarks.domains import add_texts, read_domains
 from vllm_afbs.benchmarks.quality.bench import Bench, Candidates, Plan, Setting
 from vllm_afbs.benchmarks.quality.results import rows_of, show
 from vllm_afbs.benchmarks.table import benchmark_parser, write_rows
-from vllm_afbs.benchmarks.tuner_arms.samples import Domain
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.evaluate.baselines import VARIANTS, baselines, of_profile, variants
 from vllm_afbs.evaluate.in_process import Runner
@@ -23,7 +23,7 @@ from vllm_afbs.profile import load_profile
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Record
 from vllm_afbs.tuning.model import open_model
 
-PYTHON, ANY = "python", "any"
+ANY = "any"
 OURS, THEIRS = "afbs", "SpargeAttn, tuned"
 
 
@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark on the demo's model."""
     args = _parser().parse_args(argv)
     assets = prepare()
-    demo = Domain(PYTHON, assets.calibration_file, assets.prompt_file)
-    domains = [demo if text == PYTHON else _domain(text) for text in args.texts]
+    domains = read_domains(args.texts, assets)
     profiles = _profiles(args.profile, {domain.name for domain in domains})
     # Facts are hidden in one kind of text only: more prompts there say as much as more kinds.
     settings = [Setting(domain, domain, domain is domains[0]) for domain in domains]
@@ -89,13 +88,7 @@ def _of_file(path: Path, **fields: Any) -> Method:
 
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser(quality.__doc__)
-    parser.add_argument(
-        "--texts",
-        nargs="+",
-        default=[PYTHON],
-        metavar="TEXT",
-        help=f"{PYTHON!r} for the demo's, or NAME=CALIBRATION,MEASURED: two files",
-    )
+    add_texts(parser)
     parser.add_argument(
         "--profile",
         action="append",
@@ -118,14 +111,6 @@ def _parser() -> argparse.ArgumentParser:
         "--work", type=Path, help="folder for what was measured, which another run goes on from"
     )
     return parser
-
-
-def _domain(text: str) -> Domain:
-    name, _, files = text.partition("=")
-    calibration, _, measured = files.partition(",")
-    if not (name and calibration and measured):
-        raise SystemExit(f"--texts: {text}: NAME=CALIBRATION,MEASURED expected")
-    return Domain(name, Path(calibration), Path(measured))
 
 
 def _profiles(given: Sequence[str], texts: set[str]) -> dict[str, list[str]]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from vllm_afbs.benchmarks.domains import Domain
 from vllm_afbs.benchmarks.tuner_arms.arms import swept
-from vllm_afbs.benchmarks.tuner_arms.samples import Domain
 from vllm_afbs.benchmarks.tuner_arms.sweeps import spargeattn
 from vllm_afbs.evaluate.baselines import Tuned
 from vllm_afbs.evaluate.comparison import compare

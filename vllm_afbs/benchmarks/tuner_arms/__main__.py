@@ -12,22 +12,20 @@ from pathlib import Path
 import torch
 
 from vllm_afbs.benchmarks import tuner_arms
+from vllm_afbs.benchmarks.domains import Domain, add_texts, read_domains
 from vllm_afbs.benchmarks.table import Row, benchmark_parser, write_rows
 from vllm_afbs.benchmarks.tuner_arms.results import print_summary, sample_rows, time_rows
-from vllm_afbs.benchmarks.tuner_arms.samples import ARMS, Domain, Plan, sample
+from vllm_afbs.benchmarks.tuner_arms.samples import ARMS, Plan, sample
 from vllm_afbs.benchmarks.tuner_arms.times import WAYS, time_arms
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.tuning.journal import Record
-
-PYTHON = "python"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the arms on the demo's model."""
     args = _parser().parse_args(argv)
     assets = prepare()
-    demo = Domain(PYTHON, assets.calibration_file, assets.prompt_file)
-    domains = [demo if text == PYTHON else _domain(text) for text in args.texts]
+    domains = read_domains(args.texts, assets)
     plan = Plan(
         str(assets.model_dir),
         sorted(args.lengths),
@@ -55,13 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=1, help="take every n-th layer")
     parser.add_argument("--tolerance", type=float, default=0.05)
     parser.add_argument("--seeds", type=int, default=5, help="samples of each text")
-    parser.add_argument(
-        "--texts",
-        nargs="+",
-        default=[PYTHON],
-        metavar="TEXT",
-        help=f"{PYTHON!r} for the demo's, or NAME=CALIBRATION,MEASURED: two files",
-    )
+    add_texts(parser)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM")
     parser.add_argument(
         "--slow-heads",
@@ -78,14 +70,6 @@ def _parser() -> argparse.ArgumentParser:
         "--work", type=Path, help="folder for finished arms, which another run goes on from"
     )
     return parser
-
-
-def _domain(text: str) -> Domain:
-    name, _, files = text.partition("=")
-    calibration, _, measured = files.partition(",")
-    if not (name and calibration and measured):
-        raise SystemExit(f"--texts: {text}: NAME=CALIBRATION,MEASURED expected")
-    return Domain(name, Path(calibration), Path(measured))
 
 
 def _timed(

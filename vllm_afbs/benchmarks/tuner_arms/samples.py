@@ -11,6 +11,7 @@ from statistics import fmean
 
 import torch
 
+from vllm_afbs.benchmarks.domains import Domain
 from vllm_afbs.benchmarks.tuner_arms import per_head, stages, sweeps
 from vllm_afbs.benchmarks.tuner_arms.arms import Arm, Found, HeadCapture, swept
 from vllm_afbs.benchmarks.tuner_arms.unseen import Choice, Meter
@@ -41,21 +42,6 @@ ON_SOME_HEADS: dict[str, Arm] = {
     "paper literal": stages.searched(per_head.PaperSearch),
 }
 ARMS = [*ON_ALL_LAYERS, *ON_SOME_LAYERS, *ON_SOME_HEADS]
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A kind of text.
-
-    Attributes:
-        name: Of the kind.
-        calibration: What arms see.
-        measured: What none sees.
-    """
-
-    name: str
-    calibration: Path
-    measured: Path
 
 
 Head = tuple[int, int]  # layer, number

@@ -15,9 +15,9 @@ from unittest import mock
 
 import torch
 
+from vllm_afbs.benchmarks.domains import Domain
 from vllm_afbs.benchmarks.tuner_arms.samples import (
     ON_SOME_LAYERS,
-    Domain,
     Plan,
     Scope,
     captured,

@@ -3,7 +3,6 @@
 import torch
 
 from vllm_afbs.kernels import BlockGeometry, cut_keys
-from vllm_afbs.tuning.device import compute_device
 
 _MASK_ENTRIES = {"cuda": 1 << 28, "cpu": 1 << 24}
 """Of one call: a quarter of a GiB, and on a CPU what its caches bear."""
@@ -40,7 +39,7 @@ def masked_attention(
     means = [_means(rows, geometry) for rows in (key, value)] if corrects else []
     at = torch.arange(length, device=query.device)
     output = torch.empty_like(query)
-    entries = _MASK_ENTRIES[compute_device().type]
+    entries = _MASK_ENTRIES[query.device.type]
     blocks = max(1, entries // (num_heads * length * geometry.block_q))
     for first in range(0, geometry.num_q_blocks, blocks):
         start, stop = first * geometry.block_q, min(length, (first + blocks) * geometry.block_q)
