@@ -21,7 +21,6 @@ import torch
 
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.journal import Journal, Record, Steps
-from vllm_afbs.tuning.memory import keep_freed_memory
 from vllm_afbs.tuning.model import InputError, one_line
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.search import LayerSearch
@@ -187,7 +186,6 @@ def search_layer(
         threads: CPU threads to use.
     """
     torch.set_num_threads(threads)
-    keep_freed_memory()
     events: SimpleQueue[Event | None] = SimpleQueue()
     search = LayerSearch(settings, layer, capture, Steps(known, events.put), events.put)
     # The search calls back where a generator would have to yield.

@@ -217,10 +217,8 @@ def _tune(
     pool: "LayerPool | None",
 ) -> "Profile":
     from vllm_afbs.tuning.console import ProgressBar
-    from vllm_afbs.tuning.memory import keep_freed_memory
     from vllm_afbs.tuning.run import tune
 
-    keep_freed_memory()
     with ProgressBar() as progress:
         return tune(model, texts, settings, layers, goal, work, progress, pool)
 
