@@ -22,6 +22,7 @@ from vllm_afbs.evaluate.in_process import InProcess, Runner
 from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.evaluate.predictor import end_tokens
 from vllm_afbs.evaluate.server import Served
+from vllm_afbs.metrics import DIRECTORY_VARIABLE
 from vllm_afbs.profile import ModelFingerprint, Profile, write_atomically
 from vllm_afbs.tuning.model import InputError, open_model
 
@@ -62,7 +63,13 @@ def url(
         "--additional-config", json.dumps({"afbs": SETTINGS}),
         *eager,
     )  # fmt: skip
-    environment = {**ENVIRONMENT, "VLLM_AFBS_PROFILE": str(path), "VLLM_PLUGINS": "afbs"}
+    environment = {
+        **ENVIRONMENT,
+        "VLLM_AFBS_PROFILE": str(path),
+        "VLLM_PLUGINS": "afbs",
+        # Its own: what imports vLLM in this process names one that all of its children would share.
+        DIRECTORY_VARIABLE: str(directory / "metrics"),
+    }
     with running_server(command, environment, directory / "server.log") as server_url:
         yield server_url
 
