@@ -152,7 +152,7 @@ def test_an_evaluation_through_the_server_finds_what_one_in_process_does(
     """Sparse prefill, its losses and the next token, against the emulation of both."""
     model = open_model(str(smollm2_dir))
     served = Served(url, end_tokens(model), profile.profile_id)
-    tokens = [7 + i * i % 1000 for i in range(1100)]
+    tokens = [7 + i * i % 1000 for i in range(1400)]
     runner = Runner(model)
     dense, here = (
         InProcess(runner, each) for each in (None, Selection(of_profile("", profile), 0.0))
@@ -164,7 +164,8 @@ def test_an_evaluation_through_the_server_finds_what_one_in_process_does(
     assert served.sparsity() == pytest.approx(here.sparsity(), abs=0.005)
     # Prompts that begin otherwise, or the server would read most of them from its cache.
     one, other = (each.next_token(tokens[5:], 11) for each in (served, here))
-    assert one.loss == pytest.approx(other.loss, abs=0.05)
+    # Of a token at e^-10: there the few blocks that rounding carries over tau show.
+    assert one.loss == pytest.approx(other.loss, abs=0.1)
     assert kl_divergence(other.top, one.top) < 1e-3
     assert served.generate([tokens[9:]], 4) == here.generate([tokens[9:]], 4)
     with pytest.raises(InputError, match=r"a server of profile 000 expected, it serves"):
