@@ -3,25 +3,20 @@
 Who may change what is in ``test_routes.py``; deploy/README.md has the threat model.
 """
 
-import asyncio
 import json
 import re
-from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.profiles import uniform_profile
+from tests.test_routes import client_of, make_app
 from vllm_afbs import metrics
 from vllm_afbs.profile import Profile, TextSource, load_profile, write_atomically
-from vllm_afbs.routes import RoutesPlugin
 from vllm_afbs.tuning.console import print_summary
 from vllm_afbs.tuning.report import write_report
 
@@ -55,21 +50,6 @@ def named(name: str) -> Profile:
     run = profile.tuner.model_copy(update={"version": name, "created_at": name})
     text = TextSource(name=name, sha256="0" * 64, num_tokens=1)
     return profile.model_copy(update={"tuner": run, "calibration_texts": [text]})
-
-
-def client_of(tmp_path: Path, profile: Profile, api_key: list[str] | None = None) -> TestClient:
-    path = tmp_path / "profile.json"
-    write_atomically(path, profile.to_json())
-    settings = {"profile": str(path), "profile_id": profile.profile_id}
-    config = SimpleNamespace(
-        attention_config=SimpleNamespace(backend=SimpleNamespace(name="AFBS")),
-        additional_config={"afbs": settings},
-    )
-    app, plugin = FastAPI(), RoutesPlugin()
-    plugin.attach_router(app)
-    engine = SimpleNamespace(vllm_config=config)
-    asyncio.run(plugin.init_state(engine, app.state, Namespace(api_key=api_key)))
-    return TestClient(app, base_url="http://localhost", client=("127.0.0.1", 4711))
 
 
 class Tags(HTMLParser):
@@ -116,14 +96,14 @@ def test_a_label_holds_a_name_and_nothing_else(name: str) -> None:
 
 @HOSTILE_NAMES
 def test_routes_tell_a_name_as_data(name: str, tmp_path: Path) -> None:
-    client = client_of(tmp_path, named(name))
+    client = client_of(make_app(tmp_path, named(name)))
     status, profile = client.get("/afbs/status"), client.get("/afbs/profile")
     for response in (status, profile):
         assert response.headers["content-type"] == "application/json"
     assert status.json()["model_name"] == profile.json()["profile"]["model_name"] == name
     # The page is a constant; its script puts what it asks for into text nodes.
     page = client.get("/afbs/").text
-    assert page == client_of(tmp_path, named("plain")).get("/afbs/").text
+    assert page == client_of(make_app(tmp_path, named("plain"))).get("/afbs/").text
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", page)
 
 
@@ -154,7 +134,7 @@ SECRET = "sk-very-secret-4711"
 def test_a_key_is_shown_nowhere(
     tmp_path: Path, logged: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = client_of(tmp_path, named("plain"), [SECRET])
+    client = client_of(make_app(tmp_path, named("plain"), [SECRET]))
     headers: list[dict[str, Any]] = [
         {},
         {"Authorization": f"Bearer {SECRET}"},

@@ -9,6 +9,7 @@ listing) can be unlike all others.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 from vllm_afbs.tuning.texts import Text
@@ -55,20 +56,37 @@ def cut_windows(model: SourceModel, texts: Sequence[Text], length: int) -> Cut:
     Raises:
         InputError: The tokenizer cannot be read, or a text is too short.
     """
+    tokenizer = load_tokenizer(model)
+    tokens = [tokenize(tokenizer, text) for text in texts]
+    return cut_tokens(tokens, [text.name for text in texts], first_tokens(tokenizer), length)
+
+
+def load_tokenizer(model: SourceModel) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: It cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             model.directory(), trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{model.name}: cannot read the tokenizer: {one_line(error)}") from None
-    first = tokenizer("").input_ids
-    prefix = first[:1] if first and first[0] == tokenizer.bos_token_id else []
-    tokens = [
-        tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids for text in texts
-    ]
-    return cut_tokens(tokens, [text.name for text in texts], prefix, length)
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself begins a text with: one token, or none."""
+    first: list[int] = tokenizer("").input_ids
+    return first[:1] if first and first[0] == tokenizer.bos_token_id else []
+
+
+def tokenize(tokenizer: Any, text: Text) -> list[int]:
+    """A text's token ids alone."""
+    ids: list[int] = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    return ids
 
 
 def cut_tokens(

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_afbs.arguments import positive
+
 if TYPE_CHECKING:
     from vllm_afbs.profile import Profile
     from vllm_afbs.tuning.goal import Goal
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--lengths",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="TOKENS",
         help="context lengths, at least two; short ones explore cheaply, the longest decides "
@@ -108,18 +110,18 @@ def _parser() -> argparse.ArgumentParser:
         "on held-out text grows by at most this ratio, for instance 0.01",
     )
     parser.add_argument(
-        "--block-q", type=_positive, default=128, help="rows of a query block (default: 128)"
+        "--block-q", type=positive, default=128, help="rows of a query block (default: 128)"
     )
     parser.add_argument(
         "--block-k",
-        type=_positive,
+        type=positive,
         default=128,
         help="keys of a key block, a multiple of the server's page (default: 128, the CPU's page)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tune N layers at once in N workers of a Ray on this machine, each with its own copy "
         "of the memory that a layer takes (extra 'ray'; default: one layer after another)",
@@ -136,13 +138,6 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with a job that was stopped or killed"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number expected, got {text}")
-    return value
 
 
 def _ray_address(text: str) -> str:

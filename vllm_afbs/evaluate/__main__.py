@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_afbs.arguments import positive
+
 if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor
     from vllm_afbs.evaluate.suite import Amounts
@@ -65,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--length",
-        type=_positive,
+        type=positive,
         help="tokens of the longest prompt (default: the longest that the profile is for)",
     )
     parser.add_argument(
@@ -80,23 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS))
     parser.add_argument(
-        "--windows", type=_positive, default=4, help="of text, at most, for perplexity"
+        "--windows", type=positive, default=4, help="of text, at most, for perplexity"
     )
-    parser.add_argument("--prefixes", type=_positive, default=64, help="scored by one token each")
-    parser.add_argument("--continuations", type=_positive, default=16)
-    parser.add_argument("--new-tokens", type=_positive, default=64, help="of a continuation")
+    parser.add_argument("--prefixes", type=positive, default=64, help="scored by one token each")
+    parser.add_argument("--continuations", type=positive, default=16)
+    parser.add_argument("--new-tokens", type=positive, default=64, help="of a continuation")
     parser.add_argument(
-        "--per-task", type=_positive, default=11, help="retrieval prompts of a task, by depth"
+        "--per-task", type=positive, default=11, help="retrieval prompts of a task, by depth"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number expected, got {text}")
-    return value
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -110,7 +105,8 @@ def _run(options: argparse.Namespace) -> int:
     text = _text(options.text, profile)
     from vllm_afbs.evaluate.comparison import compare
     from vllm_afbs.evaluate.report import show, write_report
-    from vllm_afbs.evaluate.suite import ask, load_tokenizer, make_suite
+    from vllm_afbs.evaluate.suite import ask, make_suite
+    from vllm_afbs.tuning.windows import load_tokenizer
 
     suite = make_suite(load_tokenizer(model), text, amounts)
     dense, sparse = _predictors(options, profile, model)

@@ -10,8 +10,9 @@ import torch
 from vllm_afbs.evaluate.predictor import NextToken, Predictor
 from vllm_afbs.evaluate.prompts import Prompt, make_prompts
 from vllm_afbs.evaluate.retrieval import KINDS
-from vllm_afbs.tuning.model import InputError, SourceModel, one_line
+from vllm_afbs.tuning.model import InputError
 from vllm_afbs.tuning.texts import Text
+from vllm_afbs.tuning.windows import first_tokens, tokenize
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,6 @@ class Answers:
     sparsity: float
 
 
-def load_tokenizer(model: SourceModel) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.directory(), trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{model.name}: cannot read the tokenizer: {one_line(error)}") from None
-
-
 def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
     """Cuts a text and hides facts in it.
 
@@ -105,9 +90,7 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
     Raises:
         InputError: The text is too short.
     """
-    first = tokenizer("").input_ids
-    prefix = first[:1] if first and first[0] == tokenizer.bos_token_id else []
-    tokens = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    prefix, tokens = first_tokens(tokenizer), tokenize(tokenizer, text)
     length = amounts.length - len(prefix)
     if len(tokens) <= length:
         raise InputError(

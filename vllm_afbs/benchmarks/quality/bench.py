@@ -17,14 +17,14 @@ from vllm_afbs.evaluate.comparison import compare
 from vllm_afbs.evaluate.in_process import InProcess, Runner
 from vllm_afbs.evaluate.matching import knob_at, settle
 from vllm_afbs.evaluate.methods import BLOCK, Method, Selection
-from vllm_afbs.evaluate.suite import Amounts, Answers, Suite, ask, load_tokenizer, make_suite
+from vllm_afbs.evaluate.suite import Amounts, Answers, Suite, ask, make_suite
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text, read_texts
-from vllm_afbs.tuning.windows import CALIBRATION, cut_windows
+from vllm_afbs.tuning.windows import CALIBRATION, cut_windows, load_tokenizer
 
 
 @dataclass(frozen=True)
