@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_afbs.benchmarks import quality
-from vllm_afbs.benchmarks.domains import add_texts, read_domains
+from vllm_afbs.benchmarks.domains import Domain, add_texts, read_domains
 from vllm_afbs.benchmarks.quality.bench import Bench, Candidates, Plan, Setting
 from vllm_afbs.benchmarks.quality.results import rows_of, show
 from vllm_afbs.benchmarks.table import benchmark_parser, write_rows
@@ -33,10 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assets = prepare()
     domains = read_domains(args.texts, assets)
     profiles = _profiles(args.profile, {domain.name for domain in domains})
-    # Facts are hidden in one kind of text only: more prompts there say as much as more kinds.
-    settings = [Setting(domain, domain, domain is domains[0]) for domain in domains]
-    if len(domains) > 1:
-        settings.append(Setting(domains[1], domains[0]))
+    settings = _settings(domains, args.settings)
     plan = Plan(
         str(assets.model_dir),
         Amounts(args.length, args.windows, args.prefixes, 0, 1, 0),
@@ -63,6 +60,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if args.output:
                     write_rows(args.output, rows_of(records, args.length))
     show(records)
+
+
+def _settings(domains: Sequence[Domain], wanted: Sequence[str] | None) -> list[Setting]:
+    """Each kind of text on its own, and the first one with methods set on the second."""
+    # Facts are hidden in one kind of text only: more prompts there say as much as more kinds.
+    settings = [Setting(domain, domain, domain is domains[0]) for domain in domains]
+    if len(domains) > 1:
+        settings.append(Setting(domains[1], domains[0]))
+    names = [setting.name for setting in settings]
+    if unknown := sorted(set(wanted or names) - set(names)):
+        raise SystemExit(f"--settings: {unknown[0]}: one of {', '.join(names)} expected")
+    return [setting for setting in settings if setting.name in (wanted or names)]
 
 
 def _candidates(bench: Bench, ours: Sequence[str], args: argparse.Namespace) -> Candidates:
@@ -99,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these, by name")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="SETTING",
+        help="only these, as results call them: a text's name, or 'TEXT by TEXT'",
+    )
     parser.add_argument("--variants", action="store_true", help="variants of the selector too")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=2, help="of text, for perplexity")
