@@ -143,7 +143,7 @@ class Bench:
             )
             for method in each
         ]
-        found = self._runner.levels(self._calibration, methods) if methods else []
+        found = self._runner.levels(self._matched, methods) if methods else []
         return {id(method): each for method, each in zip(methods, found, strict=True)}
 
     def _measured(
@@ -157,7 +157,7 @@ class Bench:
             # Tuned ones' knobs say how far they are moved; others stand alone.
             method = min(methods, key=lambda each: abs(knob_at(levels[id(each)], sparsity)))
             dense = levels[id(method)]
-            selection = settle(self._runner, self._calibration, method, dense, sparsity)
+            selection = settle(self._runner, self._matched, method, dense, sparsity)
             return self._figures(selection, sparsity)
 
         return self._step(f"{name} at {sparsity}", _names(methods), compute)
@@ -194,11 +194,13 @@ class Bench:
     def _tokenizer(self) -> Any:
         return load_tokenizer(self._model)
 
-    @cached_property
-    def _calibration(self) -> list[int]:
-        text = read_texts([self._setting.calibration.calibration])[0]
-        amounts = Amounts(self._plan.amounts.length, 1, 0, 0, 1, 0)
-        return make_suite(self._tokenizer, text, amounts).windows[0]
+    @property
+    def _matched(self) -> list[int]:
+        """Where methods are brought to a sparsity: what is measured, for that they be equal there.
+
+        One number is set so, the same way for all; thresholds stay as calibration left them.
+        """
+        return self._on_text[0].windows[0]
 
     @cached_property
     def _measured_text(self) -> Text:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, depth
+from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, depth, sink
 from vllm_afbs.kernels import BlockGeometry, pool_keys, pool_queries
 
 SIMTHRESHD1 = 0.6
@@ -17,11 +17,16 @@ class SpargeAttn(Method):
     """Pooled scores of smoothed keys; blocks of unlike rows are always computed.
 
     Unlike the served rule, keys are pooled after subtracting their mean (which changes which
-    blocks count as alike), the block that crosses the threshold is left out, and no sink is kept.
+    blocks count as alike), the block that crosses the threshold is left out, and no sink is kept
+    unless asked for.
     The knob is the depth of ``cdfthreshd``; ``simthreshd1`` stays at its default.
+
+    Attributes:
+        attention_sink: Its option of that name: whether the first block is always computed.
     """
 
     block_k: int = 64
+    attention_sink: bool = False
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
         """See ``Method``."""
@@ -38,4 +43,5 @@ class SpargeAttn(Method):
         reached = depth(torch.zeros_like(mass).scatter_(-1, order, ordered.cumsum(-1)))
         reached.scatter_(-1, order[..., :1], ALWAYS)
         guarded = unlike | (queries.similarity <= SIMTHRESHD1)[:, :, None]
-        return reached.masked_fill(guarded, ALWAYS)
+        levels = reached.masked_fill(guarded, ALWAYS)
+        return sink(levels) if self.attention_sink else levels

@@ -34,10 +34,13 @@ class UniformTau(Method):
         token_queries: Whether every row's softmax over the pooled keys is taken and averaged,
             instead of the softmax of the averaged row.
         local_blocks: So many query blocks' worth of keys up to the diagonal are always kept.
+        sink_apart: Whether mass is counted without the first block's, which is kept in any case:
+            what heads put there, with values near zero, says nothing of what they would lose.
     """
 
     token_queries: bool = False
     local_blocks: int = 1
+    sink_apart: bool = False
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
         """See ``Method``."""
@@ -47,6 +50,8 @@ class UniformTau(Method):
         means = keys.mean.repeat_interleave(layer.group, 0)
         unlike = (keys.similarity.repeat_interleave(layer.group, 0) < theta)[:, None, :]
         hidden = unlike | ~geometry.visible.to(means.device)
+        if self.sink_apart:
+            hidden[..., 0] = True
         if self.token_queries:
             mass = _token_mass(layer, means, hidden, geometry)
         else:
@@ -123,6 +128,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "4 local blocks": {"local_blocks": 4},
     "key blocks of 64": {"block_k": 64},
     "mean correction": {"corrects": True},
+    "sink apart": {"sink_apart": True},
+    "sink apart, 2 local blocks": {"sink_apart": True, "local_blocks": 2},
+    "sink apart, 4 local blocks": {"sink_apart": True, "local_blocks": 4},
+    "token Q, sink apart": {"token_queries": True, "sink_apart": True},
+    "token Q, sink apart, 2 local blocks": {
+        "token_queries": True,
+        "sink_apart": True,
+        "local_blocks": 2,
+    },
+    "token Q, sink apart, 4 local blocks": {
+        "token_queries": True,
+        "sink_apart": True,
+        "local_blocks": 4,
+    },
+    "token Q, sink apart, mean correction": {
+        "token_queries": True,
+        "sink_apart": True,
+        "corrects": True,
+    },
 }
 """Selectors that are not served, each one change away from the served one."""
 
