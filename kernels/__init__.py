@@ -7,7 +7,7 @@ lists a step's work for a device, where ``triton_packing``, ``triton_pooling`` a
 Nothing here imports vLLM.
 """
 
-from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.geometry import LOCAL_BLOCKS, BlockGeometry
 from vllm_afbs.kernels.selection import (
     BlockStats,
     HeadThresholds,
@@ -25,6 +25,7 @@ from vllm_afbs.kernels.tiles import (
 )
 
 __all__ = [
+    "LOCAL_BLOCKS",
     "BlockGeometry",
     "BlockStats",
     "HeadThresholds",

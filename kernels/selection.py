@@ -168,7 +168,7 @@ def select_blocks(
 
     Returns:
         ``[num_heads, num_q_blocks, num_k_blocks]`` bool, true where the block is computed.
-        Sink and diagonal blocks are always kept, invisible ones never.
+        Sink, diagonal and local blocks are always kept, invisible ones never.
     """
     num_heads, group = len(queries.mean), len(queries.mean) // len(keys.mean)
     visible, always = (m.to(keys.mean.device) for m in (geometry.visible, geometry.always))

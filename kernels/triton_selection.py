@@ -106,7 +106,7 @@ def _select(
             scores, queries.similarity, keys.similarity, thresholds.tau, thresholds.theta,
             blocks.table, pages, entries, lengths, query_start_loc, num_kept,
             softmax_scale, blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks,
-            num_k_blocks, entries.stride(0), num_heads,
+            num_k_blocks, entries.stride(0), num_heads, request.geometry.local_keys,
             key_cache.stride(0) // key_cache.stride(2),
             GROUP=num_heads // num_kv_heads,
             BLOCK_K=request.geometry.block_k,
@@ -122,7 +122,7 @@ def _select_tile(
     scores, query_similarity, key_similarity, taus, thetas,
     table, pages, entries, lengths, query_start_loc, num_kept,
     softmax_scale, num_blocks, num_rows, first_block, num_q_blocks,
-    num_k_blocks, stride_entries, num_heads, heads_per_page,
+    num_k_blocks, stride_entries, num_heads, local_keys, heads_per_page,
     GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW: tl.constexpr,
     BISECTIONS: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def _select_tile(
 
     blocks = tl.arange(0, ROW)
     visible = (blocks < num_k_blocks) & (blocks * BLOCK_K <= last_position)
-    always = (blocks == 0) | ((blocks + 1) * BLOCK_K > first_position + 1)
+    always = (blocks == 0) | ((blocks + 1) * BLOCK_K > first_position + 1 - local_keys)
     likeness = tl.load(
         key_similarity + (head // GROUP) * num_k_blocks + blocks, mask=visible, other=0.0
     )

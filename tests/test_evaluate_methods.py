@@ -220,7 +220,7 @@ def test_every_row_of_queries_may_vote(problem: Problem) -> None:
         near = set(range(max(0, i - 1), i + 1))
         return largest_until(mass.tolist(), 0.6) | {0} | near
 
-    method = UniformTau("", BLOCK, BLOCK, token_queries=True, local_blocks=2)
+    method = UniformTau("", BLOCK, BLOCK, query_rows=1, local_blocks=2)
     check(method, depth(0.6), problem, expected)
 
 

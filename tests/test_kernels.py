@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.problems import SCALE, PagedDense, Problem, make_problem
 from vllm_afbs.kernels import (
+    LOCAL_BLOCKS,
     BlockGeometry,
     HeadThresholds,
     build_tile_lists,
@@ -136,6 +137,19 @@ def test_reference_lambda_skips_products_and_bounds_the_error() -> None:
     # A skipped block weighs at most block_k * exp(lambda_) of the row's largest weight.
     bound = problem.geometry.num_k_blocks * 16 * torch.exp(torch.tensor(lambda_))
     assert float((output - dense).abs().max()) <= float(bound * problem.value.abs().max())
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_what_is_always_kept_is_the_sink_and_what_is_near(drawn: tuple[Problem, int]) -> None:
+    geometry = drawn[0].geometry
+    near = (LOCAL_BLOCKS - 1) * geometry.block_q
+    for i, first in enumerate(geometry.first_positions.tolist()):
+        last = int(geometry.last_positions[i])
+        # The row itself, and those that it and the rows after it see within reach of the first.
+        wanted = {0} | {p // geometry.block_k for p in range(max(0, first - near + 1), last + 1)}
+        always = geometry.always[i].nonzero().flatten().tolist()
+        assert set(always) == {j for j in wanted if j * geometry.block_k <= last}
 
 
 def test_page_size_must_divide_the_key_block() -> None:

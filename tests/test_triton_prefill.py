@@ -46,7 +46,7 @@ def kept_blocks(problem: Problem, kind: str) -> torch.Tensor:
         "all": torch.ones(shape, dtype=torch.bool),
         "diagonal": torch.zeros(shape, dtype=torch.bool),
     }[kind]
-    diagonal = geometry.always.clone()
+    diagonal = geometry.local(0) & geometry.visible
     if kind == "diagonal":
         # Not even the sink, where it is not on the diagonal itself.
         diagonal[:, 0] = geometry.first_positions + 1 < geometry.block_k

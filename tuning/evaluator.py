@@ -10,6 +10,7 @@ dense kernel, which cannot skip P.V inside a block. A partial keeps its own maxi
 that lambda would need.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -190,12 +191,16 @@ class LayerEvaluator:
         values, _ = cut_keys(self._value.float(), self.geometry)
         # A column of ones makes the product with V sum the weights as well.
         values = torch.nn.functional.pad(values, (0, 1), value=1.0)
+        # One buffer for all blocks: a fresh one each is mapped and zeroed by the kernel anew.
+        buffer = keys.new_empty(self.num_heads * self.geometry.block_q * keys[0, ..., 0].numel())
         for i in self.sampled_blocks:
             start, stop = (int(row) for row in self.geometry.row_starts[i : i + 2])
             num_blocks, rows = int(self.geometry.visible[i].sum()), stop - start
             query = self._query[start:stop].float().transpose(0, 1)
             query = query.reshape(num_kv_heads, group * rows, head_dim)
-            scores = query @ keys[:, :num_blocks].flatten(1, 2).transpose(1, 2)
+            shape = num_kv_heads, group * rows, num_blocks * block_k
+            scores = buffer[: math.prod(shape)].view(shape)
+            torch.bmm(query, keys[:, :num_blocks].flatten(1, 2).transpose(1, 2), out=scores)
             scores = scores.view(self.num_heads, rows, num_blocks * block_k)
             keys_at = torch.arange(start, num_blocks * block_k, device=self._device)
             hidden = keys_at > torch.arange(start, stop, device=self._device)[:, None]

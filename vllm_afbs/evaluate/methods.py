@@ -92,7 +92,7 @@ class Method(ABC):
         """
         geometry = self.geometry(len(layer.query))
         levels = self.score(layer, geometry).double()
-        levels = levels.masked_fill(diagonal(geometry).to(levels.device), ALWAYS)
+        levels = levels.masked_fill(geometry.local(0).to(levels.device), ALWAYS)
         return levels.masked_fill_(~geometry.visible.to(levels.device), NEVER)
 
 
@@ -111,17 +111,6 @@ class Selection:
     def keep(self, layer: Layer) -> torch.Tensor:
         """The kept blocks, ``[num_heads, num_q_blocks, num_k_blocks]``, bool."""
         return self.method.levels(layer) < self.knob
-
-
-def diagonal(geometry: BlockGeometry, width: int = 1) -> torch.Tensor:
-    """The last ``width`` query blocks' worth of keys before each query block's end.
-
-    Returns:
-        ``[num_q_blocks, num_k_blocks]``, bool.
-    """
-    key_ends = torch.arange(1, geometry.num_k_blocks + 1) * geometry.block_k
-    reach = geometry.first_positions[:, None] - (width - 1) * geometry.block_q
-    return (key_ends[None, :] > reach) & geometry.visible
 
 
 def sink(levels: torch.Tensor) -> torch.Tensor:

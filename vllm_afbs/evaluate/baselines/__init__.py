@@ -38,7 +38,6 @@ def baselines() -> Sequence[Method]:
     return [
         OracleTopK("oracle Top-K"),
         OracleTopP("oracle Top-p"),
-        OracleTopP("oracle Top-p, sink apart", sink_apart=True),
         StreamingLLM("window + sink"),
         SpargeAttn("SpargeAttn, defaults", given=-log1p(-CDFTHRESHD)),
         SpargeAttn("SpargeAttn, with sink", given=-log1p(-CDFTHRESHD), attention_sink=True),

@@ -60,17 +60,8 @@ class OracleTopP(Method):
     """The fewest blocks that make up a share of the exact mass, whichever row they are in.
 
     The knob is the depth of that share. The first block is kept, as the served rule does.
-
-    Attributes:
-        sink_apart: Whether the share is one of the mass outside the first block.
     """
-
-    sink_apart: bool = False
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
         """See ``Method``."""
-        mass = exact_mass(layer, geometry)
-        if self.sink_apart:
-            mass[..., 0] = 0.0
-            mass /= mass.sum(-1, keepdim=True).clamp_min(1e-30)
-        return sink(depth(mass_before(mass)))
+        return sink(depth(mass_before(exact_mass(layer, geometry))))

@@ -6,21 +6,21 @@ so that 0 is as tuned.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from vllm_afbs.evaluate.methods import (
     ALWAYS,
+    BLOCK,
     Layer,
     Method,
     depth,
-    diagonal,
     mass_before,
     sink,
 )
-from vllm_afbs.kernels import BlockGeometry, HeadThresholds, pool_keys, pool_queries
+from vllm_afbs.kernels import LOCAL_BLOCKS, BlockGeometry, HeadThresholds, pool_keys, pool_queries
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import plan_layer
@@ -31,16 +31,13 @@ class UniformTau(Method):
     """One tau for all heads, no theta.
 
     Attributes:
-        token_queries: Whether every row's softmax over the pooled keys is taken and averaged,
-            instead of the softmax of the averaged row.
+        query_rows: Rows that are pooled into one query; a block's mass is the mean over its
+            queries. The served rule pools all rows of a block, 1 takes every row's softmax.
         local_blocks: So many query blocks' worth of keys up to the diagonal are always kept.
-        sink_apart: Whether mass is counted without the first block's, which is kept in any case:
-            what heads put there, with values near zero, says nothing of what they would lose.
     """
 
-    token_queries: bool = False
-    local_blocks: int = 1
-    sink_apart: bool = False
+    query_rows: int = BLOCK
+    local_blocks: int = LOCAL_BLOCKS
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
         """See ``Method``."""
@@ -50,37 +47,33 @@ class UniformTau(Method):
         means = keys.mean.repeat_interleave(layer.group, 0)
         unlike = (keys.similarity.repeat_interleave(layer.group, 0) < theta)[:, None, :]
         hidden = unlike | ~geometry.visible.to(means.device)
-        if self.sink_apart:
-            hidden[..., 0] = True
-        if self.token_queries:
-            mass = _token_mass(layer, means, hidden, geometry)
-        else:
-            scores = (queries.mean @ means.transpose(1, 2)) * layer.softmax_scale
-            # A row may have no pooled key left (all unlike): its mass is then zero, not NaN.
-            mass = torch.softmax(scores.masked_fill_(hidden, -torch.inf), -1).nan_to_num_(0.0)
+        mass = self._mass(layer, means, hidden, geometry)
         base = depth(thresholds.tau)[:, None, None]
         levels = torch.where(base.isinf(), ALWAYS, depth(mass_before(mass)) - base)
         guarded = unlike | (queries.similarity < theta)[:, :, None]
-        local = diagonal(geometry, self.local_blocks).to(levels.device)
+        local = geometry.local((self.local_blocks - 1) * self.block_q).to(levels.device)
         return sink(levels.masked_fill_(guarded | local, ALWAYS))
+
+    def _mass(
+        self, layer: Layer, means: torch.Tensor, hidden: torch.Tensor, geometry: BlockGeometry
+    ) -> torch.Tensor:
+        rows = min(self.query_rows, geometry.block_q)
+        finer = replace(geometry, block_q=rows)
+        queries = pool_queries(layer.query, finer).mean
+        block_of_query = (finer.first_positions // geometry.block_q).to(means.device)
+        scores = (queries @ means.transpose(1, 2)) * layer.softmax_scale
+        by_block = hidden.expand(len(scores), geometry.num_q_blocks, -1)
+        scores.masked_fill_(by_block[:, block_of_query], -torch.inf)
+        # A row may have no pooled key left (all unlike): its mass is then zero, not NaN.
+        weights = torch.softmax(scores, -1).nan_to_num_(0.0)
+        weights *= finer.row_starts.diff().to(means.device)[:, None]
+        mass = weights.new_zeros(len(weights), geometry.num_q_blocks, weights.shape[-1])
+        counts = geometry.row_starts.diff().to(means.device)
+        return mass.index_add_(1, block_of_query, weights) / counts[:, None]
 
     def _thresholds(self, layer: Layer) -> HeadThresholds:
         tau = torch.zeros(layer.query.shape[1], device=layer.query.device)
         return HeadThresholds(tau, torch.full_like(tau, THETA_OFF))
-
-
-def _token_mass(
-    layer: Layer, means: torch.Tensor, hidden: torch.Tensor, geometry: BlockGeometry
-) -> torch.Tensor:
-    """Mean over the block's rows of each row's softmax over the blocks' mean keys."""
-    scores = layer.head_queries() @ means.transpose(1, 2)
-    block_of_row = torch.arange(scores.shape[1], device=scores.device) // geometry.block_q
-    by_block = hidden.expand(len(scores), geometry.num_q_blocks, -1)
-    scores.masked_fill_(by_block[:, block_of_row], -torch.inf)
-    weights = torch.softmax(scores, -1).nan_to_num_(0.0)
-    mass = weights.new_zeros(len(weights), geometry.num_q_blocks, weights.shape[-1])
-    rows = geometry.row_starts.diff().to(mass.device)
-    return mass.index_add_(1, block_of_row, weights) / rows[:, None]
 
 
 @dataclass(frozen=True)
@@ -123,30 +116,13 @@ def of_profile(name: str, profile: Profile, **fields: Any) -> Tuned:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "token Q": {"token_queries": True},
-    "2 local blocks": {"local_blocks": 2},
+    "queries of 32 rows": {"query_rows": 32},
+    "queries of 16 rows": {"query_rows": 16},
+    "token Q": {"query_rows": 1},
+    "1 local block": {"local_blocks": 1},
     "4 local blocks": {"local_blocks": 4},
     "key blocks of 64": {"block_k": 64},
     "mean correction": {"corrects": True},
-    "sink apart": {"sink_apart": True},
-    "sink apart, 2 local blocks": {"sink_apart": True, "local_blocks": 2},
-    "sink apart, 4 local blocks": {"sink_apart": True, "local_blocks": 4},
-    "token Q, sink apart": {"token_queries": True, "sink_apart": True},
-    "token Q, sink apart, 2 local blocks": {
-        "token_queries": True,
-        "sink_apart": True,
-        "local_blocks": 2,
-    },
-    "token Q, sink apart, 4 local blocks": {
-        "token_queries": True,
-        "sink_apart": True,
-        "local_blocks": 4,
-    },
-    "token Q, sink apart, mean correction": {
-        "token_queries": True,
-        "sink_apart": True,
-        "corrects": True,
-    },
 }
 """Selectors that are not served, each one change away from the served one."""
 

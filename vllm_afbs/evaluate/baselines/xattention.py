@@ -41,7 +41,9 @@ class XAttention(Method):
         padded = torch.nn.functional.pad(weights, padding)
         sums = padded.unflatten(2, (-1, columns)).sum(-1).unflatten(1, (-1, rows)).sum(2)
         shares = sums / sums.sum(-1, keepdim=True)
-        forced = geometry.always.to(shares.device)
+        forced = geometry.local(0)
+        forced[:, 0] = True
+        forced = forced.to(shares.device)
         first = (shares * forced).sum(-1, keepdim=True)
         return sink(depth(mass_before(shares.masked_fill(forced, 0.0)) + first))
 
