@@ -81,3 +81,26 @@ def test_engine_answers_as_flash_attention_does(
     assert tokens["sparse"] >= 2 * NUM_LAYERS * sum(q_len for q_len, _ in CHUNKS)
     assert tokens["dense"] >= NUM_LAYERS * 300
     assert counters.value("vllm_afbs_dense_estimate_seconds_total") > 0
+
+
+@pytest.mark.gpu
+def test_speculative_decoding_verifies_as_flash_attention_does(model_dir: Path) -> None:
+    from transformers import AutoConfig
+
+    fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model_dir))
+    path = model_dir / "profile.json"
+    write_atomically(path, uniform_profile(fingerprint, 0.5, 0.5, [8192, 32768]).to_json())
+    # They repeat themselves, so that drafts are found, and are too short to run sparse.
+    prompts = [[(n + i % 17) % 1000 for i in range(n)] for n in (600, 300, 40)]
+
+    def answers(backend: str, profile: str | None) -> list[list[int]]:
+        drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+        result = run_job(
+            Job(
+                backend, backend, str(model_dir), True, 32768, prompts, 1, profile=profile,
+                num_answer_tokens=32, speculative=drafts,
+            )
+        )  # fmt: skip
+        return [each["token_ids"] for each in result["answers"]]
+
+    assert answers("AFBS", str(path)) == answers("FLASH_ATTN", None)

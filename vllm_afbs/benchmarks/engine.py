@@ -57,6 +57,7 @@ class Job:
         num_answer_tokens: Greedy tokens kept of each prompt's answer; 0 for random weights.
         way: Way of sparse prefill to take wherever the profile is sparse; the dispatcher's if None.
         settings: What ``additional_config`` says of afbs.
+        speculative: vLLM's ``speculative_config``; None to decode token by token.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Job:
     num_answer_tokens: int = 0
     way: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    speculative: dict[str, Any] | None = None
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class Engine:
             max_num_seqs=max(*decode_sizes, len(job.prompts)),
             enable_prefix_caching=False,
             attention_config={"backend": job.backend},
+            speculative_config=job.speculative,
             additional_config={"afbs": job.settings} if job.settings else {},
             # Prefills run eagerly, decodes from graphs; nothing waits for a compiler.
             compilation_config={

@@ -1,4 +1,4 @@
-"""Bringing methods to one sparsity: the knob that leaves it on a calibration text.
+"""Bringing methods to one sparsity: the knob that leaves it on a text.
 
 No bisection is needed, since every block's level is known: the knob is a quantile of the levels
 over the whole model. They are taken from a dense run first, and then from a run with the knob that
@@ -42,7 +42,7 @@ def settle(
 
     Args:
         runner: The model.
-        tokens: The calibration text's.
+        tokens: The text's.
         method: What to set.
         dense: Its levels from a dense run over that text.
         sparsity: Wanted.
