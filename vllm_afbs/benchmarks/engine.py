@@ -118,6 +118,7 @@ class Engine:
         if job.way is not None:
             _dispatch_to(job.way)
         decode_sizes = sorted({each.batch for each in job.decodes}) or [1]
+        drafts = job.speculative["num_speculative_tokens"] if job.speculative else 0
         self.llm = LLM(
             model=job.model,
             load_format="dummy" if job.random_weights else "auto",
@@ -134,7 +135,7 @@ class Engine:
             compilation_config={
                 "mode": 0,
                 "cudagraph_mode": "FULL_DECODE_ONLY",
-                "cudagraph_capture_sizes": decode_sizes,
+                "cudagraph_capture_sizes": [size * (1 + drafts) for size in decode_sizes],
             },
         )
         if job.random_weights:

@@ -50,6 +50,8 @@ def make_checkpoint(folder: Path) -> None:
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # the servers take nearly all of the GPU
 
 
 def measure(folder: Path, backend: str, profile: Path | None, args: argparse.Namespace) -> Any:
