@@ -114,8 +114,8 @@ def test_losses_and_the_next_token_agree(runner: Runner) -> None:
 
 
 def test_a_knob_is_settled_on_a_model_that_is_sparse_already(runner: Runner) -> None:
-    (levels,) = runner.levels(TOKENS, [METHOD])
-    selection = settle(runner, TOKENS, METHOD, levels, 0.5)
+    (levels,) = runner.levels([TOKENS], [METHOD])
+    selection = settle(runner, [TOKENS], METHOD, levels, 0.5)
     counter = Counter()
     with runner.selecting(selection, counter):
         runner.losses(TOKENS)

@@ -231,7 +231,7 @@ def all_methods() -> list[Method]:
         StreamingLLM("window", BLOCK, BLOCK),
         XAttention("xattention", BLOCK, BLOCK),
         VerticalSlash("vertical-slash", BLOCK, BLOCK),
-        UniformTau("tau", BLOCK, BLOCK),
+        UniformTau("tau", BLOCK, BLOCK, local_blocks=1),
         UniformTau("small blocks", BLOCK, BLOCK // 2, local_blocks=2),
     ]
 

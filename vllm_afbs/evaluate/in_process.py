@@ -69,12 +69,15 @@ class Runner:
             self._selection, self._counter = before
 
     def levels(
-        self, tokens: Sequence[int], methods: Sequence[Method], selection: Selection | None = None
+        self,
+        windows: Sequence[Sequence[int]],
+        methods: Sequence[Method],
+        selection: Selection | None = None,
     ) -> list[list[torch.Tensor]]:
-        """Levels of all visible blocks, by method and layer, while the model runs over a text.
+        """Levels of all visible blocks, by method, while the model runs over texts.
 
         Args:
-            tokens: Token ids.
+            windows: Token ids of each; their layers' levels follow each other.
             methods: Whose levels.
             selection: What the model runs with; dense by default.
         """
@@ -82,7 +85,8 @@ class Runner:
         self._watched = watched
         try:
             with self.selecting(selection, Counter()):
-                self._logits(tokens, 1)
+                for tokens in windows:
+                    self._logits(tokens, 1)
         finally:
             self._watched = ()
         return [levels for _, levels in watched]

@@ -1,4 +1,4 @@
-"""Bringing methods to one sparsity: the knob that leaves it on a text.
+"""Bringing methods to one sparsity: the knob that leaves it on a text's windows.
 
 No bisection is needed, since every block's level is known: the knob is a quantile of the levels
 over the whole model. They are taken from a dense run first, and then from a run with the knob that
@@ -33,7 +33,7 @@ def knob_at(levels: Sequence[torch.Tensor], sparsity: float) -> float:
 
 def settle(
     runner: Runner,
-    tokens: Sequence[int],
+    windows: Sequence[Sequence[int]],
     method: Method,
     dense: Sequence[torch.Tensor],
     sparsity: float,
@@ -42,11 +42,11 @@ def settle(
 
     Args:
         runner: The model.
-        tokens: The text's.
+        windows: Token ids of the texts' windows.
         method: What to set.
-        dense: Its levels from a dense run over that text.
+        dense: Its levels from a dense run over them.
         sparsity: Wanted.
     """
     first = Selection(method, knob_at(dense, sparsity))
-    (again,) = runner.levels(tokens, [method], first)
+    (again,) = runner.levels(windows, [method], first)
     return Selection(method, knob_at(again, sparsity))

@@ -195,12 +195,12 @@ class Bench:
         return load_tokenizer(self._model)
 
     @property
-    def _matched(self) -> list[int]:
+    def _matched(self) -> Sequence[list[int]]:
         """Where methods are brought to a sparsity: what is measured, for that they be equal there.
 
         One number is set so, the same way for all; thresholds stay as calibration left them.
         """
-        return self._on_text[0].windows[0]
+        return self._on_text[0].windows
 
     @cached_property
     def _measured_text(self) -> Text:
