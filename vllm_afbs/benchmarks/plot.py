@@ -149,14 +149,17 @@ def quality(figure: Figure, rows: Rows) -> None:
         panels[row["shape"]][name][what] = float(row["p50"])
     figure.set_size_inches(5 * len(panels), 5)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    numbers: dict[str, int] = {}  # a method looks the same in every panel
     for axes, (shape, found) in zip(grid, panels.items(), strict=True):
         curves: dict[str, Points] = defaultdict(list)
         for name, each in found.items():
             if at := _AT.match(name):
                 increase = max(each["perplexity ratio"] - 1.0, 1e-4)  # for the log axis
                 curves[at["method"]].append((each["sparsity"], increase))
-        for number, (method, points) in enumerate(curves.items()):
-            style = {"color": "black", "linewidth": 2.5} if method == "afbs" else {}
+        for method, points in curves.items():
+            number = numbers.setdefault(method, len(numbers))
+            color = "black" if method == "afbs" else f"C{number}"
+            style = {"color": color, "linewidth": 2.5 if method == "afbs" else 1.5}
             axes.plot(
                 *zip(*sorted(points), strict=True),
                 _STYLES[number // 10 % len(_STYLES)],
