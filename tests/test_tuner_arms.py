@@ -32,9 +32,9 @@ from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.validation import HELD_OUT_SLACK
+from vllm_afbs.tuning.validation import HELD_OUT_Q_BLOCKS, HELD_OUT_SLACK
 
-SETTINGS = SearchSettings([128, 256, 512], 0.05, 32, 32, seed=1)
+SETTINGS = SearchSettings([128, 256, 512], 0.05, 16, 16, seed=1)
 SCOPE = Scope([0], num_heads=3, slow=[(0, 1)])
 Choices = dict[str, list[Choice]]
 
@@ -59,7 +59,9 @@ def score(taken: Capture, choices: list[Choice], window: str = "calibration") ->
     tau, theta = torch.ones(3), torch.full((3,), -1.0)
     tau[heads] = torch.tensor([choice.tau for choice in choices])
     theta[heads] = torch.tensor([choice.theta for choice in choices])
-    evaluator = LayerEvaluator(taken.load(0, window), SETTINGS.longest, 32, 32)
+    # Held-out windows are accepted by the rows that are scored of them.
+    q_blocks = HELD_OUT_Q_BLOCKS // len(taken.held_out) if window in taken.held_out else None
+    evaluator = LayerScorer(SETTINGS, 0, taken).evaluator(window, SETTINGS.longest, q_blocks)
     scores = evaluator.score(HeadThresholds(tau, theta))
     return HeadScores(scores.error[heads], scores.sparsity[heads])
 
@@ -130,13 +132,13 @@ def test_ablations_leave_out_what_they_say(by_arm: Choices) -> None:
 
 def test_a_head_alone_is_that_head_of_its_layer(taken: Capture) -> None:
     tau, theta = torch.tensor([0.7, 0.8, 0.9]), torch.tensor([-1.0, 0.1, 0.2])
-    layer = LayerEvaluator(taken.load(0, "calibration"), 512, 32, 32)
+    layer = LayerEvaluator(taken.load(0, "calibration"), 512, 16, 16)
     together = layer.score(HeadThresholds(tau, theta))
     for head in range(3):
         one = HeadCapture(taken.directory, taken.layers, taken.held_out, head).load(
             0, "calibration"
         )
-        alone = LayerEvaluator(one, 512, 32, 32).score(
+        alone = LayerEvaluator(one, 512, 16, 16).score(
             HeadThresholds(tau[head, None], theta[head, None])
         )
         torch.testing.assert_close(alone.error[0], together.error[head])
@@ -161,7 +163,7 @@ def test_sparsities_are_compared_at_the_tolerance(by_arm: Choices, taken: Captur
         assert found["mean error on unseen text"] == pytest.approx(float(plain.error.mean()))
         assert found["mean sparsity on unseen text"] == pytest.approx(float(plain.sparsity.mean()))
         assert found["mean sparsity on calibration text"] == found["mean sparsity on unseen text"]
-        # Three heads of 16 blocks: the error moves in steps.
+        # Three heads of 32 blocks: the error moves in steps.
         assert found["error there"] == pytest.approx(SETTINGS.tolerance, rel=0.1)
         denser = found["mean error on unseen text"] > found["error there"]
         gained = found["sparsity at equal error"] - found["mean sparsity on unseen text"]

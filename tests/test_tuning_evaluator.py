@@ -147,12 +147,13 @@ def test_dropping_the_block_with_nearly_all_the_mass_is_still_exact() -> None:
     query = layer.query.clone()
     query[:, 0] = direction / 2
     layer = LayerTensors(query, key.bfloat16(), layer.value, layer.softmax_scale)
-    # Block 1's keys cancel in the mean, so the selector cannot see the mass that they hold.
+    # Block 1's keys cancel in the mean, so the selector cannot see the mass that they hold, and the
+    # last quarter of the rows is far enough away to lose it.
     thresholds = HeadThresholds(torch.tensor([0.3]), torch.tensor([THETA_OFF]))
     scores = LayerEvaluator(layer, 64, 16, 16).score(thresholds)
     _, _, error, sparsity = specified_scores(layer, 64, 16, 16, thresholds)
     assert float(sparsity) > 0
-    assert float(error) > 0.3
+    assert float(error) > 0.2
     torch.testing.assert_close(scores.error, error, atol=2e-5, rtol=1e-4)
 
 
