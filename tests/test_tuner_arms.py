@@ -70,7 +70,9 @@ def test_arms_choose_for_the_heads_that_they_are_for(by_arm: Choices) -> None:
     for name, choices in by_arm.items():
         heads = [1] if name in ON_SOME_HEADS else [0, 1, 2]
         assert [(choice.layer, choice.head) for choice in choices] == [(0, head) for head in heads]
-        assert all(choice.tau < 1.0 for choice in choices), name
+        # Without a guard a head whose blocks hide their mass may have to stay dense.
+        assert any(choice.tau < 1.0 for choice in choices), name
+        assert name == "afbs without BO" or all(choice.tau < 1.0 for choice in choices), name
 
 
 def test_arms_stay_within_the_tolerance(by_arm: Choices, taken: Capture) -> None:
