@@ -22,7 +22,8 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from tests.profiles import uniform_profile
 from vllm_afbs import metrics, switch
 from vllm_afbs.demo.server import HOST, free_port
-from vllm_afbs.profile import Profile, write_atomically
+from vllm_afbs.profile import Profile
+from vllm_afbs.profile_file import write_atomically
 from vllm_afbs.routes import RoutesPlugin
 
 CHROMIUM = shutil.which("chromium")

@@ -184,7 +184,7 @@ def _run(options: argparse.Namespace) -> int:
         goal = _goal(options)
         with _layer_pool(options) as pool:
             profile = _tune(model, texts, settings, layers, goal, work, pool)
-        from vllm_afbs.profile import write_atomically
+        from vllm_afbs.profile_file import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
 

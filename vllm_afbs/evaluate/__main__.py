@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vllm_afbs.profile import load_profile
+    from vllm_afbs.profile_file import load_profile
     from vllm_afbs.tuning.model import open_model
 
     profile = load_profile(options.profile)
