@@ -189,6 +189,17 @@ def test_routes_tell_what_workers_counted(tmp_path: Path) -> None:
     assert Profile.model_validate(served["profile"]) == profile
 
 
+def test_the_profile_is_not_hashed_anew_at_every_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = uniform_profile()
+    expected = profile.profile_id
+    client = client_of(make_app(tmp_path, profile))
+    monkeypatch.setattr(Profile, "to_json", lambda _: pytest.fail("written out for a look"))
+    for route in ("status", "profile"):
+        assert client.get(f"/afbs/{route}").json()["profile_id"] == expected
+
+
 def test_without_a_profile_there_is_none_to_show(tmp_path: Path) -> None:
     client = client_of(make_app(tmp_path))
     assert client.get("/afbs/profile").status_code == 404
