@@ -397,20 +397,6 @@ def test_bad_options_are_refused_by_name(
     assert f"argument {option}" in capsys.readouterr().err
 
 
-def test_full_disk_leaves_no_profile(
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    output = tmp_path / "p.json"
-    assert tune.main(command(tiny_model, output)) == 2
-    assert "free" in capsys.readouterr().err
-    assert not output.exists()
-
-
 def test_damaged_capture_is_named(tiny_model: Path, tmp_path: Path) -> None:
     model = open_model(str(tiny_model))
     cut = cut_windows(model, [Text("text", "text " * 100)], 64)

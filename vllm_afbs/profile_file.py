@@ -90,9 +90,17 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file whole or not at all: a reader sees the old text or the new.
 
     Raises:
-        OSError: The directory cannot be written or the disk is full; ``path`` is untouched.
+        OSError: The directory cannot be written or the disk is full; its ``filename`` is ``path``,
+            which is untouched.
     """
-    target = Path(path).resolve()  # of a link, the file it points to is replaced
+    try:
+        _replace(Path(path).resolve(), text)  # of a link, the file it points to is replaced
+    except OSError as error:
+        # A write does not say which file it was for, and other calls name the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _replace(target: Path, text: str) -> None:
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     temporary = Path(name)
     try:

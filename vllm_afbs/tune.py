@@ -193,8 +193,9 @@ def _run(options: argparse.Namespace) -> int:
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
-        where = error.filename or options.output
-        return _refuse(f"{where}: {error.strerror or one_line(error)}", EXIT_FAILED)
+        where = f"{error.filename}: " if error.filename else ""
+        kept = f"; {work} keeps what is done, and --resume goes on with it" if work.exists() else ""
+        return _refuse(f"{where}{error.strerror or one_line(error)}{kept}", EXIT_FAILED)
     shutil.rmtree(work)
     from vllm_afbs.tuning.console import print_summary
 
