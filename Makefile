@@ -34,7 +34,7 @@ browser:
 
 # Debian's package is unpacked, not installed: that would start a service. Where it cannot be had,
 # the tests that need Prometheus or promtool are skipped, visibly.
-prometheus: setup
+prometheus: setup | browser  # apt-get runs once at a time
 	@command -v prometheus > /dev/null || test -x $(PROMETHEUS)/usr/bin/prometheus || \
 	{ mkdir -p $(PROMETHEUS) && cd $(PROMETHEUS) && \
 	  { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; } && \

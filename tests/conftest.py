@@ -61,7 +61,7 @@ def tiny_profile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What one uninterrupted process finds for it."""
     from tests.tuning_jobs import command
     from vllm_afbs import tune
-    from vllm_afbs.profile import load_profile
+    from vllm_afbs.profile_file import load_profile
 
     output = tmp_path_factory.mktemp("whole") / "profile.json"
     assert tune.main(command(tiny_model, output, "--tolerance", "0.2")) == 0

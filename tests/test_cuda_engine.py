@@ -13,7 +13,8 @@ from vllm_afbs.benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.demo.divergence import total_variation
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.live import Counters
-from vllm_afbs.profile import ModelFingerprint, write_atomically
+from vllm_afbs.profile import ModelFingerprint
+from vllm_afbs.profile_file import write_atomically
 
 NUM_LAYERS, NUM_HEADS = 2, 8
 PROMPT_LENS = (20000, 300, 9000, 40)

@@ -21,7 +21,7 @@ from vllm_afbs import compat, fallbacks, limits, serving, steps
 from vllm_afbs.cpu import backend as cpu
 from vllm_afbs.cuda import backend as cuda
 from vllm_afbs.fallbacks import Reason
-from vllm_afbs.profile import write_atomically
+from vllm_afbs.profile_file import write_atomically
 
 PAGE_SIZE = 64
 PLATFORMS = ("cpu", "cuda")

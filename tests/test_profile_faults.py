@@ -16,14 +16,9 @@ from typing import Any
 import pytest
 
 from tests.profiles import uniform_profile
-from vllm_afbs import profile as profile_module
-from vllm_afbs.profile import (
-    Profile,
-    ProfileError,
-    load_profile,
-    parse_profile,
-    write_atomically,
-)
+from vllm_afbs import profile_file
+from vllm_afbs.profile import Profile, ProfileError
+from vllm_afbs.profile_file import load_profile, parse_profile, write_atomically
 from vllm_afbs.tuning import journal
 
 VALID = uniform_profile().to_json().rstrip().encode()
@@ -214,7 +209,7 @@ def _unreadable(path: Path) -> None:
 
 def _huge(path: Path) -> None:
     path.touch()
-    os.truncate(path, profile_module.MAX_BYTES + 1)
+    os.truncate(path, profile_file.MAX_BYTES + 1)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +221,7 @@ def _huge(path: Path) -> None:
         (_nothing, "No such file or directory"),
         (_loop, "Too many levels of symbolic links"),
         (_unreadable, "Input/output error"),
-        (_huge, f"at most {profile_module.MAX_BYTES} bytes expected"),
+        (_huge, f"at most {profile_file.MAX_BYTES} bytes expected"),
     ],
 )
 def test_what_is_no_readable_file_is_refused(
@@ -322,7 +317,7 @@ def test_a_clock_that_jumps_changes_no_duration(monkeypatch: pytest.MonkeyPatch)
     steps.step("one", lambda: {"value": 1})
     assert 0 <= kept[0]["seconds"] < 1
     # Nothing that is tuned, timed or decided asks the wall clock.
-    package = Path(profile_module.__file__).parent
+    package = Path(profile_file.__file__).parent
     asking = {
         path.relative_to(package).as_posix()
         for folder in ("", "kernels", "tuning")  # links in a checkout

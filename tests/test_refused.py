@@ -13,7 +13,8 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat, serving
 from vllm_afbs.cpu.platform import AfbsCpuPlatform
 from vllm_afbs.cuda.backend import AfbsCUDABackend
-from vllm_afbs.profile import ProfileError, write_atomically
+from vllm_afbs.profile import ProfileError
+from vllm_afbs.profile_file import write_atomically
 
 
 def llama(**changes: Any) -> Any:

@@ -22,7 +22,8 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from tests.profiles import uniform_profile
 from vllm_afbs import metrics, switch
 from vllm_afbs.demo.server import HOST, free_port
-from vllm_afbs.profile import Profile, write_atomically
+from vllm_afbs.profile import Profile
+from vllm_afbs.profile_file import write_atomically
 from vllm_afbs.routes import RoutesPlugin
 
 CHROMIUM = shutil.which("chromium")
@@ -186,6 +187,17 @@ def test_routes_tell_what_workers_counted(tmp_path: Path) -> None:
     served = client.get("/afbs/profile").json()
     assert served["profile_id"] == profile.profile_id
     assert Profile.model_validate(served["profile"]) == profile
+
+
+def test_the_profile_is_not_hashed_anew_at_every_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = uniform_profile()
+    expected = profile.profile_id
+    client = client_of(make_app(tmp_path, profile))
+    monkeypatch.setattr(Profile, "to_json", lambda _: pytest.fail("written out for a look"))
+    for route in ("status", "profile"):
+        assert client.get(f"/afbs/{route}").json()["profile_id"] == expected
 
 
 def test_without_a_profile_there_is_none_to_show(tmp_path: Path) -> None:

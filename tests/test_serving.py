@@ -8,7 +8,8 @@ import torch
 
 from tests.profiles import uniform_profile
 from vllm_afbs import serving
-from vllm_afbs.profile import Profile, ProfileError, write_atomically
+from vllm_afbs.profile import Profile, ProfileError
+from vllm_afbs.profile_file import write_atomically
 from vllm_afbs.steps import sort_requests
 
 

@@ -16,7 +16,8 @@ from vllm_afbs import tune
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.profile import WholeModel, load_profile
+from vllm_afbs.profile import WholeModel
+from vllm_afbs.profile_file import load_profile
 from vllm_afbs.tuning.allocation import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
 from vllm_afbs.tuning.goal import Goal

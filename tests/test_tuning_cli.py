@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tests.tuning_jobs import command, result, start, wait_for_steps
 from vllm_afbs import tune
-from vllm_afbs.profile import Profile, load_profile
+from vllm_afbs.profile import Profile
+from vllm_afbs.profile_file import load_profile
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.model import InputError, open_model
 from vllm_afbs.tuning.texts import Text
@@ -394,20 +395,6 @@ def test_bad_options_are_refused_by_name(
         tune.main(["--model", "m", "--output", "p.json", option, value])
     assert stopped.value.code == 2
     assert f"argument {option}" in capsys.readouterr().err
-
-
-def test_full_disk_leaves_no_profile(
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    output = tmp_path / "p.json"
-    assert tune.main(command(tiny_model, output)) == 2
-    assert "free" in capsys.readouterr().err
-    assert not output.exists()
 
 
 def test_damaged_capture_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -91,10 +91,14 @@ class Journal(Steps):
         super().__init__(lines, self._append)
 
     def _append(self, record: Record) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            # A write does not say which file it was for.
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def _read(self) -> Iterator[Record]:
         if not self._path.exists():

@@ -47,6 +47,18 @@ class Layer(BaseModel):
     heads: list[Head]
 
 
+class ServedProfile(BaseModel):
+    """The profile that workers serve."""
+
+    profile_id: str
+    profile: Profile
+
+    @classmethod
+    def of(cls, profile: Profile) -> "ServedProfile":
+        """Takes a profile with its digest, which is computed here and not at every look."""
+        return cls(profile_id=profile.profile_id, profile=profile)
+
+
 class SwitchState(BaseModel):
     """The kill switch."""
 
@@ -121,11 +133,11 @@ def switch_state() -> SwitchState:
     return SwitchState(enabled=since is None, disabled_since=since)
 
 
-def read_status(profile: Profile | None, backend: bool) -> Status:
+def read_status(served: ServedProfile | None, backend: bool) -> Status:
     """Sums up what the server has done.
 
     Args:
-        profile: The served profile.
+        served: The served profile.
         backend: Whether the server runs our attention backend.
     """
     counters = Counters(metrics.read())
@@ -141,8 +153,8 @@ def read_status(profile: Profile | None, backend: bool) -> Status:
         disabled_since=state.disabled_since,
         version=version("vllm-afbs"),
         backend=backend,
-        profile_id=profile.profile_id if profile else None,
-        model_name=profile.model_name if profile else None,
+        profile_id=served.profile_id if served else None,
+        model_name=served.profile.model_name if served else None,
         live=counters.all_products(),
         sparse_tokens=round(tokens["sparse"]),
         dense_tokens=round(tokens["dense"]),

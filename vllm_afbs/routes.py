@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from vllm_afbs import compat, live, serving, switch
 from vllm_afbs.access import authorise
-from vllm_afbs.profile import Profile
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -40,7 +39,7 @@ class Server:
     """
 
     api_keys: list[str] = field(repr=False)
-    profile: Profile | None
+    profile: live.ServedProfile | None
     backend: bool
     per_head: bool
 
@@ -50,17 +49,10 @@ def _server(request: Request) -> Server:
     return server
 
 
-def _profile(server: Annotated[Server, Depends(_server)]) -> Profile:
+def _profile(server: Annotated[Server, Depends(_server)]) -> live.ServedProfile:
     if server.profile is None:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "This server serves no profile.")
     return server.profile
-
-
-class ServedProfile(BaseModel):
-    """The profile that workers serve."""
-
-    profile_id: str
-    profile: Profile
 
 
 class Refusal(BaseModel):
@@ -84,9 +76,11 @@ def get_page() -> HTMLResponse:
 
 
 @router.get("/profile", responses=_NO_PROFILE)
-def get_profile(profile: Annotated[Profile, Depends(_profile)]) -> ServedProfile:
+def get_profile(
+    profile: Annotated[live.ServedProfile, Depends(_profile)],
+) -> live.ServedProfile:
     """The served profile, whole."""
-    return ServedProfile(profile_id=profile.profile_id, profile=profile)
+    return profile
 
 
 @router.get("/status")
@@ -97,10 +91,11 @@ def get_status(server: Annotated[Server, Depends(_server)]) -> live.Status:
 
 @router.get("/layers", responses=_NO_PROFILE)
 def get_layers(
-    server: Annotated[Server, Depends(_server)], profile: Annotated[Profile, Depends(_profile)]
+    server: Annotated[Server, Depends(_server)],
+    profile: Annotated[live.ServedProfile, Depends(_profile)],
 ) -> list[live.Layer]:
     """What each layer was tuned to, and what it does."""
-    return live.read_layers(profile, server.per_head)
+    return live.read_layers(profile.profile, server.per_head)
 
 
 @router.post("/disable", **_GUARDED)
@@ -143,4 +138,5 @@ class RoutesPlugin:
         if compat.is_afbs(config.attention_config.backend):
             profile = serving.admitted_profile(config)
             per_head = serving.read_settings(config).per_head_metrics
-            state.afbs = Server(api_keys, profile, backend=True, per_head=per_head)
+            served = live.ServedProfile.of(profile) if profile else None
+            state.afbs = Server(api_keys, served, backend=True, per_head=per_head)

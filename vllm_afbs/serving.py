@@ -14,13 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_afbs import compat, fallbacks, limits
 from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile import (
-    HeadProfile,
-    ModelFingerprint,
-    Profile,
-    ProfileError,
-    load_profile,
-)
+from vllm_afbs.profile import HeadProfile, ModelFingerprint, Profile, ProfileError
+from vllm_afbs.profile_file import load_profile
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -184,7 +184,7 @@ def _run(options: argparse.Namespace) -> int:
         goal = _goal(options)
         with _layer_pool(options) as pool:
             profile = _tune(model, texts, settings, layers, goal, work, pool)
-        from vllm_afbs.profile import write_atomically
+        from vllm_afbs.profile_file import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
 
@@ -193,8 +193,9 @@ def _run(options: argparse.Namespace) -> int:
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
-        where = error.filename or options.output
-        return _refuse(f"{where}: {error.strerror or one_line(error)}", EXIT_FAILED)
+        where = f"{error.filename}: " if error.filename else ""
+        kept = f"; {work} keeps what is done, and --resume goes on with it" if work.exists() else ""
+        return _refuse(f"{where}{error.strerror or one_line(error)}{kept}", EXIT_FAILED)
     shutil.rmtree(work)
     from vllm_afbs.tuning.console import print_summary
 

@@ -16,7 +16,8 @@ from typing import Any
 from vllm_afbs.benchmarks.engine import Decode, Job, run_job
 from vllm_afbs.benchmarks.profiles import uniform_profile
 from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
-from vllm_afbs.profile import ModelFingerprint, write_atomically
+from vllm_afbs.profile import ModelFingerprint
+from vllm_afbs.profile_file import write_atomically
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, ProfileError) as error:
         return _refuse(str(error))
     except OSError as error:
-        return _refuse(f"{error.filename or options.output}: {one_line(error)}", EXIT_FAILED)
+        where = error.filename or options.output
+        return _refuse(f"{where}: {error.strerror or one_line(error)}", EXIT_FAILED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vllm_afbs.profile import load_profile
+    from vllm_afbs.profile_file import load_profile
     from vllm_afbs.tuning.model import open_model
 
     profile = load_profile(options.profile)

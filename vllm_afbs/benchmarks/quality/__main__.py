@@ -19,7 +19,7 @@ from vllm_afbs.evaluate.baselines import VARIANTS, baselines, of_profile, varian
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.evaluate.methods import Method
 from vllm_afbs.evaluate.suite import Amounts
-from vllm_afbs.profile import load_profile
+from vllm_afbs.profile_file import load_profile
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Record
 from vllm_afbs.tuning.model import open_model
 
