@@ -26,7 +26,8 @@ from vllm_afbs.benchmarks.serving_gpu import LLAMA_8B, SPARSE_FROM
 from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.demo.server import running_server
-from vllm_afbs.profile import ModelFingerprint, write_atomically
+from vllm_afbs.profile import ModelFingerprint
+from vllm_afbs.profile_file import write_atomically
 from vllm_afbs.serving import PROFILE_VARIABLE
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.windows import load_tokenizer
