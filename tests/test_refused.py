@@ -1,19 +1,23 @@
 """What stops a server before anything is loaded, and what it only says."""
 
+import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import vllm
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from vllm.config import VllmConfig
 
 from tests.profiles import uniform_profile
 from vllm_afbs import compat, serving
 from vllm_afbs.cpu.platform import AfbsCpuPlatform
 from vllm_afbs.cuda.backend import AfbsCUDABackend
-from vllm_afbs.profile import ProfileError
+from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, vllm_command
+from vllm_afbs.profile import ModelFingerprint, ProfileError
 from vllm_afbs.profile_file import write_atomically
 
 
@@ -106,3 +110,43 @@ def test_the_compilation_cache_tells_profiles_apart() -> None:
         for name in ("0123456789ab", "ba9876543210")
     }
     assert len(hashes) == 2
+
+
+def _corrupt(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+def _other_model(text: str) -> str:
+    return text.replace('"head_dim": 64', '"head_dim": 96')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [(_corrupt, "not valid JSON"), (_other_model, "model.head_dim is 96 in the profile and 64")],
+)
+def test_a_bad_profile_stops_the_server_with_one_line(
+    spoil: Callable[[str], str], complaint: str, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    """A real server, which ends before it starts an engine."""
+    model = ModelFingerprint.from_config(AutoConfig.from_pretrained(smollm2_dir))
+    path = tmp_path / "profile.json"
+    path.write_text(spoil(uniform_profile(model).to_json()))
+    done = subprocess.run(
+        [
+            *vllm_command(), "serve", str(smollm2_dir),
+            "--attention-backend", "afbs",
+            "--dtype", "float32",
+            "--host", HOST,
+            "--port", str(free_port()),
+        ],
+        env={**os.environ, **SERVER_ENVIRONMENT, "VLLM_AFBS_PROFILE": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith(f"vllm-afbs: {path}: ")
+    assert complaint in last_line
+    assert "Traceback" not in done.stderr
