@@ -1,8 +1,9 @@
 """Greedy answers of vLLM in a process of its own: ``python -m tests.generate REQUEST ANSWER``.
 
 REQUEST is a JSON file with ``llm`` (arguments of ``vllm.LLM``) and ``batches``, each of them
-``prompts`` (lists of token ids) and ``max_tokens``; ANSWER becomes, for each batch, a list of
-{"token_ids", "first": {token id: probability}}.
+``prompts`` (lists of token ids), ``max_tokens`` and, to keep the batch's keys and values apart in
+the prefix cache, ``cache_salt``; ANSWER becomes, for each batch, a list of {"token_ids",
+"num_cached_tokens", "first": {token id: probability}}.
 """
 
 import json
@@ -20,15 +21,21 @@ def main() -> None:
     answers = []
     for batch in request["batches"]:
         sampling = SamplingParams(temperature=0, max_tokens=batch["max_tokens"], logprobs=20)
-        prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+        salt = {"cache_salt": batch["cache_salt"]} if "cache_salt" in batch else {}
+        prompts = [{"prompt_token_ids": ids, **salt} for ids in batch["prompts"]]
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        answers.append([_answer(output.outputs[0]) for output in outputs])
+        answers.append([_answer(output) for output in outputs])
     Path(sys.argv[2]).write_text(json.dumps(answers))
 
 
 def _answer(output: Any) -> dict[str, Any]:
-    first = {str(token): math.exp(value.logprob) for token, value in output.logprobs[0].items()}
-    return {"token_ids": list(output.token_ids), "first": first}
+    answer = output.outputs[0]
+    first = {str(token): math.exp(value.logprob) for token, value in answer.logprobs[0].items()}
+    return {
+        "token_ids": list(answer.token_ids),
+        "num_cached_tokens": output.num_cached_tokens,
+        "first": first,
+    }
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.machine
 
 Answers = list[dict[str, Any]]
 Generate = Callable[..., list[Answers]]
-NUM_PROMPTS, PROMPT_TOKENS, LONG_TOKENS = 20, 320, 2048
+NUM_PROMPTS, PROMPT_TOKENS, LONG_TOKENS, CHUNK = 20, 320, 2048, 512
 MIN_SEQ_LEN = 256  # so that the short prompts run through tiles, too
 
 
@@ -42,16 +42,14 @@ def batches() -> list[dict[str, Any]]:
 def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Generate:
     model = ModelFingerprint.from_config(AutoConfig.from_pretrained(smollm2_dir))
 
-    def run(
-        batches: list[dict[str, Any]], tau: float | None = None, chunk: int = 8192
-    ) -> list[Answers]:
+    def run(batches: list[dict[str, Any]], tau: float | None = None) -> list[Answers]:
         directory = tmp_path_factory.mktemp("generate")
         llm: dict[str, Any] = {
             "model": str(smollm2_dir),
             # bf16 products are emulated, several times slower, on CPUs without AVX-512.
             "dtype": "float32",
             "max_model_len": 8192,
-            "max_num_batched_tokens": chunk,
+            "max_num_batched_tokens": 8192,
             "enforce_eager": True,
             "attention_config": {"backend": "CPU_ATTN" if tau is None else "AFBS"},
         }
@@ -98,12 +96,20 @@ def test_chunking_moves_the_answer_less_than_sparsity_does(
 ) -> None:
     """Chunks of 512 cut between query blocks, so the same blocks are selected for the same rows.
 
-    What remains is rounding and the few blocks whose pooled mass it carries over tau. So the
-    next-token distribution may move by no more than dropping blocks itself moves it.
+    Prompts that grow by a chunk find what is before it in the prefix cache, so one engine computes
+    the prompt whole and in chunks. What remains is rounding and the few blocks whose pooled mass it
+    carries over tau. So the next-token distribution may move by no more than dropping blocks itself
+    moves it.
     """
     (dense,) = stock[1]
-    ((whole,),) = generate(batches[1:], tau=0.9)
-    ((chunked,),) = generate(batches[1:], tau=0.9, chunk=512)
+    (long,) = batches[1:]
+    (ids,) = long["prompts"]
+    ends = range(CHUNK, LONG_TOKENS + 1, CHUNK)
+    growing = [long | {"prompts": [ids[:end]]} for end in ends]
+    (whole,), *chunks = generate([long | {"cache_salt": "whole"}, *growing], tau=0.9)
+    assert whole["num_cached_tokens"] == 0
+    assert [chunk["num_cached_tokens"] for (chunk,) in chunks] == [end - CHUNK for end in ends]
+    (chunked,) = chunks[-1]
     by_sparsity = total_variation(whole["first"], dense["first"])
     by_chunking = total_variation(whole["first"], chunked["first"])
     assert by_sparsity > 0, "nothing ran sparse"
