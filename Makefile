@@ -5,6 +5,9 @@ PROMETHEUS := $(VENV)/prometheus
 STAND_INS := $(wildcard deploy/cpu/stand-ins/*/pyproject.toml)
 STAMP := $(VENV)/.setup-stamp
 
+# What apt-get fetches comes in while pip installs and mypy reads.
+MAKEFLAGS += -j2
+
 .DELETE_ON_ERROR:
 .PHONY: setup browser prometheus test lint versions demo clean
 
