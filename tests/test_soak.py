@@ -37,6 +37,14 @@ def test_a_plan_is_the_same_each_time_and_has_all_that_a_soak_needs() -> None:
     assert max(longest) == 1
 
 
+def test_the_largest_step_is_that_of_a_waves_longest_prompts() -> None:
+    def wave(*lengths: int) -> list[plan.Request]:
+        refused = plan.Request("too_long", 9000, 1, stream=False, where=0.0)
+        return [refused, *(plan.Request("whole", n, 1, stream=False, where=0.0) for n in lengths)]
+
+    assert plan.most_tokens_at_once([wave(5, 90, 7, 80), wave(100, 1, 2, 3)], num_clients=2) == 172
+
+
 def _prompts(wave: list[plan.Request]) -> list[plan.Request]:
     return [each for each in wave if each.kind != "too_long"]
 

@@ -20,7 +20,12 @@ import psutil
 
 from vllm_afbs.benchmarks.soak.checks import memory_faults
 from vllm_afbs.benchmarks.soak.client import Client
-from vllm_afbs.benchmarks.soak.plan import MAX_MODEL_LEN, describe, make_plan
+from vllm_afbs.benchmarks.soak.plan import (
+    MAX_MODEL_LEN,
+    describe,
+    make_plan,
+    most_tokens_at_once,
+)
 from vllm_afbs.benchmarks.soak.results import rows_of
 from vllm_afbs.benchmarks.soak.run import NUM_CLIENTS, Soak
 from vllm_afbs.benchmarks.table import benchmark_parser, report_rows
@@ -57,11 +62,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _server(profile: Path, model_dir: Path, log_file: Path) -> Iterator[str]:
+def _server(profile: Path, model_dir: Path, most_tokens: int, log_file: Path) -> Iterator[str]:
     arm = Arm("soak", "afbs", plugins=True, profile=profile)
     command = arm.command(model_dir)
     # A prompt is one step's, whatever runs beside it, so its length tells what it must count.
-    command += ["--max-num-batched-tokens", str(NUM_CLIENTS * MAX_MODEL_LEN)]
+    command += ["--max-num-batched-tokens", str(max(most_tokens, MAX_MODEL_LEN))]
     command += ["--no-enable-prefix-caching"]
     environment = arm.environment() | {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)}
     with running_server(command, environment, log_file) as url:
@@ -73,7 +78,8 @@ async def _run(args: argparse.Namespace, assets: Assets, log_file: Path) -> int:
     print("\n".join(describe(waves)), flush=True)
     tokens = _token_ids(assets)
     profile = load_profile(args.profile)
-    with _server(args.profile, assets.model_dir, log_file) as url:
+    most_tokens = most_tokens_at_once(waves, NUM_CLIENTS)
+    with _server(args.profile, assets.model_dir, most_tokens, log_file) as url:
         client = Client(url, tokens, REQUEST_SECONDS)
         memory_bytes: list[float] = []
         sampler = asyncio.create_task(_sample_memory(memory_bytes))
@@ -89,7 +95,7 @@ async def _run(args: argparse.Namespace, assets: Assets, log_file: Path) -> int:
     if "Traceback" in log_file.read_text(encoding="utf-8", errors="replace"):
         faults.append("the server's log holds a traceback")
     report_rows(rows_of(soak, profile, memory_bytes, seconds, len(faults)), args.output)
-    print("\n".join(faults) or "Everything held.")
+    print("\n".join(faults) or "Everything held.", flush=True)
     return 1 if faults else 0
 
 

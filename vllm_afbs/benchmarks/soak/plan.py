@@ -101,6 +101,16 @@ def _drawn(draw: random.Random, kind: Kind, num_tokens: int, wave: int) -> Reque
     return Request(kind, num_tokens, max_tokens, stream, draw.random())
 
 
+def most_tokens_at_once(waves: Sequence[Sequence[Request]], num_clients: int) -> int:
+    """The largest step that can come of the plan: the longest prompts of a wave together.
+
+    No more are asked for at a time than there are clients, and a request that is being answered
+    adds one token instead of its prompt.
+    """
+    computed = [[r.num_tokens for r in wave if r.kind != "too_long"] for wave in waves]
+    return max(sum(sorted(lengths)[-num_clients:]) for lengths in computed) + num_clients
+
+
 def describe(waves: Sequence[Sequence[Request]], seed: int = SEED) -> list[str]:
     """The plan in lines that fit a terminal."""
     requests = [request for wave in waves for request in wave]

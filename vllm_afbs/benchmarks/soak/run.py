@@ -31,18 +31,28 @@ class Soak:
         self.num_exact_waves = 0
 
     async def run(self, waves: Sequence[Sequence[Request]], seconds: float) -> None:
-        """Sends all waves at an even pace; takes at least this long, and longer if it must."""
+        """Sends all waves at an even pace; takes at least this long, and longer if it must.
+
+        Raises:
+            httpx.HTTPError: ``/metrics`` does not answer.
+        """
         first = before = await self._scrape()
         started = time.monotonic()
         for number, wave in enumerate(waves):
             await _sleep_until(started + seconds * number / len(waves))
-            begin = len(self.answers)
+            begin, num_faults = len(self.answers), len(self.faults)
             await self._send(wave)
             await self._settle(number)
             after = await self._scrape()
             self._check(number, self.answers[begin:], growth(before, after))
             before = after
-            print(f"wave {number}: done after {time.monotonic() - started:.0f} s", flush=True)
+            elapsed = f"{time.monotonic() - started:.0f} s"
+            print(
+                f"wave {number}: done at {elapsed}",
+                *self.faults[num_faults:],
+                sep="\n  ",
+                flush=True,
+            )
         await _sleep_until(started + seconds)
         self.grown = growth(first, await self._scrape())
         self._check_server()
