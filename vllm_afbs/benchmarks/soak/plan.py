@@ -12,7 +12,7 @@ The other two are to be refused."""
 
 SEED = 8
 MAX_MODEL_LEN = 8192
-MAX_TOKENS = 32
+MAX_TOKENS = 8
 """Longest answer that is read to its end."""
 LEFT_TOKENS = 200
 """Length of the answers that nobody reads to the end: far more than a client waits for."""
@@ -22,12 +22,12 @@ STRIDE = 4
 
 LENGTHS = (
     ((1, 1), 0.030),
-    ((2, 127), 0.695),
-    ((128, 511), 0.125),
-    ((512, 2047), 0.025),
-    ((2048, 4095), 0.013),
-    ((4096, 7167), 0.005),
-    ((7168, MAX_MODEL_LEN - LEFT_TOKENS), 0.003),
+    ((2, 127), 0.763),
+    ((128, 511), 0.060),
+    ((512, 2047), 0.022),
+    ((2048, 4095), 0.011),
+    ((4096, 7167), 0.003),
+    ((7168, MAX_MODEL_LEN - LEFT_TOKENS), 0.002),
 )
 """First and last length of a class, and its share of all requests."""
 SHARE_TOO_LONG = 0.024
