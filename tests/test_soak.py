@@ -58,7 +58,7 @@ def test_expected_totals_are_what_the_backend_makes_of_a_step(sparsity: float) -
     step = sort_requests(starts, torch.tensor(LENGTHS, dtype=torch.int32), profile)
     found = checks.expect(LENGTHS, profile)
     assert found.tokens == num_layers * (step.num_dense_tokens + step.num_long_tokens)
-    assert found.products == (num_heads * step.num_visible,) * num_layers
+    assert found.products == (2 * num_heads * step.num_visible,) * num_layers
     expected = Counter({reason: n * num_layers for reason, n in step.dense_reasons.items()})
     if sparsity:
         assert found.long_tokens == num_layers * step.num_long_tokens
@@ -76,7 +76,7 @@ def test_visible_blocks_are_those_that_some_row_sees() -> None:
 
 def _counters(**changes: float) -> Counters:
     """What a server of two layers counts for a prompt of 1024 and one of 100 tokens."""
-    values = {"sparse": 2048.0, "dense": 200.0, "computed": 100.0, "skipped": 44.0, "short": 2.0}
+    values = {"sparse": 2048.0, "dense": 200.0, "computed": 200.0, "skipped": 88.0, "short": 2.0}
     others = changes.keys() - values
     values |= changes
     layers = [{"layer": "0"}, {"layer": "1"}]
@@ -101,9 +101,9 @@ def test_counts_hold_or_are_named() -> None:
         "prefill tokens: 2428 expected, 2248 counted",
         "fallbacks, short_query: 4 expected, 2 counted",
     ]
-    assert checks.count_faults(_counters(skipped=43.0), exact, exact) == [
-        "block products of layer 0: 144 expected, 143 counted",
-        "block products of layer 1: 144 expected, 143 counted",
+    assert checks.count_faults(_counters(skipped=87.0), exact, exact) == [
+        "block products of layer 0: 288 expected, 287 counted",
+        "block products of layer 1: 288 expected, 287 counted",
     ]
     assert checks.count_faults(_counters(short=5.0), exact, more) == [
         "fallbacks, short_query: 2 to 4 expected, 5 counted"

@@ -67,7 +67,7 @@ def _server(profile: Path, model_dir: Path, most_tokens: int, log_file: Path) ->
     command = arm.command(model_dir)
     # A prompt is one step's, whatever runs beside it, so its length tells what it must count.
     command += ["--max-num-batched-tokens", str(max(most_tokens, MAX_MODEL_LEN))]
-    command += ["--no-enable-prefix-caching", "--enforce-eager"]
+    command += ["--no-enable-prefix-caching", "--enforce-eager"]  # compiling takes minutes
     environment = arm.environment() | {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)}
     with running_server(command, environment, log_file) as url:
         yield url

@@ -60,12 +60,13 @@ def expect(lengths: Iterable[int], profile: Profile) -> Expected:
             fallbacks["profile_dense"] += num_layers - num_sparse
             long_tokens += length * num_sparse
             blocks += visible_blocks(length, profile.block_q, profile.block_k)
-    products = tuple(len(layer.heads) * blocks for layer in profile.layers)
+    # Each block is a product QK^T and a product PV.
+    products = tuple(2 * len(layer.heads) * blocks for layer in profile.layers)
     return Expected(tokens, long_tokens, products, +fallbacks)
 
 
 def visible_blocks(length: int, block_q: int, block_k: int) -> int:
-    """Block products of one head's causal attention to a whole prompt.
+    """Blocks that one head's causal attention to a whole prompt computes.
 
     A query block's last row ``r`` sees keys 0 to r, so it reaches ``r // block_k + 1`` blocks.
     """
