@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--profile", type=Path, required=True, help="of the demo's model")
-    parser.add_argument("--minutes", type=float, default=15.0, help="to last at least; by default %(default)g")
+    parser.add_argument("--minutes", type=float, default=15.0, help="to last at least")
     parser.add_argument("--requests", type=int, default=1100)
     parser.add_argument("--work", type=Path, help="folder for the server's log")
     return parser
