@@ -83,24 +83,31 @@ def _token_id(name: str) -> int:
     return int(name.removeprefix("token_id:"))
 
 
-def scrape(url: str) -> Counters:
+OURS = "vllm_afbs_"
+
+
+def scrape(url: str, prefix: str = OURS) -> Counters:
     """The server's own metrics at this moment.
+
+    Args:
+        url: The server's.
+        prefix: What the names of those that are kept begin with.
 
     Raises:
         httpx.HTTPError: ``/metrics`` does not answer as it should.
     """
     response = httpx.get(f"{url}/metrics", timeout=REQUEST_SECONDS)
     response.raise_for_status()
-    return parse_counters(response.text)
+    return parse_counters(response.text, prefix)
 
 
-def parse_counters(text: str) -> Counters:
-    """Reads the Prometheus text format; only our samples are kept."""
+def parse_counters(text: str, prefix: str = OURS) -> Counters:
+    """Reads the Prometheus text format; only samples whose name begins so are kept."""
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name.startswith("vllm_afbs_")
+        if sample.name.startswith(prefix)
     }
 
 
