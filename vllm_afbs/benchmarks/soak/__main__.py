@@ -33,7 +33,7 @@ from vllm_afbs.demo.__main__ import end_in_order
 from vllm_afbs.demo.assets import Assets, prepare
 from vllm_afbs.demo.comparison import Arm
 from vllm_afbs.demo.server import running_server
-from vllm_afbs.profile import load_profile
+from vllm_afbs.profile_file import load_profile
 
 KV_CACHE_GIB = 2
 """Room for every client's longest prompt at once: nothing is preempted and computed anew."""
