@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.profiles import uniform_profile
 from tests.prometheus import assert_everything_has_data, running_prometheus, tool
-from vllm_afbs.demo.client import Counters, complete, growth, scrape
+from vllm_afbs.demo.client import Counters, complete, growth, scrape, total
 from vllm_afbs.demo.divergence import kl_divergence
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
 from vllm_afbs.evaluate.baselines import of_profile
@@ -101,13 +101,6 @@ def server(
 ON_THE_WHOLE_MODEL = pytest.mark.parametrize(
     "server", [whole_model], ids=["whole_model"], indirect=True
 )
-
-
-def total(counters: Counters, name: str, **labels: str) -> float:
-    wanted = set(labels.items())
-    return sum(
-        value for (sample, have), value in counters.items() if sample == name and wanted <= have
-    )
 
 
 def test_metrics_agree_with_a_count_made_another_way(server: Server) -> None:

@@ -17,14 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
-
 from vllm_afbs.benchmarks.engine import ENVIRONMENT, MAX_BATCHED_TOKENS
 from vllm_afbs.benchmarks.profiles import uniform_profile
 from vllm_afbs.benchmarks.serving_gpu import LLAMA_8B, SPARSE_FROM
 from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
+from vllm_afbs.demo.client import scrape, total
 from vllm_afbs.demo.server import running_server
 from vllm_afbs.profile import ModelFingerprint
 from vllm_afbs.profile_file import write_atomically
@@ -80,26 +78,20 @@ def measure(folder: Path, backend: str, profile: Path | None, args: argparse.Nam
         done = subprocess.run(client, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"vllm bench serve: {(done.stdout + done.stderr)[-3000:]}")
-        counted = block_products(httpx.get(f"{url}/metrics").text)
+        counters = scrape(url)
     result = json.loads((folder / f"{backend}.json").read_text(encoding="utf-8"))
     if errors := [error for error in result["errors"] if error]:
         raise RuntimeError(f"{backend}: {len(errors)} requests failed: {errors[0]}")
-    return result | {"products": counted}
+    products = {
+        outcome: total(counters, "vllm_afbs_block_products_total", outcome=outcome)
+        for outcome in ("computed", "skipped")
+    }
+    return result | {"products": products}
 
 
 def longest(args: argparse.Namespace) -> int:
     """Tokens of a request, with room for what cutting random text leaves over."""
     return int(args.input_tokens + args.output_tokens + ROOM)
-
-
-def block_products(text: str) -> dict[str, float]:
-    """Block products by outcome, from a scrape."""
-    counted = {"computed": 0.0, "skipped": 0.0}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "vllm_afbs_block_products_total":
-                counted[sample.labels["outcome"]] += sample.value
-    return counted
 
 
 def rows_of(results: Mapping[str, Any], shape: str) -> list[Row]:

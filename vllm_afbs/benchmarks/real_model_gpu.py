@@ -16,7 +16,7 @@ from vllm_afbs.benchmarks.engine import Decode, Job, run_job
 from vllm_afbs.benchmarks.serving_gpu import rows_of
 from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo import divergence
-from vllm_afbs.demo.assets import prepare
+from vllm_afbs.demo.assets import prepare, read_token_ids
 
 NUM_ANSWER_TOKENS = 64
 PROMPT_TOKENS = 7936
@@ -24,10 +24,7 @@ PROMPT_TOKENS = 7936
 
 def prompts(model_dir: Path, text_file: Path, count: int) -> list[list[int]]:
     """Consecutive stretches of a text, as token ids."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    token_ids = tokenizer(text_file.read_text(encoding="utf-8"), verbose=False).input_ids
+    token_ids = read_token_ids(model_dir, text_file)
     if len(token_ids) < count * PROMPT_TOKENS:
         raise ValueError(
             f"{text_file}: {count * PROMPT_TOKENS} tokens expected, got {len(token_ids)}"

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.demo.assets import MODEL_NAME, AssetError, Assets, prepare
+from vllm_afbs.demo.assets import MODEL_NAME, AssetError, Assets, prepare, read_token_ids
 
 MAX_TOKENS = 64
 WARM_UP_TOKENS = 2304
@@ -132,11 +132,7 @@ def _tune(assets: Assets, output: Path) -> Path:
 
 def _prompts(assets: Assets, num_tokens: int) -> tuple[list[int], list[int]]:
     """The measured prompt, and another one to warm up with, as token ids."""
-    from transformers import AutoTokenizer
-
-    text = assets.prompt_file.read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir)
-    token_ids: list[int] = tokenizer(text, verbose=False).input_ids
+    token_ids = read_token_ids(assets.model_dir, assets.prompt_file)
     if len(token_ids) < num_tokens + WARM_UP_TOKENS:
         raise DemoError(
             f"{assets.prompt_file}: {num_tokens + WARM_UP_TOKENS} tokens expected, "

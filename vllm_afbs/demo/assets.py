@@ -75,6 +75,20 @@ def prepare() -> Assets:
     return Assets(model_dir, calibration_file, prompt_file)
 
 
+def read_token_ids(model_dir: Path, text_file: Path) -> list[int]:
+    """A text as a model's token ids.
+
+    Raises:
+        OSError: The text cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    text = text_file.read_text(encoding="utf-8")
+    token_ids: list[int] = tokenizer(text, verbose=False).input_ids
+    return token_ids
+
+
 def python_reference() -> Texts:
     """The Python language reference, in two parts.
 

@@ -111,6 +111,21 @@ def parse_counters(text: str, prefix: str = OURS) -> Counters:
     }
 
 
+def matching(counters: Counters, name: str, **labels: str) -> list[float]:
+    """Values of a metric under all label sets that contain these."""
+    wanted = labels.items()
+    return [
+        value
+        for (sample, have), value in counters.items()
+        if sample == name and wanted <= dict(have).items()
+    ]
+
+
+def total(counters: Counters, name: str, **labels: str) -> float:
+    """Sum of a metric over all label sets that contain these; 0 if there is none."""
+    return sum(matching(counters, name, **labels))
+
+
 def growth(before: Counters, after: Counters) -> Counters:
     """How much each counter grew; one that was not there before started at zero."""
     return {key: value - before.get(key, 0.0) for key, value in after.items()}

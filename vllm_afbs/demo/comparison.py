@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from vllm_afbs.demo import client, divergence
-from vllm_afbs.demo.client import Completion, Counters
+from vllm_afbs.demo.client import Completion, Counters, matching
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
 from vllm_afbs.serving import PROFILE_VARIABLE
 
@@ -74,11 +74,7 @@ class Outcome:
 
     def total(self, name: str, **labels: str) -> float | None:
         """Sum of a metric over all label sets that contain these; None if there is none."""
-        values = [
-            value
-            for (sample, sample_labels), value in self.counters.items()
-            if sample == name and labels.items() <= dict(sample_labels).items()
-        ]
+        values = matching(self.counters, name, **labels)
         return sum(values) if values else None
 
     @property

@@ -30,7 +30,7 @@ from vllm_afbs.benchmarks.soak.results import rows_of
 from vllm_afbs.benchmarks.soak.run import NUM_CLIENTS, Soak
 from vllm_afbs.benchmarks.table import benchmark_parser, report_rows
 from vllm_afbs.demo.__main__ import end_in_order
-from vllm_afbs.demo.assets import Assets, prepare
+from vllm_afbs.demo.assets import Assets, prepare, read_token_ids
 from vllm_afbs.demo.comparison import Arm
 from vllm_afbs.demo.server import running_server
 from vllm_afbs.profile_file import load_profile
@@ -76,7 +76,7 @@ def _server(profile: Path, model_dir: Path, most_tokens: int, log_file: Path) ->
 async def _run(args: argparse.Namespace, assets: Assets, log_file: Path) -> int:
     waves = make_plan(args.requests)
     print("\n".join(describe(waves)), flush=True)
-    tokens = _token_ids(assets)
+    tokens = read_token_ids(assets.model_dir, assets.prompt_file)
     profile = load_profile(args.profile)
     most_tokens = most_tokens_at_once(waves, NUM_CLIENTS)
     with _server(args.profile, assets.model_dir, most_tokens, log_file) as url:
@@ -97,15 +97,6 @@ async def _run(args: argparse.Namespace, assets: Assets, log_file: Path) -> int:
     report_rows(rows_of(soak, profile, memory_bytes, seconds, len(faults)), args.output)
     print("\n".join(faults) or "Everything held.", flush=True)
     return 1 if faults else 0
-
-
-def _token_ids(assets: Assets) -> list[int]:
-    from transformers import AutoTokenizer
-
-    text = assets.prompt_file.read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir)
-    token_ids: list[int] = tokenizer(text, verbose=False).input_ids
-    return token_ids
 
 
 async def _sample_memory(into: list[float]) -> None:

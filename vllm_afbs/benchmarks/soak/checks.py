@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from vllm_afbs.demo.client import Counters
+from vllm_afbs.demo.client import Counters, total
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import is_sparse
 
@@ -103,15 +103,6 @@ def count_faults(grown: Counters, sure: Expected, possible: Expected) -> list[st
         least, most = sure.fallbacks[reason], possible.fallbacks[reason]
         compare(f"fallbacks, {reason}", counted, least, most)
     return faults
-
-
-def total(counters: Counters, name: str, **labels: str) -> float:
-    """Sum of a metric over all label sets that contain these."""
-    return sum(
-        value
-        for (sample, sample_labels), value in counters.items()
-        if sample == name and labels.items() <= dict(sample_labels).items()
-    )
 
 
 def thirds(samples: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:

@@ -7,14 +7,13 @@ from vllm_afbs.benchmarks.soak.checks import (
     FALLBACKS,
     PRODUCTS,
     TOKENS,
-    expect,
     growth_ratio,
     thirds,
-    total,
 )
 from vllm_afbs.benchmarks.soak.plan import LENGTHS
-from vllm_afbs.benchmarks.soak.run import NUM_CLIENTS, Soak
+from vllm_afbs.benchmarks.soak.run import NUM_CLIENTS, Soak, bounds
 from vllm_afbs.benchmarks.table import Row, make_row
+from vllm_afbs.demo.client import total
 from vllm_afbs.profile import Profile
 
 GIB = 2**30
@@ -58,9 +57,7 @@ def rows_of(
 
 
 def _totals(soak: Soak, profile: Profile, shape: str) -> list[Row]:
-    computed = [each.request.num_tokens for each in soak.answers if each.fate == "computed"]
-    unsure = [each.request.num_tokens for each in soak.answers if each.fate == "unsure"]
-    sure, possible = expect(computed, profile), expect(computed + unsure, profile)
+    sure, possible = bounds(soak.answers, profile)
     figures = [
         ("prefill tokens", total(soak.grown, TOKENS), sure.tokens, possible.tokens, "tokens"),
         (

@@ -4,10 +4,10 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from vllm_afbs.benchmarks.soak.checks import count_faults, expect, total
+from vllm_afbs.benchmarks.soak.checks import Expected, count_faults, expect
 from vllm_afbs.benchmarks.soak.client import Answer, Client
 from vllm_afbs.benchmarks.soak.plan import Request
-from vllm_afbs.demo.client import Counters, growth, scrape
+from vllm_afbs.demo.client import Counters, growth, scrape, total
 from vllm_afbs.profile import Profile
 
 NUM_CLIENTS = 5
@@ -17,6 +17,13 @@ MOST_MARKERS = 20
 MARKER_SECONDS = 0.5
 EMPTY = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 """What has to be zero when nobody asks for anything."""
+
+
+def bounds(answers: Sequence[Answer], profile: Profile) -> tuple[Expected, Expected]:
+    """What prompts that were surely computed come to, and those that may have been as well."""
+    computed = [each.request.num_tokens for each in answers if each.fate == "computed"]
+    unsure = [each.request.num_tokens for each in answers if each.fate == "unsure"]
+    return expect(computed, profile), expect(computed + unsure, profile)
 
 
 class Soak:
@@ -81,11 +88,8 @@ class Soak:
 
     def _check(self, number: int, answers: Sequence[Answer], grown: Counters) -> None:
         """Compares a wave's growth with its prompts'."""
-        computed = [each.request.num_tokens for each in answers if each.fate == "computed"]
-        unsure = [each.request.num_tokens for each in answers if each.fate == "unsure"]
-        self.num_exact_waves += not unsure
-        sure = expect(computed, self._profile)
-        possible = expect(computed + unsure, self._profile)
+        self.num_exact_waves += all(each.fate != "unsure" for each in answers)
+        sure, possible = bounds(answers, self._profile)
         self.faults += [f"wave {number}: {each}" for each in count_faults(grown, sure, possible)]
 
     def _check_server(self) -> None:
