@@ -2,18 +2,20 @@
 
 ``reference`` says what is computed, in plain fp64 loops. ``selection`` chooses key blocks,
 vectorised. ``tiles`` runs the choice on the platform's own dense paged kernel. ``query_blocks``
-lists a step's work for a device, where ``triton_packing``, ``triton_pooling`` and
+lists a step's work for a device, where ``triton_packing``, ``triton_scoring`` and
 ``triton_selection`` prepare tiles or block lists, and ``triton_prefill`` attends to the latter.
 Nothing here imports vLLM.
 """
 
 from vllm_afbs.kernels.geometry import LOCAL_BLOCKS, BlockGeometry
 from vllm_afbs.kernels.selection import (
+    BlockScores,
     BlockStats,
     HeadThresholds,
     cut_keys,
     pool_keys,
     pool_queries,
+    score_blocks,
     select_blocks,
 )
 from vllm_afbs.kernels.tiles import (
@@ -27,6 +29,7 @@ from vllm_afbs.kernels.tiles import (
 __all__ = [
     "LOCAL_BLOCKS",
     "BlockGeometry",
+    "BlockScores",
     "BlockStats",
     "HeadThresholds",
     "TileLists",
@@ -36,6 +39,7 @@ __all__ = [
     "cut_keys",
     "pool_keys",
     "pool_queries",
+    "score_blocks",
     "select_blocks",
     "tile_prefill",
 ]

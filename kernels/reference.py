@@ -55,13 +55,16 @@ def reference_select(
     for head in range(num_heads):
         tau, theta = float(thresholds.tau[head]), float(thresholds.theta[head])
         key_blocks = key[:, head // group].double().split(geometry.block_k)
-        key_means = torch.stack([block.mean(0) for block in key_blocks])
         unlike = [_self_similarity(block) < theta for block in key_blocks]
         for i in range(geometry.num_q_blocks):
             rows = _query_block(query, head, i, geometry)
             visible = [j for j in range(geometry.num_k_blocks) if geometry.visible[i, j]]
             pooled = [j for j in visible if not unlike[j]]
-            mass = torch.softmax(key_means[pooled] @ rows.mean(0) * softmax_scale, dim=0)
+            # Rounded, as matrix units take it.
+            mean_query = rows.mean(0).to(query.dtype).double() * softmax_scale
+            end = int(geometry.last_positions[i]) + 1
+            scores = [key_blocks[j][: end - j * geometry.block_k] @ mean_query for j in pooled]
+            mass = _block_mass(scores)
             kept = set(_largest_until(mass, pooled, tau))
             kept.update(j for j in visible if unlike[j] or geometry.always[i, j])
             if _self_similarity(rows) < theta:
@@ -194,6 +197,15 @@ def _self_similarity(rows: torch.Tensor) -> float:
     """Mean cosine over all pairs of rows, each row with itself included."""
     unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return float((unit @ unit.T).mean())
+
+
+def _block_mass(scores: list[torch.Tensor]) -> torch.Tensor:
+    """Mass of each block by its mean key and by its keys one by one, from its keys' scores."""
+    if not scores:
+        return torch.empty(0)
+    by_mean = torch.softmax(torch.stack([block.mean() for block in scores]), dim=0)
+    by_key = torch.softmax(torch.cat(scores), dim=0).split([len(block) for block in scores])
+    return (by_mean + torch.stack([block.sum() for block in by_key])) / 2
 
 
 def _largest_until(mass: torch.Tensor, blocks: list[int], tau: float) -> list[int]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from vllm_afbs.kernels.query_blocks import QueryBlocks
 from vllm_afbs.kernels.selection import BlockStats
 from vllm_afbs.kernels.triton_geometry import load_query_block
-from vllm_afbs.kernels.triton_pooling import pool_rows
+from vllm_afbs.kernels.triton_scoring import self_similarity
 
 
 def pack_queries(query: torch.Tensor, blocks: QueryBlocks) -> tuple[torch.Tensor, BlockStats]:
@@ -37,7 +37,7 @@ def pool_queries_in_place(query: torch.Tensor, blocks: QueryBlocks) -> BlockStat
 
 def _pool(query: torch.Tensor, packed: torch.Tensor | None, blocks: QueryBlocks) -> BlockStats:
     _, num_heads, head_dim = query.shape
-    mean = query.new_empty(num_heads, blocks.num_blocks, head_dim, dtype=torch.float32)
+    mean = query.new_empty(num_heads, blocks.num_blocks, head_dim)
     similarity = query.new_empty(num_heads, blocks.num_blocks, dtype=torch.float32)
     _pool_block[(blocks.num_blocks, num_heads)](
         query, packed, mean, similarity, blocks.table,
@@ -103,7 +103,10 @@ def _pool_block(
     if packed is not None:
         tl.store(packed + packed_at, rows, mask=mask)
     out = tl.program_id(1) * num_blocks + tl.program_id(0)
-    pool_rows(rows, count, mean, similarity, out, HEAD_DIM, PADDED_DIM)
+    tl.store(similarity + out, self_similarity(rows, count))
+    columns = tl.arange(0, PADDED_DIM)
+    middle = tl.sum(rows.to(tl.float32), 0) / count
+    tl.store(mean + out * HEAD_DIM + columns, middle, mask=columns < HEAD_DIM)
 
 
 @triton.jit

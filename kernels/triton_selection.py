@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.selection import BlockStats, HeadThresholds
+from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, BlockStats, HeadThresholds
 from vllm_afbs.kernels.tiles import TileLists, TileTables
 from vllm_afbs.kernels.triton_geometry import load_query_block
-from vllm_afbs.kernels.triton_pooling import pool_key_pages
+from vllm_afbs.kernels.triton_scoring import key_page_similarity, score_key_pages
 
 _BISECTIONS = 24
 """Halvings of the mass threshold: fp32 has no finer one within a row's largest mass."""
@@ -96,16 +96,17 @@ def _select(
 ) -> None:
     num_heads = len(queries.mean)
     _, page_size, num_kv_heads, _ = key_cache.shape
-    by_kv_head = queries.mean.unflatten(0, (num_kv_heads, -1))
-    for request, span in zip(blocks.requests, blocks.slices, strict=True):
+    for index, (request, span) in enumerate(zip(blocks.requests, blocks.slices, strict=True)):
         num_q_blocks, num_k_blocks = span.stop - span.start, request.geometry.num_k_blocks
         pages = block_table[request.table_row]
-        keys = pool_key_pages(key_cache, pages, request.geometry)
-        scores = by_kv_head[:, :, span].flatten(1, 2) @ keys.mean.transpose(1, 2)
+        likeness = None
+        if thresholds.has_guards:
+            likeness = key_page_similarity(key_cache, pages, request.geometry)
+        mean, total = score_key_pages(queries.mean, key_cache, pages, blocks, index, softmax_scale)
         _select_tile[(num_heads * num_q_blocks,)](
-            scores, queries.similarity, keys.similarity, thresholds.tau, thresholds.theta,
+            mean, total, queries.similarity, likeness, thresholds.tau, thresholds.theta,
             blocks.table, pages, entries, lengths, query_start_loc, num_kept,
-            softmax_scale, blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks,
+            blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks,
             num_k_blocks, entries.stride(0), num_heads, request.geometry.local_keys,
             key_cache.stride(0) // key_cache.stride(2),
             GROUP=num_heads // num_kv_heads,
@@ -113,18 +114,27 @@ def _select(
             PAGE_SIZE=page_size,
             ROW=triton.next_power_of_2(num_k_blocks),
             BISECTIONS=_BISECTIONS,
+            SHARE=MEAN_KEY_SHARE,
             num_warps=4,
         )  # fmt: skip
 
 
 @triton.jit
+def _softmax(scores, mask):
+    score = tl.load(scores, mask=mask, other=float("-inf"))
+    highest = tl.max(score, 0)
+    weight = tl.exp(score - tl.where(highest == float("-inf"), 0.0, highest))
+    return weight / tl.maximum(tl.sum(weight, 0), 1e-30)
+
+
+@triton.jit
 def _select_tile(
-    scores, query_similarity, key_similarity, taus, thetas,
+    mean, total, query_similarity, key_similarity, taus, thetas,
     table, pages, entries, lengths, query_start_loc, num_kept,
-    softmax_scale, num_blocks, num_rows, first_block, num_q_blocks,
+    num_blocks, num_rows, first_block, num_q_blocks,
     num_k_blocks, stride_entries, num_heads, local_keys, heads_per_page,
     GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW: tl.constexpr,
-    BISECTIONS: tl.constexpr,
+    BISECTIONS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program // num_q_blocks
@@ -138,17 +148,15 @@ def _select_tile(
     blocks = tl.arange(0, ROW)
     visible = (blocks < num_k_blocks) & (blocks * BLOCK_K <= last_position)
     always = (blocks == 0) | ((blocks + 1) * BLOCK_K > first_position + 1 - local_keys)
-    likeness = tl.load(
-        key_similarity + (head // GROUP) * num_k_blocks + blocks, mask=visible, other=0.0
-    )
-    unlike = likeness < theta
-    pooled = visible & (likeness >= theta)
+    if key_similarity is None:
+        unlike = blocks < 0
+    else:
+        likeness = key_similarity + (head // GROUP) * num_k_blocks + blocks
+        unlike = tl.load(likeness, mask=visible, other=0.0) < theta
+    pooled = visible & ~unlike
 
-    row = scores + program.to(tl.int64) * num_k_blocks
-    score = tl.load(row + blocks, mask=pooled, other=float("-inf")) * softmax_scale
-    highest = tl.max(score, 0)
-    weight = tl.exp(score - tl.where(highest == float("-inf"), 0.0, highest))
-    mass = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
+    row = program.to(tl.int64) * num_k_blocks + blocks
+    mass = SHARE * _softmax(mean + row, pooled) + (1.0 - SHARE) * _softmax(total + row, pooled)
 
     # Blocks of at least `low` reach tau; those of at least `high` do not, or hold one block.
     low = tl.sum(mass, 0) * 0.0

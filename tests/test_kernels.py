@@ -12,8 +12,7 @@ from vllm_afbs.kernels import (
     HeadThresholds,
     build_tile_lists,
     build_tile_tables,
-    pool_keys,
-    pool_queries,
+    score_blocks,
     select_blocks,
     tile_prefill,
 )
@@ -25,13 +24,8 @@ from vllm_afbs.kernels.reference import (
 
 
 def select(problem: Problem) -> torch.Tensor:
-    return select_blocks(
-        pool_queries(problem.query, problem.geometry),
-        pool_keys(problem.key, problem.geometry),
-        problem.thresholds,
-        problem.geometry,
-        SCALE,
-    )
+    scores = score_blocks(problem.query, problem.key, problem.geometry, SCALE)
+    return select_blocks(scores, problem.thresholds, problem.geometry)
 
 
 @st.composite

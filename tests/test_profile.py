@@ -37,7 +37,7 @@ def _set(path: list[Any], value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (_set(["schema_version"], 2), "schema_version: 1 expected, got 2"),
+        (_set(["schema_version"], 1), "schema_version: 2 expected, got 1"),
         (_set(["layers", 0, "heads", 1, "tau"], float("nan")), "layers.0.heads.1.tau"),
         (_set(["layers", 0, "heads", 1, "tau"], 0.0), "layers.0.heads.1.tau"),
         (_set(["layers", 1, "heads"], []), "layers.1.heads: 4 expected"),

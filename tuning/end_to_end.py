@@ -9,8 +9,7 @@ import torch
 from vllm_afbs.kernels import (
     BlockGeometry,
     HeadThresholds,
-    pool_keys,
-    pool_queries,
+    score_blocks,
     select_blocks,
 )
 from vllm_afbs.tuning import attention
@@ -119,8 +118,6 @@ def _sparse(
     length = query.shape[2]
     geometry = BlockGeometry(length, length, *blocks)
     rows, keys = query[0].transpose(0, 1), key[0].transpose(0, 1)
-    there = thresholds.to(query.device)
-    keep = select_blocks(
-        pool_queries(rows, geometry), pool_keys(keys, geometry), there, geometry, scale
-    )
+    scores = score_blocks(rows, keys, geometry, scale)
+    keep = select_blocks(scores, thresholds.to(query.device), geometry)
     return masked_attention(query, key, value, keep, geometry, scale)

@@ -21,8 +21,7 @@ from vllm_afbs.kernels import (
     BlockGeometry,
     HeadThresholds,
     cut_keys,
-    pool_keys,
-    pool_queries,
+    score_blocks,
     select_blocks,
 )
 from vllm_afbs.kernels.selection import THETA_OFF
@@ -110,8 +109,7 @@ class LayerEvaluator:
         self._value = tensors.value[:length]
         self._softmax_scale = tensors.softmax_scale
         self.sampled_blocks = _spread(self.geometry.num_q_blocks, row_share)
-        self._queries = pool_queries(self._query, self.geometry)
-        self._keys = pool_keys(self._key, self.geometry)
+        self._scores = score_blocks(self._query, self._key, self.geometry, self._softmax_scale)
         self._device = tensors.query.device
         self._cache_bytes = (
             default_cache_bytes(self._device) if cache_bytes is None else cache_bytes
@@ -131,7 +129,7 @@ class LayerEvaluator:
         guard all blocks of some heads and none of others; a share means the same for all.
 
         Args:
-            guard: Share of the query and key blocks that theta should leave out of the pooled
+            guard: Share of the query and key blocks that theta should leave out of the
                 softmax and always compute, in [0, 1].
 
         Returns:
@@ -139,9 +137,9 @@ class LayerEvaluator:
         """
         if guard == 0.0:
             return torch.full((self.num_heads,), THETA_OFF)
-        group = self.num_heads // len(self._keys.similarity)
-        keys = self._keys.similarity.repeat_interleave(group, dim=0)
-        return torch.cat([self._queries.similarity, keys], dim=1).quantile(guard, dim=1).cpu()
+        group = self.num_heads // len(self._scores.key_similarity)
+        keys = self._scores.key_similarity.repeat_interleave(group, dim=0)
+        return torch.cat([self._scores.query_similarity, keys], dim=1).quantile(guard, dim=1).cpu()
 
     def score(self, thresholds: HeadThresholds) -> HeadScores:
         """Measures every head under its thresholds.
@@ -166,8 +164,7 @@ class LayerEvaluator:
         return self._sparsity_of(self._select(thresholds))
 
     def _select(self, thresholds: HeadThresholds) -> torch.Tensor:
-        there = thresholds.to(self._device)
-        return select_blocks(self._queries, self._keys, there, self.geometry, self._softmax_scale)
+        return select_blocks(self._scores, thresholds.to(self._device), self.geometry)
 
     def _sparsity_of(self, keep: torch.Tensor) -> torch.Tensor:
         kept = keep.sum((1, 2), dtype=torch.float64).cpu()

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: thresholds of the selector that scores single keys, too; those of 1 mean something else."""
 
 _MAX_MESSAGE = 1000
 
@@ -187,7 +188,7 @@ class TunerRun(_Record):
 class Profile(_Record):
     """Thresholds for every layer and head of one model."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model_name: str
     model: ModelFingerprint
     block_q: Annotated[int, Field(gt=0)]

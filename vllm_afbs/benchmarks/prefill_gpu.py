@@ -4,8 +4,9 @@
 
 Three ways on the same numbers: FlashAttention 3 dense, the same kernel over tiles, and our Triton
 kernel (at density 1 it is the dense Triton kernel). The sparse times are everything the backend
-does for a layer: packing and pooling Q, pooling K from the cache, selection, writing lists or
-block tables, attention, and unpacking. Selection runs for real; the blocks then computed are drawn
+does for a layer: packing and pooling Q, scoring K in the cache, selection, writing lists or block
+tables, attention, and unpacking (theta is off, as in nearly all tuned heads; what looking for
+guarded blocks adds is timed apart). Selection runs for real; the blocks then computed are drawn
 at random to hit the density exactly, or, with ``selected`` in the shape, are those it chose from
 structured keys.
 """
@@ -33,6 +34,7 @@ from vllm_afbs.cuda.dispatch import WAYS, Measurement, Measurements, Way
 from vllm_afbs.cuda.sparse import Layer, SparsePrefill, StepInputs, TilePrefill, TritonPrefill
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, build_tile_lists
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
+from vllm_afbs.kernels.selection import THETA_OFF
 
 LENGTHS = (8192, 32768, 65536, 131072)
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -75,12 +77,13 @@ class Case:
         self.num_kept = torch.zeros(num_heads, dtype=torch.int64, device="cuda")
         self.num_blocks = num_heads * blocks.num_visible
 
-    def ways(self, tau: float) -> dict[Way, SparsePrefill]:
-        """The backend's two ways of sparse prefill."""
+    def ways(self, tau: float, has_guards: bool = False) -> dict[Way, SparsePrefill]:
+        """The backend's two ways of sparse prefill, of a layer whose heads have no guard or one."""
         num_heads = self.step.query.shape[1]
         thresholds = HeadThresholds(
             torch.full((num_heads,), tau, device="cuda"),
-            torch.full((num_heads,), -1.0, device="cuda"),
+            torch.full((num_heads,), THETA_OFF, device="cuda"),
+            has_guards,
         )
         layer = Layer(thresholds, self.scale, 0.0)
         return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
@@ -154,9 +157,10 @@ def measure(
     """
     ways = case.ways(tau)
     functions: dict[str, Callable[[], object]] = dict(case.calls(ways, replaced).items())
-    functions["selection for tiles"] = functools.partial(
-        ways["tiles"].choose, case.step, case.num_kept
-    )
+    for name, has_guards in (("selection for tiles", False), ("the same with guards", True)):
+        functions[name] = functools.partial(
+            case.ways(tau, has_guards)["tiles"].choose, case.step, case.num_kept
+        )
     _check_agreement(case, functions)
     seconds = time_in_turns(functions, rounds)
     rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]

@@ -7,14 +7,11 @@ from vllm import _custom_ops as ops
 
 from vllm_afbs.cpu.key_pages import key_page_reader
 from vllm_afbs.kernels import (
-    BlockGeometry,
-    BlockStats,
     HeadThresholds,
     TileTables,
     build_tile_lists,
     build_tile_tables,
-    pool_keys,
-    pool_queries,
+    score_blocks,
     select_blocks,
     tile_prefill,
 )
@@ -86,20 +83,13 @@ class SparsePrefill:
         Returns:
             ``[num_heads, num_q_blocks, num_k_blocks]`` bool.
         """
-        return select_blocks(
-            pool_queries(query[request.rows], request.geometry),
-            self._pool_keys(kv_cache, request.geometry, pages),
-            self._thresholds,
-            request.geometry,
-            self._softmax_scale,
-        )
-
-    def _pool_keys(
-        self, kv_cache: torch.Tensor, geometry: BlockGeometry, pages: torch.Tensor
-    ) -> BlockStats:
+        geometry = request.geometry
         num_pages = -(-geometry.kv_len // self._format.page_size)
         key = self._reader.read(split_cache(kv_cache)[0], pages[:num_pages])
-        return pool_keys(key.flatten(1, 2).transpose(0, 1), geometry)
+        scores = score_blocks(
+            query[request.rows], key.flatten(1, 2).transpose(0, 1), geometry, self._softmax_scale
+        )
+        return select_blocks(scores, self._thresholds, geometry)
 
     def tables(
         self, keep: torch.Tensor, request: PrefillRequest, pages: torch.Tensor

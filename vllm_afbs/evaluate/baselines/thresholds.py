@@ -1,6 +1,6 @@
 """The served rule with one tau for all heads or a tuned one for each, and variants of its scores.
 
-The mass of pooled scores decides, as in ``kernels.selection``. The knob moves all heads' depth,
+A block's mass decides, as in ``kernels.selection``. The knob moves all heads' depth,
 -log(1 - tau), alike: with one tau it is that depth, with tuned thresholds what is added to theirs,
 so that 0 is as tuned.
 """
@@ -20,8 +20,14 @@ from vllm_afbs.evaluate.methods import (
     mass_before,
     sink,
 )
-from vllm_afbs.kernels import LOCAL_BLOCKS, BlockGeometry, HeadThresholds, pool_keys, pool_queries
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import (
+    LOCAL_BLOCKS,
+    BlockGeometry,
+    HeadThresholds,
+    pool_queries,
+    score_blocks,
+)
+from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, THETA_OFF
 from vllm_afbs.profile import Profile
 from vllm_afbs.serving import plan_layer
 
@@ -33,47 +39,46 @@ class UniformTau(Method):
     Attributes:
         query_rows: Rows that are pooled into one query; a block's mass is the mean over its
             queries. The served rule pools all rows of a block, 1 takes every row's softmax.
+        mean_key_share: Share of the mass that goes by blocks' mean keys.
         local_blocks: So many query blocks' worth of keys up to the diagonal are always kept.
     """
 
     query_rows: int = BLOCK
+    mean_key_share: float = MEAN_KEY_SHARE
     local_blocks: int = LOCAL_BLOCKS
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
         """See ``Method``."""
         thresholds = self._thresholds(layer)
         theta = thresholds.theta[:, None]
-        queries, keys = pool_queries(layer.query, geometry), pool_keys(layer.key, geometry)
-        means = keys.mean.repeat_interleave(layer.group, 0)
-        unlike = (keys.similarity.repeat_interleave(layer.group, 0) < theta)[:, None, :]
-        hidden = unlike | ~geometry.visible.to(means.device)
-        mass = self._mass(layer, means, hidden, geometry)
+        finer = replace(geometry, block_q=min(self.query_rows, geometry.block_q))
+        scores = score_blocks(layer.query, layer.key, finer, layer.softmax_scale)
+        likeness = scores.key_similarity.repeat_interleave(layer.group, 0)
+        unlike = (likeness < theta)[:, None, :]
+        mass = _mean_over_queries(scores.mass(unlike, self.mean_key_share), finer, geometry)
         base = depth(thresholds.tau)[:, None, None]
         levels = torch.where(base.isinf(), ALWAYS, depth(mass_before(mass)) - base)
-        guarded = unlike | (queries.similarity < theta)[:, :, None]
+        similarity = pool_queries(layer.query, geometry).similarity
+        guarded = unlike | (similarity < theta)[:, :, None]
         local = geometry.local((self.local_blocks - 1) * self.block_q).to(levels.device)
         return sink(levels.masked_fill_(guarded | local, ALWAYS))
-
-    def _mass(
-        self, layer: Layer, means: torch.Tensor, hidden: torch.Tensor, geometry: BlockGeometry
-    ) -> torch.Tensor:
-        rows = min(self.query_rows, geometry.block_q)
-        finer = replace(geometry, block_q=rows)
-        queries = pool_queries(layer.query, finer).mean
-        block_of_query = (finer.first_positions // geometry.block_q).to(means.device)
-        scores = (queries @ means.transpose(1, 2)) * layer.softmax_scale
-        by_block = hidden.expand(len(scores), geometry.num_q_blocks, -1)
-        scores.masked_fill_(by_block[:, block_of_query], -torch.inf)
-        # A row may have no pooled key left (all unlike): its mass is then zero, not NaN.
-        weights = torch.softmax(scores, -1).nan_to_num_(0.0)
-        weights *= finer.row_starts.diff().to(means.device)[:, None]
-        mass = weights.new_zeros(len(weights), geometry.num_q_blocks, weights.shape[-1])
-        counts = geometry.row_starts.diff().to(means.device)
-        return mass.index_add_(1, block_of_query, weights) / counts[:, None]
 
     def _thresholds(self, layer: Layer) -> HeadThresholds:
         tau = torch.zeros(layer.query.shape[1], device=layer.query.device)
         return HeadThresholds(tau, torch.full_like(tau, THETA_OFF))
+
+
+def _mean_over_queries(
+    mass: torch.Tensor, finer: BlockGeometry, geometry: BlockGeometry
+) -> torch.Tensor:
+    """Takes the mean over the queries of each query block, by their rows."""
+    if finer.block_q == geometry.block_q:
+        return mass
+    block_of_query = (finer.first_positions // geometry.block_q).to(mass.device)
+    weighted = mass * finer.row_starts.diff().to(mass.device)[:, None]
+    sums = mass.new_zeros(len(mass), geometry.num_q_blocks, mass.shape[-1])
+    counts = geometry.row_starts.diff().to(mass.device)
+    return sums.index_add_(1, block_of_query, weighted) / counts[:, None]
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ def of_profile(name: str, profile: Profile, **fields: Any) -> Tuned:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "mean keys": {"mean_key_share": 1.0},
+    "every key": {"mean_key_share": 0.0},
     "queries of 32 rows": {"query_rows": 32},
     "queries of 16 rows": {"query_rows": 16},
     "token Q": {"query_rows": 1},

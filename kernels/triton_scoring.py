@@ -1,0 +1,172 @@
+"""Scoring key blocks on the device: what ``selection.score_blocks`` computes, from paged keys."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.query_blocks import QueryBlocks
+from vllm_afbs.kernels.triton_geometry import load_query_block
+
+_ROWS = 64
+"""Pooled queries of a program; 128 leave too few programs for a chunk of a long prompt."""
+_SPAN = 16
+"""Key blocks of a program, which keeps its queries meanwhile."""
+
+
+def score_key_pages(
+    mean_query: torch.Tensor,
+    key_cache: torch.Tensor,
+    pages: torch.Tensor,
+    blocks: QueryBlocks,
+    request: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores one request's key blocks where they lie in a paged cache.
+
+    Args:
+        mean_query: Means of the step's query blocks, ``[num_heads, num_blocks, head_dim]``.
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, any strides but the last.
+        pages: The request's pages in the order of its context, int32.
+        blocks: The step's query blocks.
+        request: Index of the request among those of ``blocks``.
+        softmax_scale: Factor of the scores.
+
+    Returns:
+        ``mean`` and ``total`` of ``BlockScores``, undefined where no key is visible; the request's
+        query blocks are in the order of ``blocks``.
+    """
+    geometry, span = blocks.requests[request].geometry, blocks.slices[request]
+    num_heads, _, head_dim = mean_query.shape
+    _, page_size, num_kv_heads, _ = key_cache.shape
+    num_q_blocks, num_k_blocks = geometry.num_q_blocks, geometry.num_k_blocks
+    group = num_heads // num_kv_heads
+    shape = (2, num_heads, num_q_blocks, num_k_blocks)
+    mean, total = mean_query.new_empty(shape, dtype=torch.float32)
+    grid = (
+        triton.cdiv(num_q_blocks * group, _ROWS), triton.cdiv(num_k_blocks, _SPAN), num_kv_heads
+    )  # fmt: skip
+    _score_key_blocks[grid](
+        mean_query, key_cache, pages, mean, total, blocks.table, softmax_scale,
+        blocks.num_blocks, span.start, num_q_blocks, num_k_blocks, geometry.kv_len,
+        key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=triton.next_power_of_2(head_dim),
+        PAGE_SIZE=page_size,
+        BLOCK_K=geometry.block_k,
+        ROWS=_ROWS,
+        SPAN=_SPAN,
+        num_warps=4,
+        num_stages=3,
+    )  # fmt: skip
+    return mean, total
+
+
+def key_page_similarity(
+    key_cache: torch.Tensor, pages: torch.Tensor, geometry: BlockGeometry
+) -> torch.Tensor:
+    """Self-similarity of a context's key blocks, ``[num_kv_heads, num_k_blocks]``, fp32.
+
+    Args:
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, any strides but the last.
+        pages: The request's pages in the order of its context, int32.
+        geometry: The request's blocks.
+    """
+    _, page_size, num_kv_heads, head_dim = key_cache.shape
+    num_blocks = geometry.num_k_blocks
+    similarity = key_cache.new_empty(num_kv_heads, num_blocks, dtype=torch.float32)
+    _key_block_similarity[(num_blocks, num_kv_heads)](
+        key_cache, pages, similarity, geometry.kv_len, num_blocks,
+        key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
+        HEAD_DIM=head_dim,
+        PADDED_DIM=triton.next_power_of_2(head_dim),
+        PAGE_SIZE=page_size,
+        BLOCK=geometry.block_k,
+        num_warps=8,
+    )  # fmt: skip
+    return similarity
+
+
+@triton.jit
+def self_similarity(rows, count):
+    """Mean pairwise cosine of a block's rows; absent rows are zero."""
+    values = rows.to(tl.float32)
+    norms = tl.sqrt(tl.sum(values * values, 1))
+    direction = tl.sum(values / tl.maximum(norms, 1e-12)[:, None], 0) / count
+    return tl.sum(direction * direction, 0)
+
+
+@triton.jit
+def _key_addresses(pages, token, present, stride_page, stride_token, PAGE_SIZE: tl.constexpr):
+    page = tl.load(pages + token // PAGE_SIZE, mask=present, other=0).to(tl.int64)
+    return page * stride_page + (token % PAGE_SIZE) * stride_token
+
+
+@triton.jit
+def _score_key_blocks(
+    mean_query, key_cache, pages, mean, total, table, softmax_scale,
+    num_blocks, first_block, num_q_blocks, num_k_blocks, kv_len,
+    stride_page, stride_token, stride_head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    # Rows of a program are a group's heads of one query block after another: what they see differs
+    # little, so few products are in vain.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    kv_head = tl.program_id(2)
+    there = row < num_q_blocks * GROUP
+    q_block = tl.where(there, row // GROUP, 0)
+    head = kv_head * GROUP + row % GROUP
+    _, count, first_position, _, _ = load_query_block(table, num_blocks, first_block + q_block)
+    end = tl.where(there, first_position + count, 0)
+
+    columns = tl.arange(0, PADDED_DIM)
+    in_head = columns < HEAD_DIM
+    at = (head * num_blocks + first_block + q_block).to(tl.int64) * HEAD_DIM
+    query = tl.load(
+        mean_query + at[:, None] + columns[None, :],
+        mask=there[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    out = (head.to(tl.int64) * num_q_blocks + q_block) * num_k_blocks
+    start = tl.program_id(1) * SPAN
+    stop = tl.minimum(start + SPAN, tl.cdiv(tl.max(end, 0), BLOCK_K))
+    for block in range(start, stop):
+        token = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        present = token < kv_len
+        address = _key_addresses(pages, token, present, stride_page, stride_token, PAGE_SIZE)
+        key = tl.load(
+            key_cache + kv_head * stride_head + address[None, :] + columns[:, None],
+            mask=present[None, :] & in_head[:, None],
+            other=0.0,
+        )
+        score = tl.dot(query, key) * softmax_scale
+        seen = token[None, :] < end[:, None]
+        num_seen = tl.minimum(tl.maximum(end - block * BLOCK_K, 1), BLOCK_K)
+        tl.store(mean + out + block, tl.sum(tl.where(seen, score, 0.0), 1) / num_seen, mask=there)
+        score = tl.where(seen, score, float("-inf"))
+        highest = tl.max(score, 1)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.sum(tl.exp(score - shift[:, None]), 1)
+        tl.store(total + out + block, shift + tl.log(weight), mask=there)
+
+
+@triton.jit
+def _key_block_similarity(
+    key_cache, pages, similarity, kv_len, num_blocks,
+    stride_page, stride_token, stride_head,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0)
+    head = tl.program_id(1)
+    token = index * BLOCK + tl.arange(0, BLOCK)
+    present = token < kv_len
+    columns = tl.arange(0, PADDED_DIM)
+    address = _key_addresses(pages, token, present, stride_page, stride_token, PAGE_SIZE)
+    mask = present[:, None] & (columns < HEAD_DIM)[None, :]
+    at = head * stride_head + address[:, None] + columns[None, :]
+    rows = tl.load(key_cache + at, mask=mask, other=0.0)
+    count = tl.minimum(kv_len - index * BLOCK, BLOCK)
+    tl.store(similarity + head * num_blocks + index, self_similarity(rows, count))
