@@ -119,37 +119,74 @@ def _score_key_blocks(
     q_block = tl.where(there, row // GROUP, 0)
     head = kv_head * GROUP + row % GROUP
     _, count, first_position, _, _ = load_query_block(table, num_blocks, first_block + q_block)
-    end = tl.where(there, first_position + count, 0)
+    end = first_position + count  # rows that are not there repeat the first
 
     columns = tl.arange(0, PADDED_DIM)
-    in_head = columns < HEAD_DIM
     at = (head * num_blocks + first_block + q_block).to(tl.int64) * HEAD_DIM
     query = tl.load(
         mean_query + at[:, None] + columns[None, :],
-        mask=there[:, None] & in_head[None, :],
+        mask=there[:, None] & (columns < HEAD_DIM)[None, :],
         other=0.0,
     )
-    out = (head.to(tl.int64) * num_q_blocks + q_block) * num_k_blocks
+    step = tl.arange(0, SPAN)
+    means = tl.zeros([ROWS, SPAN], tl.float32)
+    totals = tl.zeros([ROWS, SPAN], tl.float32)
     start = tl.program_id(1) * SPAN
     stop = tl.minimum(start + SPAN, tl.cdiv(tl.max(end, 0), BLOCK_K))
-    for block in range(start, stop):
-        token = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        present = token < kv_len
-        address = _key_addresses(pages, token, present, stride_page, stride_token, PAGE_SIZE)
-        key = tl.load(
-            key_cache + kv_head * stride_head + address[None, :] + columns[:, None],
-            mask=present[None, :] & in_head[:, None],
-            other=0.0,
-        )
-        score = tl.dot(query, key) * softmax_scale
+    whole = tl.minimum(stop, tl.maximum(tl.min(end, 0) // BLOCK_K, start))
+    keys = key_cache + kv_head * stride_head
+    for block in range(start, whole):
+        middle, weight = _score_key_block(
+            query, keys, pages, block, end, kv_len, softmax_scale, stride_page, stride_token,
+            False, HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K,
+        )  # fmt: skip
+        here = (step == block - start)[None, :]
+        means = tl.where(here, middle[:, None], means)
+        totals = tl.where(here, weight[:, None], totals)
+    for block in range(whole, stop):
+        middle, weight = _score_key_block(
+            query, keys, pages, block, end, kv_len, softmax_scale, stride_page, stride_token,
+            True, HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K,
+        )  # fmt: skip
+        here = (step == block - start)[None, :]
+        means = tl.where(here, middle[:, None], means)
+        totals = tl.where(here, weight[:, None], totals)
+    out = (head.to(tl.int64) * num_q_blocks + q_block) * num_k_blocks + start
+    mask = there[:, None] & (start + step < stop)[None, :]
+    tl.store(mean + out[:, None] + step[None, :], means, mask=mask)
+    tl.store(total + out[:, None] + step[None, :], totals, mask=mask)
+
+
+@triton.jit
+def _score_key_block(
+    query, keys, pages, block, end, kv_len, softmax_scale, stride_page, stride_token,
+    IN_PART: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Mean and log-sum-exp of one block's scores, of which rows may see only a part."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    token = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, PADDED_DIM)
+    present = token < kv_len
+    address = _key_addresses(pages, token, present, stride_page, stride_token, PAGE_SIZE)
+    key = tl.load(
+        keys + address[None, :] + columns[:, None],
+        mask=present[None, :] & (columns < HEAD_DIM)[:, None],
+        other=0.0,
+    )
+    score = tl.dot(query, key) * (softmax_scale * LOG2E)
+    if IN_PART:
         seen = token[None, :] < end[:, None]
         num_seen = tl.minimum(tl.maximum(end - block * BLOCK_K, 1), BLOCK_K)
-        tl.store(mean + out + block, tl.sum(tl.where(seen, score, 0.0), 1) / num_seen, mask=there)
+        middle = tl.sum(tl.where(seen, score, 0.0), 1) / num_seen
         score = tl.where(seen, score, float("-inf"))
         highest = tl.max(score, 1)
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.sum(tl.exp(score - shift[:, None]), 1)
-        tl.store(total + out + block, shift + tl.log(weight), mask=there)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+    else:
+        middle = tl.sum(score, 1) / BLOCK_K
+        highest = tl.max(score, 1)
+    weight = tl.sum(tl.exp2(score - highest[:, None]), 1)
+    return middle / LOG2E, (highest + tl.log2(weight)) / LOG2E
 
 
 @triton.jit

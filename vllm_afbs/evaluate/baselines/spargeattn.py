@@ -30,7 +30,7 @@ class SpargeAttn(Method):
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
         """See ``Method``."""
-        queries = pool_queries(layer.query, geometry)
+        queries = pool_queries(layer.query.float(), geometry)
         smooth = layer.key.float() - layer.key.float().mean(0)
         keys = pool_keys(smooth, geometry)
         means = keys.mean.repeat_interleave(layer.group, 0)
