@@ -208,19 +208,27 @@ def test_spargeattn_stops_before_the_threshold_on_smoothed_keys(problem: Problem
     check(SpargeAttn("", BLOCK, block_k), depth(0.8), same, expected)
 
 
-def test_every_row_of_queries_may_vote(problem: Problem) -> None:
-    means = [
-        torch.stack([block.double().mean(0) for block in problem.key[:, kv].split(BLOCK)])
-        for kv in range(2)
-    ]
+@pytest.mark.parametrize(("rows", "share"), [(1, 1.0), (1, 0.0), (4, 0.5), (BLOCK, 0.5)])
+def test_queries_of_any_size_may_vote_by_mean_keys_or_every_key(
+    problem: Problem, rows: int, share: float
+) -> None:
+    def mass(head: int, query: torch.Tensor, end: int) -> torch.Tensor:
+        scores = (problem.key[:end, head // 2].double() @ query * SCALE).split(BLOCK)
+        by_mean = torch.softmax(torch.stack([block.mean() for block in scores]), 0)
+        by_key = torch.stack([block.exp().sum() for block in scores])
+        return share * by_mean + (1 - share) * by_key / by_key.sum()
 
     def expected(head: int, i: int) -> Kept:
-        rows = problem.query[i * BLOCK : (i + 1) * BLOCK, head].double()
-        mass = torch.softmax(rows @ means[head // 2][: i + 1].T * SCALE, -1).mean(0)
+        total = torch.zeros(i + 1, dtype=torch.float64)
+        stop = min((i + 1) * BLOCK, LENGTH)
+        for start in range(i * BLOCK, stop, rows):
+            end = min(start + rows, stop)
+            seen = mass(head, problem.query[start:end, head].double().mean(0), end)
+            total[: len(seen)] += (end - start) * seen
         near = set(range(max(0, i - 1), i + 1))
-        return largest_until(mass.tolist(), 0.6) | {0} | near
+        return largest_until((total / total.sum()).tolist(), 0.6) | {0} | near
 
-    method = UniformTau("", BLOCK, BLOCK, query_rows=1, local_blocks=2)
+    method = UniformTau("", BLOCK, BLOCK, query_rows=rows, mean_key_share=share, local_blocks=2)
     check(method, depth(0.6), problem, expected)
 
 

@@ -142,14 +142,14 @@ def test_dropping_the_block_with_nearly_all_the_mass_is_still_exact() -> None:
     layer = random_layer(64, 1, 1, 16, seed=5)
     direction = torch.zeros(16)
     direction[0] = 40.0
-    key = layer.key.clone()
-    key[16:32, 0] = torch.where(torch.arange(16)[:, None] % 2 == 0, direction, -direction)
-    query = layer.query.clone()
-    query[:, 0] = direction / 2
+    signs = torch.tensor([1.0, -1.0]).repeat(32)[:, None]
+    key, query = layer.key.clone(), layer.query.clone()
+    key[16:32, 0] = signs[:16] * direction
+    query[:, 0, 0] = signs[:, 0] * 20.0
     layer = LayerTensors(query, key.bfloat16(), layer.value, layer.softmax_scale)
-    # Block 1's keys cancel in the mean, so the selector cannot see the mass that they hold, and the
-    # last quarter of the rows is far enough away to lose it.
-    thresholds = HeadThresholds(torch.tensor([0.3]), torch.tensor([THETA_OFF]))
+    # Block 1's keys cancel in the mean and so do the queries, so the selector cannot see the mass
+    # that they hold, and the last quarter of the rows is far enough away to lose it.
+    thresholds = HeadThresholds(torch.tensor([0.05]), torch.tensor([THETA_OFF]))
     scores = LayerEvaluator(layer, 64, 16, 16).score(thresholds)
     _, _, error, sparsity = specified_scores(layer, 64, 16, 16, thresholds)
     assert float(sparsity) > 0

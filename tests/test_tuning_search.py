@@ -133,8 +133,9 @@ def clustered(length: int, seed: int) -> LayerTensors:
 
 
 def hidden(length: int, seed: int) -> LayerTensors:
-    """The same with every eighth block's keys in pairs that cancel: its mean hides its mass.
+    """The same with every eighth block's keys and all queries in pairs that cancel.
 
+    Every row finds its keys there, but neither the blocks' means nor the mean queries show it.
     The second block is the first of them, so that most rows of a short window are far from one.
     """
     layer = clustered(length, seed)
@@ -144,7 +145,7 @@ def hidden(length: int, seed: int) -> LayerTensors:
     in_eighth = (torch.arange(length) // 32 % 8 == 1)[:, None, None]
     key = torch.where(in_eighth, signs * direction, layer.key.float()).bfloat16()
     query = layer.query.clone()
-    query[..., 0] = 2.0
+    query[..., 0] = 2.0 * signs[..., 0]
     return LayerTensors(query, key, layer.value, layer.softmax_scale)
 
 

@@ -2,10 +2,12 @@
 
     python -m vllm_afbs.benchmarks.selection_quality --output results.csv
 
-Three scores, each turned into blocks by the same rule (the fewest blocks that reach tau, with the
-first and the diagonal ones), tau set per head so that the density is met:
+Scores, each turned into blocks by the same rule (the fewest blocks that reach tau, with those that
+are always kept), tau set per head so that the density is met:
 
-- *pooled Q*: softmax over (mean of the query block) x (mean of the key block), as served.
+- *mean keys*: softmax over (mean of the query block) x (mean of the key block), as in SpargeAttn.
+- *every key*: softmax over (mean of the query block) x (each key), summed by block.
+- *half of each*: their mean, as served.
 - *token Q*: the mean over the block's rows of each row's softmax over the key blocks' means.
 - *oracle*: the exact attention mass of the key blocks, mean over the rows.
 """
@@ -62,11 +64,16 @@ class Rows:
     def _masses(self, i: int) -> dict[str, torch.Tensor]:
         query = self._query[:, i * BLOCK : (i + 1) * BLOCK]
         means = self._key_means[:, : i + 1].transpose(1, 2)
-        exact = torch.softmax(self._scores(i), -1).unflatten(-1, (i + 1, BLOCK))
+        pooled = query.mean(1, keepdim=True)
+        keys = self._key[:, : (i + 1) * BLOCK].transpose(1, 2)
+        by_mean = torch.softmax(pooled @ means, -1)[:, 0]
+        by_key = _by_block(torch.softmax(pooled @ keys, -1))[:, 0]
         masses = {
-            "pooled Q": torch.softmax(query.mean(1, keepdim=True) @ means, -1)[:, 0],
+            "mean keys": by_mean,
+            "every key": by_key,
+            "half of each": (by_mean + by_key) / 2,
             "token Q": torch.softmax(query @ means, -1).mean(1),
-            "oracle": exact.sum(-1).mean(1),
+            "oracle": _by_block(torch.softmax(self._scores(i), -1)).mean(1),
         }
         behind = self.geometry.num_k_blocks - (i + 1)
         return {n: torch.nn.functional.pad(mass, (0, behind)) for n, mass in masses.items()}
@@ -102,6 +109,10 @@ class Rows:
                 sparse = torch.softmax(scores.masked_fill(dropped, -torch.inf), -1) @ value
                 difference[name] += (sparse - dense).abs().sum((1, 2))
         return {name: each / magnitude for name, each in difference.items()}
+
+
+def _by_block(weights: torch.Tensor) -> torch.Tensor:
+    return weights.unflatten(-1, (-1, BLOCK)).sum(-1)
 
 
 def measure(
