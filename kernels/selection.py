@@ -94,7 +94,7 @@ class HeadThresholds:
     """The tuned thresholds of one layer's query heads, each ``[num_heads]``, fp32.
 
     Attributes:
-        tau: Mass of pooled attention to keep, in (0, 1]; 1 keeps every block.
+        tau: Share of the blocks' mass to keep, in (0, 1]; 1 keeps every block.
         theta: Blocks less self-similar than this are always computed, in [-1, 1].
         has_guards: Whether any theta may be reached; False spares the device looking for blocks.
     """

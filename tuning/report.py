@@ -70,7 +70,7 @@ def _figures(
     )
     yield (
         "τ by layer and head",
-        "Mass of pooled attention that is kept; 1 is dense.",
+        "Share of the blocks' estimated mass that is kept; 1 is dense.",
         _heat_map(_matrix(profile, lambda head: head.tau), "tau", "Viridis", (None, 1.0)),
     )
     yield (

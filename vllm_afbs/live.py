@@ -28,7 +28,7 @@ class Head(BaseModel):
     """One query head."""
 
     head: int
-    tau: float = Field(description="Mass of pooled attention to keep; 1: dense.")
+    tau: float = Field(description="Share of the blocks' estimated mass to keep; 1: dense.")
     theta: float = Field(description="Blocks less self-similar than this are computed.")
     calibrated_sparsity: float = Field(description="At the longest calibrated length.")
     live: Products | None = Field(description="null: per_head_metrics is off.")
