@@ -9,8 +9,6 @@ Nothing here imports vLLM.
 
 from vllm_afbs.kernels.geometry import LOCAL_BLOCKS, BlockGeometry
 from vllm_afbs.kernels.selection import (
-    BlockScores,
-    BlockStats,
     HeadThresholds,
     cut_keys,
     pool_keys,
@@ -29,8 +27,6 @@ from vllm_afbs.kernels.tiles import (
 __all__ = [
     "LOCAL_BLOCKS",
     "BlockGeometry",
-    "BlockScores",
-    "BlockStats",
     "HeadThresholds",
     "TileLists",
     "TileTables",

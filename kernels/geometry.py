@@ -8,9 +8,8 @@ import torch
 LOCAL_BLOCKS = 2
 """Keys up to a row that are always kept, its own included, in query blocks' worths.
 
-Pooled scores see the mass of what is near, not that predicting the next word rests on it: with
-the diagonal alone, perplexity grew twice as much at a sparsity of 0.8 (README, "What it costs in
-quality").
+Scores see the mass of what is near, not that predicting the next word rests on it: with the
+diagonal alone, perplexity grew two to four times as much (README, "What it costs in quality").
 """
 
 

@@ -10,8 +10,8 @@ The rule is SpargeAttn's (arXiv 2502.18137, section 3) with two changes:
   keys, ``1 / block_q`` of what dense attention multiplies to score.
 - A block is scored by the keys that the query block's last row sees, and K is taken as it is, not
   less its mean over the sequence (which changes neither softmax). So selection is the same for
-  every chunk size that keeps query blocks whole, and for prefix-cache hits. theta is tuned on the
-  same unsmoothed similarity.
+  every chunk size that keeps query and key blocks whole, and for prefix-cache hits. theta is tuned
+  on the same unsmoothed similarity.
 """
 
 from collections.abc import Sequence
@@ -241,9 +241,9 @@ def _reduce_scores(
     # Only a block that a query block's last row ends inside is seen in part.
     ends = geometry.last_positions + 1
     rows = (ends % block).nonzero().flatten()
-    last_block = ends[rows] // block
     seen = (torch.arange(block)[None, :] < (ends % block)[rows, None]).to(device)
-    partial = by_block[..., rows.to(device), last_block.to(device), :]
+    rows, last_block = rows.to(device), (ends[rows] // block).to(device)
+    partial = by_block[..., rows, last_block, :]
     counts = seen.sum(-1)
     mean[..., rows, last_block] = partial.masked_fill(~seen, 0.0).sum(-1) / counts
     total[..., rows, last_block] = partial.masked_fill(~seen, -torch.inf).logsumexp(-1)

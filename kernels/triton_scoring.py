@@ -111,15 +111,15 @@ def _score_key_blocks(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    # Rows of a program are a group's heads of one query block after another: what they see differs
-    # little, so few products are in vain.
+    # Rows of a program are a group's heads of one query block after another, and behind the last
+    # one that again: what they see differs little, so few products are in vain.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kv_head = tl.program_id(2)
     there = row < num_q_blocks * GROUP
-    q_block = tl.where(there, row // GROUP, 0)
+    q_block = tl.minimum(row // GROUP, num_q_blocks - 1)
     head = kv_head * GROUP + row % GROUP
     _, count, first_position, _, _ = load_query_block(table, num_blocks, first_block + q_block)
-    end = first_position + count  # rows that are not there repeat the first
+    end = first_position + count
 
     columns = tl.arange(0, PADDED_DIM)
     at = (head * num_blocks + first_block + q_block).to(tl.int64) * HEAD_DIM
@@ -140,21 +140,24 @@ def _score_key_blocks(
             query, keys, pages, block, end, kv_len, softmax_scale, stride_page, stride_token,
             False, HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K,
         )  # fmt: skip
-        here = (step == block - start)[None, :]
-        means = tl.where(here, middle[:, None], means)
-        totals = tl.where(here, weight[:, None], totals)
+        means = _with_column(means, step == block - start, middle)
+        totals = _with_column(totals, step == block - start, weight)
     for block in range(whole, stop):
         middle, weight = _score_key_block(
             query, keys, pages, block, end, kv_len, softmax_scale, stride_page, stride_token,
             True, HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K,
         )  # fmt: skip
-        here = (step == block - start)[None, :]
-        means = tl.where(here, middle[:, None], means)
-        totals = tl.where(here, weight[:, None], totals)
+        means = _with_column(means, step == block - start, middle)
+        totals = _with_column(totals, step == block - start, weight)
     out = (head.to(tl.int64) * num_q_blocks + q_block) * num_k_blocks + start
     mask = there[:, None] & (start + step < stop)[None, :]
     tl.store(mean + out[:, None] + step[None, :], means, mask=mask)
     tl.store(total + out[:, None] + step[None, :], totals, mask=mask)
+
+
+@triton.jit
+def _with_column(tile, here, values):
+    return tl.where(here[None, :], values[:, None], tile)
 
 
 @triton.jit

@@ -36,20 +36,22 @@ def make_batch(
     dtype: torch.dtype,
     device: str,
     heads_outside: bool = False,
+    block_k: int | None = None,
 ) -> Batch:
     """Draws requests of these ``(q_len, kv_len)``, their pages mixed and their rows apart.
 
     Args:
         lengths: Of the requests.
-        block: Rows of a query block and keys of a key block.
+        block: Rows of a query block, and keys of a key block unless ``block_k`` says otherwise.
         page_size: Keys of a page.
         head_dim: Size of a head.
         dtype: Of queries and cache.
         device: Where the tensors lie.
         heads_outside: Whether a page holds head by head (HND) rather than token by token (NHD).
+        block_k: Keys of a key block.
     """
     problems = [
-        make_problem(q_len, kv_len, block, block, 2, 3, head_dim, page_size, seed=seed)
+        make_problem(q_len, kv_len, block, block_k or block, 2, 3, head_dim, page_size, seed=seed)
         for seed, (q_len, kv_len) in enumerate(lengths)
     ]
     queries, requests, key_pages, value_pages, rows, first_page = [], [], [], [], 0, 0

@@ -64,7 +64,8 @@ def generate(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Gen
         done = subprocess.run(
             [sys.executable, "-m", "tests.generate", str(request), str(answer)],
             cwd=Path(__file__).parent.parent,
-            env=os.environ | SERVER_ENVIRONMENT,
+            # Without an engine process, which would import vLLM once more.
+            env=os.environ | SERVER_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             capture_output=True,
             text=True,
             check=False,
@@ -98,7 +99,7 @@ def test_chunking_moves_the_answer_less_than_sparsity_does(
     """Chunks of 512 cut between query blocks, so the same blocks are selected for the same rows.
 
     Prompts that grow by a chunk find what is before it in the prefix cache, so one engine computes
-    the prompt whole and in chunks. What remains is rounding and the few blocks whose pooled mass it
+    the prompt whole and in chunks. What remains is rounding and the few blocks whose mass it
     carries over tau. So the next-token distribution may move by no more than dropping blocks itself
     moves it.
     """

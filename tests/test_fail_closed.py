@@ -117,6 +117,19 @@ def test_pages_have_to_divide_key_blocks(platform: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("block_q", "block_k", "expected"),
+    [(128, 128, None), (16, 256, None), (512, 128, None), (96, 128, "block_size"),
+     (128, 384, "block_size"), (1024, 128, "block_size"), (8, 128, "block_size")],
+)  # fmt: skip
+def test_kernels_on_cuda_have_to_be_able_to_cut_the_blocks(
+    block_q: int, block_k: int, expected: Reason | None
+) -> None:
+    profile = uniform_profile(block_q=block_q, block_k=block_k)
+    assert make_impl("cuda").unsupported_feature(128, profile) == expected
+    assert make_impl("cpu").unsupported_feature(128, profile) is None
+
+
+@pytest.mark.parametrize(
     ("platform", "parent"), [("cpu", CPUAttentionBackendImpl), ("cuda", FlashAttentionImpl)]
 )
 def test_an_argument_of_tomorrow_makes_its_layer_dense(

@@ -81,7 +81,7 @@ def test_selection_does_not_depend_on_aligned_chunks(
     problem, _ = drawn
     geometry = problem.geometry
     first_edge = geometry.first_row - geometry.lead + geometry.block_q
-    # A chunk must end between key blocks too, or the last one's statistics are not yet whole.
+    # A chunk must end between key blocks too, or the last one's self-similarity is not yet whole.
     edges = [
         edge
         for edge in range(first_edge, geometry.kv_len, geometry.block_q)

@@ -37,6 +37,16 @@ def test_a_plan_is_the_same_each_time_and_has_all_that_a_soak_needs() -> None:
     assert max(longest) == 1
 
 
+def test_the_first_wave_writes_to_the_whole_cache() -> None:
+    model = uniform_profile().model
+    token_bytes = 2 * 4 * model.num_layers * model.num_kv_heads * model.head_dim
+    for num_tokens in (1, 2048, 2049, 50_000):
+        wave = plan.fill(num_tokens * token_bytes, model)
+        written = sum(each.num_tokens for each in wave)
+        assert num_tokens <= written < num_tokens + plan.FILL_TOKENS
+        assert all(0 <= each.where < 1 for each in wave)
+
+
 def test_the_largest_step_is_that_of_a_waves_longest_prompts() -> None:
     def wave(*lengths: int) -> list[plan.Request]:
         refused = plan.Request("too_long", 9000, 1, stream=False, where=0.0)

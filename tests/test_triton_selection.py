@@ -6,7 +6,13 @@ import torch
 from tests.batches import GAP, Batch, make_batch
 from tests.interpreted import INTERPRETED, assert_passes_interpreted
 from tests.problems import SCALE
-from vllm_afbs.kernels import HeadThresholds, build_tile_lists, build_tile_tables, pool_queries
+from vllm_afbs.kernels import (
+    HeadThresholds,
+    build_tile_lists,
+    build_tile_tables,
+    pool_queries,
+    triton_scoring,
+)
 from vllm_afbs.kernels.reference import reference_select
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.kernels.tiles import TileTables, one_head_view
@@ -37,10 +43,7 @@ def check_selection(batch: Batch, thresholds: HeadThresholds) -> None:
     on_device = thresholds.to(device)
     packed, stats = pack_queries(batch.query, batch.blocks)
     keeps = batch.in_step_order(
-        [
-            reference_select(p.query, p.key, thresholds, p.geometry, SCALE).flatten(0, 0)
-            for p in batch.problems
-        ]
+        [reference_select(p.query, p.key, thresholds, p.geometry, SCALE) for p in batch.problems]
     )
     num_heads = batch.query.shape[1]
     num_kept = torch.zeros(num_heads, dtype=torch.int64, device=device)
@@ -116,15 +119,30 @@ def test_this_module_passes_in_the_interpreter() -> None:
     assert_passes_interpreted(__file__)
 
 
-SMALL = [(ONE, 32, 16, False), (THREE, 8, 24, True), (THREE, 32, 32, False), (ONE, 64, 16, True)]
+SMALL = [
+    (ONE, 32, 16, False, 32), (THREE, 8, 24, True, 32), (THREE, 32, 32, False, 32),
+    (ONE, 64, 16, True, 32), (THREE, 16, 16, False, 16), (THREE, 16, 16, False, 64),
+]  # fmt: skip
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
-@pytest.mark.parametrize(("lengths", "page_size", "head_dim", "heads_outside"), SMALL, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "page_size", "head_dim", "heads_outside", "block_k"), SMALL, ids=str
+)
 def test_interpreted_selection_equals_the_reference(
-    lengths: list[tuple[int, int]], page_size: int, head_dim: int, heads_outside: bool
+    lengths: list[tuple[int, int]],
+    page_size: int,
+    head_dim: int,
+    heads_outside: bool,
+    block_k: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batch = make_batch(lengths, 32, page_size, head_dim, torch.float16, "cpu", heads_outside)
+    # Several programs score a request, in both directions.
+    monkeypatch.setattr(triton_scoring, "_ROWS", 16)
+    monkeypatch.setattr(triton_scoring, "_SPAN", 2)
+    batch = make_batch(
+        lengths, 32, page_size, head_dim, torch.float16, "cpu", heads_outside, block_k
+    )
     check_pooling(batch)
     for tau in TAUS:
         check_selection(batch, thresholds_of(batch, tau))
@@ -135,6 +153,7 @@ LARGE = [
     ([(640, 640)], 128),
     ([(300, 1000), (513, 2049), (200, 200)], 16),
     ([(513, 2049), (300, 1000)], 64),
+    ([(6100, 6100)], 128),
 ]
 
 

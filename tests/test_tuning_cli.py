@@ -45,7 +45,9 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert not Path(f"{killed}.work").exists()
 
 
-def test_interrupt_says_how_to_go_on(tiny_model: Path, tmp_path: Path) -> None:
+def test_interrupt_says_how_to_go_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "profile.json"
     job = start(command(tiny_model, output))
     wait_for_steps(job, output, 2)
@@ -57,10 +59,12 @@ def test_interrupt_says_how_to_go_on(tiny_model: Path, tmp_path: Path) -> None:
     assert errors.splitlines()[-1].endswith("--resume")
     assert not output.exists()
 
-    # The same command without --resume, or with other settings, does not touch the job.
+    # The same command without --resume, with other settings or another selector does not touch it.
     before = sorted(path.name for path in Path(f"{output}.work").rglob("*"))
     assert tune.main(command(tiny_model, output)) == 2
     assert tune.main(command(tiny_model, output, "--resume", "--tolerance", "0.2")) == 2
+    monkeypatch.setattr("vllm_afbs.tuning.run.SCHEMA_VERSION", 1)
+    assert tune.main(command(tiny_model, output, "--resume")) == 2
     assert sorted(path.name for path in Path(f"{output}.work").rglob("*")) == before
 
 

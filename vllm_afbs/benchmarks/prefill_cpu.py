@@ -2,7 +2,7 @@
 
     python -m vllm_afbs.benchmarks.prefill_cpu --output results.csv
 
-The sparse time is everything the backend does for a layer: pooling K from the cache, selection,
+The sparse time is everything the backend does for a layer: scoring K in the cache, selection,
 building the tile tables, regrouping Q and the output, and the kernel. Selection runs for real on
 the random data; the blocks then computed are drawn at random to hit the sparsity exactly.
 """

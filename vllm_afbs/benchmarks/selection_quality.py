@@ -7,7 +7,7 @@ are always kept), tau set per head so that the density is met:
 
 - *mean keys*: softmax over (mean of the query block) x (mean of the key block), as in SpargeAttn.
 - *every key*: softmax over (mean of the query block) x (each key), summed by block.
-- *half of each*: their mean, as served.
+- *served*: half of each.
 - *token Q*: the mean over the block's rows of each row's softmax over the key blocks' means.
 - *oracle*: the exact attention mass of the key blocks, mean over the rows.
 """
@@ -22,7 +22,8 @@ from rich.progress import track
 
 from vllm_afbs.benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
-from vllm_afbs.kernels import BlockGeometry, cut_keys
+from vllm_afbs.kernels import BlockGeometry, pool_keys
+from vllm_afbs.kernels.selection import MEAN_KEY_SHARE
 from vllm_afbs.tuning.capture import LayerTensors, capture
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.texts import read_texts
@@ -38,7 +39,7 @@ class Rows:
 
     def __init__(self, tensors: LayerTensors, geometry: BlockGeometry) -> None:
         """Computes them, in fp32."""
-        step = geometry.num_q_blocks // SAMPLED_BLOCKS
+        step = max(1, geometry.num_q_blocks // SAMPLED_BLOCKS)
         self.sampled = range(step - 1, geometry.num_q_blocks, step)
         self.geometry = geometry
         group = tensors.query.shape[1] // tensors.key.shape[1]
@@ -47,9 +48,7 @@ class Rows:
             rows.float().transpose(0, 1).repeat_interleave(group, 0)
             for rows in (tensors.key, tensors.value)
         )
-        blocks, counts = cut_keys(tensors.key.float(), geometry)
-        means = blocks.sum(2) / counts[None, :, None]
-        self._key_means = means.repeat_interleave(group, 0)
+        self._key_means = pool_keys(tensors.key, geometry).mean.repeat_interleave(group, 0)
         self.visible = geometry.visible[list(self.sampled)]
         self.always = geometry.always[list(self.sampled)]
         parts = [self._masses(i) for i in self.sampled]
@@ -71,7 +70,7 @@ class Rows:
         masses = {
             "mean keys": by_mean,
             "every key": by_key,
-            "half of each": (by_mean + by_key) / 2,
+            "served": torch.lerp(by_key, by_mean, MEAN_KEY_SHARE),
             "token Q": torch.softmax(query @ means, -1).mean(1),
             "oracle": _by_block(torch.softmax(self._scores(i), -1)).mean(1),
         }

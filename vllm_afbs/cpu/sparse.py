@@ -1,4 +1,4 @@
-"""One layer's sparse prefill on CPU: pool, select, attend tile by tile."""
+"""One layer's sparse prefill on CPU: score, select, attend tile by tile."""
 
 from dataclasses import dataclass
 

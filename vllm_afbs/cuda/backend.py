@@ -17,7 +17,14 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_afbs import compat, fallbacks, limits, metrics, serving
 from vllm_afbs.cuda.dispatch import Way, dense_seconds, fastest_way
 from vllm_afbs.cuda.meter import DeviceMeter, LayerWork, mark
-from vllm_afbs.cuda.sparse import Layer, SparsePrefill, StepInputs, TilePrefill, TritonPrefill
+from vllm_afbs.cuda.sparse import (
+    Layer,
+    SparsePrefill,
+    StepInputs,
+    TilePrefill,
+    TritonPrefill,
+    can_cut,
+)
 from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
 from vllm_afbs.profile import Profile
@@ -167,6 +174,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             | {
                 "sliding_window": tuple(self.sliding_window) != (-1, -1),
                 "flash_attention_version": self.vllm_flash_attn_version != 3,
+                "block_size": profile is not None and not can_cut(profile.block_q, profile.block_k),
             }
         )
 

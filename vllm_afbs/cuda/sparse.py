@@ -24,6 +24,13 @@ from vllm_afbs.kernels.triton_selection import select_tile_lists, select_tile_ta
 _MAX_TILE_ROWS = 512
 """Told to FlashAttention 3 as the longest sequence: from its tile size (128 or 192 rows) down it
 leaves the tensor copy engine for slower loads, and all our sequences are that short."""
+_LEAST_BLOCK = 16  # of a matrix product in Triton
+
+
+def can_cut(block_q: int, block_k: int) -> bool:
+    """Whether kernels on CUDA take such blocks: of a power of two, and query blocks as tiles."""
+    powers = all(block >= _LEAST_BLOCK and block & (block - 1) == 0 for block in (block_q, block_k))
+    return powers and block_q <= _MAX_TILE_ROWS
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from vllm_afbs.benchmarks.soak.client import Client
 from vllm_afbs.benchmarks.soak.plan import (
     MAX_MODEL_LEN,
     describe,
+    fill,
     make_plan,
     most_tokens_at_once,
 )
@@ -74,10 +75,10 @@ def _server(profile: Path, model_dir: Path, most_tokens: int, log_file: Path) ->
 
 
 async def _run(args: argparse.Namespace, assets: Assets, log_file: Path) -> int:
-    waves = make_plan(args.requests)
-    print("\n".join(describe(waves)), flush=True)
     tokens = read_token_ids(assets.model_dir, assets.prompt_file)
     profile = load_profile(args.profile)
+    waves = [fill(KV_CACHE_GIB << 30, profile.model), *make_plan(args.requests)]
+    print("\n".join(describe(waves)), flush=True)
     most_tokens = most_tokens_at_once(waves, NUM_CLIENTS)
     with _server(args.profile, assets.model_dir, most_tokens, log_file) as url:
         client = Client(url, tokens, REQUEST_SECONDS)

@@ -15,7 +15,7 @@ from vllm_afbs.serving import is_sparse
 
 MAX_GROWTH_RATIO = 0.02
 """Of the memory's median over the last third of a run to that over the second third. In the first
-one the allocator and the KV cache's pages come to what they need."""
+one the KV cache is filled (``plan.fill``), and the allocator comes to what it needs."""
 
 TOKENS = "vllm_afbs_prefill_tokens_total"
 PRODUCTS = "vllm_afbs_block_products_total"

@@ -1,10 +1,13 @@
 """Which requests a soak sends: the same for the same number and seed."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from vllm_afbs.profile import ModelFingerprint
 
 Kind = Literal["whole", "leave_waiting", "leave_reading", "too_long", "malformed"]
 """Whole: answered to the end. Leave: the client hangs up, waiting for the first token or after it.
@@ -37,6 +40,7 @@ SHARE_LEAVE_WAITING = 0.15
 """Of the requests in waves of odd number; in the others none does, so their totals are exact."""
 SHARE_LEAVE_READING = 0.06
 SHARE_STREAMED = 0.5
+FILL_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,21 @@ def make_plan(num_requests: int, seed: int = SEED) -> list[list[Request]]:
     for requests in waves:
         draw.shuffle(requests)
     return waves
+
+
+def fill(cache_bytes: int, model: ModelFingerprint) -> list[Request]:
+    """A wave that writes to the whole KV cache, which frees its pages in the order it takes them.
+
+    A page becomes resident when it is first written to, so memory would grow for as long as short
+    prompts leave the ends of pages alone.
+
+    Args:
+        cache_bytes: Of the cache, in fp32.
+        model: What it is for.
+    """
+    token_bytes = 2 * 4 * model.num_layers * model.num_kv_heads * model.head_dim
+    number = math.ceil(cache_bytes / (token_bytes * FILL_TOKENS))
+    return [Request("whole", FILL_TOKENS, 1, stream=False, where=i / number) for i in range(number)]
 
 
 def _drawn(draw: random.Random, kind: Kind, num_tokens: int, wave: int) -> Request:

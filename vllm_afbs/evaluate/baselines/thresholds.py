@@ -13,7 +13,6 @@ import torch
 
 from vllm_afbs.evaluate.methods import (
     ALWAYS,
-    BLOCK,
     Layer,
     Method,
     depth,
@@ -37,13 +36,14 @@ class UniformTau(Method):
     """One tau for all heads, no theta.
 
     Attributes:
-        query_rows: Rows that are pooled into one query; a block's mass is the mean over its
-            queries. The served rule pools all rows of a block, 1 takes every row's softmax.
+        query_rows: Rows that are pooled into one query, a divisor of ``block_q``; a block's mass is
+            the mean over its queries. None for all of a block, as served; 1 takes every row's
+            softmax.
         mean_key_share: Share of the mass that goes by blocks' mean keys.
         local_blocks: So many query blocks' worth of keys up to the diagonal are always kept.
     """
 
-    query_rows: int = BLOCK
+    query_rows: int | None = None
     mean_key_share: float = MEAN_KEY_SHARE
     local_blocks: int = LOCAL_BLOCKS
 
@@ -51,14 +51,16 @@ class UniformTau(Method):
         """See ``Method``."""
         thresholds = self._thresholds(layer)
         theta = thresholds.theta[:, None]
-        finer = replace(geometry, block_q=min(self.query_rows, geometry.block_q))
+        finer = replace(geometry, block_q=self.query_rows or geometry.block_q)
         scores = score_blocks(layer.query, layer.key, finer, layer.softmax_scale)
         likeness = scores.key_similarity.repeat_interleave(layer.group, 0)
         unlike = (likeness < theta)[:, None, :]
         mass = _mean_over_queries(scores.mass(unlike, self.mean_key_share), finer, geometry)
         base = depth(thresholds.tau)[:, None, None]
         levels = torch.where(base.isinf(), ALWAYS, depth(mass_before(mass)) - base)
-        similarity = pool_queries(layer.query, geometry).similarity
+        similarity = scores.query_similarity
+        if finer != geometry:
+            similarity = pool_queries(layer.query, geometry).similarity
         guarded = unlike | (similarity < theta)[:, :, None]
         local = geometry.local((self.local_blocks - 1) * self.block_q).to(levels.device)
         return sink(levels.masked_fill_(guarded | local, ALWAYS))
