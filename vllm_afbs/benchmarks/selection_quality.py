@@ -111,7 +111,8 @@ class Rows:
 
 
 def _by_block(weights: torch.Tensor) -> torch.Tensor:
-    return weights.unflatten(-1, (-1, BLOCK)).sum(-1)
+    by_block: torch.Tensor = torch.unflatten(weights, -1, (-1, BLOCK))
+    return by_block.sum(-1)
 
 
 def measure(
