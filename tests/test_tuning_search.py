@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
-from vllm_afbs.tuning.bracket import START_SLOPE, TauSearch, depth_of, tau_of
+from vllm_afbs.tuning.bracket import MAX_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
 from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
 from vllm_afbs.tuning.explore import HEAD_GAIN, INITIAL_GUARDS, STEPS, Explorer
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search import REFINE_STEPS, LayerSearch
 from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
 from vllm_afbs.tuning.windows import by_text, held_out
 
@@ -98,6 +98,27 @@ def test_two_steps_say_where_the_tolerance_would_be_met(
         assert abs(float(log_error(estimate)[0])) < 0.4
     if search.evaluations == 2:
         assert float(search.slope[0]) == pytest.approx(slope, rel=0.02)
+
+
+def test_refining_leaves_no_head_dense_that_some_tau_accepts() -> None:
+    """Errors fall in steps, as blocks join one by one; the line between two points misleads."""
+    generator = torch.Generator().manual_seed(0)
+    num_heads = 2000
+    steps = torch.rand(num_heads, 12, generator=generator).mul(8.5).sort(1).values
+    slope = 0.2 + 1.5 * torch.rand(num_heads, 1, generator=generator)
+    scale = torch.exp(1.5 + 1.4 * torch.randn(num_heads, 1, generator=generator))
+
+    def score(tau: torch.Tensor) -> HeadScores:
+        depth = depth_of(tau)
+        reached = torch.where(steps <= depth[:, None], steps, 0.0).amax(1, keepdim=True)
+        error = TOLERANCE * scale * torch.exp(-slope * reached)
+        return HeadScores(error[:, 0].double(), torch.exp(-depth / 4).double())
+
+    start, slopes = torch.full((num_heads,), 0.93), torch.full((num_heads,), START_SLOPE)
+    everyone = torch.ones(num_heads, dtype=torch.bool)
+    best = TauSearch(TOLERANCE, start, everyone, slopes).run(score, REFINE_STEPS)
+    deepest = score(tau_of(torch.full((num_heads,), MAX_DEPTH)))
+    assert torch.equal(best.tau < 1.0, deepest.error <= TOLERANCE)
 
 
 def test_a_head_beyond_every_tau_is_estimated_dense() -> None:
