@@ -25,7 +25,6 @@ from vllm_afbs.kernels.geometry import BlockGeometry
 THETA_OFF = -1.0
 """Similarities lie in [0, 1] up to rounding, so no block is ever below this theta."""
 
-
 MEAN_KEY_SHARE = 0.5
 """Share of a block's mass that goes by its mean key; the rest goes by its keys one by one."""
 
@@ -120,9 +119,6 @@ class HeadThresholds:
 def pool_blocks(rows: torch.Tensor, counts: torch.Tensor) -> BlockStats:
     """Reduces blocks of rows to their mean and their self-similarity.
 
-    The mean pairwise cosine of n rows, each with itself included, is the squared length of the
-    mean of the normalised rows, so it costs one more reduction rather than n^2 products.
-
     Args:
         rows: ``[num_heads, num_blocks, block, head_dim]``, any float dtype; rows past a block's
             count must be finite and are ignored.
@@ -131,14 +127,28 @@ def pool_blocks(rows: torch.Tensor, counts: torch.Tensor) -> BlockStats:
     Returns:
         The blocks' statistics in fp32.
     """
+    values, weights = rows.float(), _row_weights(rows, counts)
+    return BlockStats((weights @ values).squeeze(2), _self_similarity(values, weights))
+
+
+def _row_weights(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Weights of a mean over each block's rows, ``[1, num_blocks, 1, block]``, fp32."""
     block = rows.shape[2]
     present = (torch.arange(block, device=rows.device)[None, :] < counts[:, None]).float()
-    weights = (present / counts[:, None])[None, :, None, :]
-    values = rows.float()
-    inverse_norms = torch.linalg.vector_norm(values, dim=-1).clamp_min_(1e-12).reciprocal_()
-    mean = weights @ values
-    direction = (weights * inverse_norms[:, :, None, :]) @ values
-    return BlockStats(mean.squeeze(2), direction.square().sum(-1).squeeze(2))
+    weights: torch.Tensor = (present / counts[:, None])[None, :, None, :]
+    return weights
+
+
+def _self_similarity(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean pairwise cosine of each block's rows, each with itself included.
+
+    It is the squared length of the mean of the normalised rows, so it costs one reduction rather
+    than n^2 products.
+    """
+    norms = torch.linalg.vector_norm(values, dim=-1)
+    inverse_norms: torch.Tensor = norms.clamp_min_(1e-12).reciprocal_()
+    direction: torch.Tensor = (weights * inverse_norms[:, :, None, :]) @ values
+    return direction.square().sum(-1).squeeze(2)
 
 
 def pool_queries(query: torch.Tensor, geometry: BlockGeometry) -> BlockStats:
@@ -215,19 +225,19 @@ def score_blocks(
         Scores and similarities, from which any thresholds select.
     """
     queries, (blocks, counts) = pool_queries(query, geometry), cut_keys(key, geometry)
-    num_kv_heads = len(blocks)
+    num_kv_heads, keys = len(blocks), blocks.float()
     pooled = queries.mean.float().unflatten(0, (num_kv_heads, -1)) * softmax_scale
     shape = (num_kv_heads, *pooled.shape[1:3], geometry.num_k_blocks)
     mean, total = (pooled.new_empty(shape) for _ in range(2))
     for head in range(num_kv_heads):  # all heads' scores at once would take gigabytes
-        scores = pooled[head] @ blocks[head].float().flatten(0, 1).T
+        scores = pooled[head] @ keys[head].flatten(0, 1).T
         mean[head], total[head] = _reduce_scores(scores, geometry)
     invisible = ~geometry.visible.to(mean.device)
     return BlockScores(
         mean.flatten(0, 1).masked_fill_(invisible, -torch.inf),
         total.flatten(0, 1).masked_fill_(invisible, -torch.inf),
         queries.similarity,
-        pool_blocks(blocks, counts).similarity,
+        _self_similarity(keys, _row_weights(keys, counts)),
     )
 
 

@@ -135,29 +135,19 @@ def _score_key_blocks(
     stop = tl.minimum(start + SPAN, tl.cdiv(tl.max(end, 0), BLOCK_K))
     whole = tl.minimum(stop, tl.maximum(tl.min(end, 0) // BLOCK_K, start))
     keys = key_cache + kv_head * stride_head
-    for block in range(start, whole):
-        middle, weight = _score_key_block(
-            query, keys, pages, block, end, kv_len, softmax_scale, stride_page, stride_token,
-            False, HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K,
-        )  # fmt: skip
-        means = _with_column(means, step == block - start, middle)
-        totals = _with_column(totals, step == block - start, weight)
-    for block in range(whole, stop):
-        middle, weight = _score_key_block(
-            query, keys, pages, block, end, kv_len, softmax_scale, stride_page, stride_token,
-            True, HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K,
-        )  # fmt: skip
-        means = _with_column(means, step == block - start, middle)
-        totals = _with_column(totals, step == block - start, weight)
+    for in_part in tl.static_range(2):
+        for block in range(whole if in_part else start, stop if in_part else whole):
+            middle, weight = _score_key_block(
+                query, keys, pages, block, end, kv_len, softmax_scale, stride_page, stride_token,
+                in_part, HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K,
+            )  # fmt: skip
+            here = (step == block - start)[None, :]
+            means = tl.where(here, middle[:, None], means)
+            totals = tl.where(here, weight[:, None], totals)
     out = (head.to(tl.int64) * num_q_blocks + q_block) * num_k_blocks + start
     mask = there[:, None] & (start + step < stop)[None, :]
     tl.store(mean + out[:, None] + step[None, :], means, mask=mask)
     tl.store(total + out[:, None] + step[None, :], totals, mask=mask)
-
-
-@triton.jit
-def _with_column(tile, here, values):
-    return tl.where(here[None, :], values[:, None], tile)
 
 
 @triton.jit

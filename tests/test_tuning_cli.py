@@ -63,7 +63,7 @@ def test_interrupt_says_how_to_go_on(
     before = sorted(path.name for path in Path(f"{output}.work").rglob("*"))
     assert tune.main(command(tiny_model, output)) == 2
     assert tune.main(command(tiny_model, output, "--resume", "--tolerance", "0.2")) == 2
-    monkeypatch.setattr("vllm_afbs.tuning.run.SCHEMA_VERSION", 1)
+    monkeypatch.setattr("vllm_afbs.tuning.journal.SCHEMA_VERSION", 1)
     assert tune.main(command(tiny_model, output, "--resume")) == 2
     assert sorted(path.name for path in Path(f"{output}.work").rglob("*")) == before
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_afbs.profile import SCHEMA_VERSION
 from vllm_afbs.tuning.model import InputError
 
 Record = dict[str, Any]
@@ -71,7 +72,8 @@ class Journal(Steps):
 
     Args:
         path: The file; made if there is none.
-        settings: What the steps depend on, as JSON values. A journal of other settings is refused.
+        settings: What the steps depend on besides the selector, as JSON values. A journal of other
+            settings, or of another selector (``SCHEMA_VERSION``), is refused.
 
     Raises:
         InputError: The journal is damaged or of other settings.
@@ -80,6 +82,7 @@ class Journal(Steps):
 
     def __init__(self, path: Path, settings: Record) -> None:
         self._path = path
+        settings = {"schema_version": SCHEMA_VERSION, **settings}
         lines = self._read()
         header = next(lines, None)
         if header is None:

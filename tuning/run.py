@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.profile import (
-    SCHEMA_VERSION,
-    BudgetRun,
-    HeadProfile,
-    LayerProfile,
-    Profile,
-    TextSource,
-    TunerRun,
-)
+from vllm_afbs.profile import BudgetRun, HeadProfile, LayerProfile, Profile, TextSource, TunerRun
 from vllm_afbs.tuning.budget import BudgetSearch
 from vllm_afbs.tuning.capture import Capture, capture
 from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS
@@ -71,7 +63,6 @@ def tune(
     journal = Journal(
         work / FILE_NAME,
         {
-            "schema_version": SCHEMA_VERSION,  # thresholds of another selector mean something else
             "model": model.digest(),
             "texts": [text.sha256 for text in texts],
             "layers": list(layers),

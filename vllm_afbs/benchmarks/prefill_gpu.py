@@ -157,10 +157,9 @@ def measure(
     """
     ways = case.ways(tau)
     functions: dict[str, Callable[[], object]] = dict(case.calls(ways, replaced).items())
-    for name, has_guards in (("selection for tiles", False), ("the same with guards", True)):
-        functions[name] = functools.partial(
-            case.ways(tau, has_guards)["tiles"].choose, case.step, case.num_kept
-        )
+    guarded = case.ways(tau, has_guards=True)
+    for name, each in (("selection for tiles", ways), ("the same with guards", guarded)):
+        functions[name] = functools.partial(each["tiles"].choose, case.step, case.num_kept)
     _check_agreement(case, functions)
     seconds = time_in_turns(functions, rounds)
     rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]

@@ -19,7 +19,6 @@ from vllm_afbs.evaluate.baselines import VARIANTS, baselines, of_profile, varian
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.evaluate.methods import Method
 from vllm_afbs.evaluate.suite import Amounts
-from vllm_afbs.profile import SCHEMA_VERSION
 from vllm_afbs.profile_file import load_profile
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Record
 from vllm_afbs.tuning.model import open_model
@@ -48,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         # As it is read back: with lists for tuples.
-        described = {**asdict(plan), "texts": sorted(args.texts), "schema": SCHEMA_VERSION}
-        header = json.loads(json.dumps(described))
+        header = json.loads(json.dumps({**asdict(plan), "texts": sorted(args.texts)}))
         journal = Journal(work / FILE_NAME, header)
         runner = Runner(model)
         records: list[Record] = []
