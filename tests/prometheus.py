@@ -82,9 +82,16 @@ class Prometheus:
         values = [float(series["value"][1]) for series in result]
         return [value for value in values if value == value]
 
-    def scrapes(self) -> int:
-        """How often it has read its target by now."""
-        return int(max(self.query("count_over_time(up[10m])"), default=0))
+    def wait_for_scrapes(self, number: int) -> None:
+        """Waits until it has read its target this many times more; the first takes seconds."""
+        enough = self._num_scrapes() + number
+        deadline = time.monotonic() + START_SECONDS
+        while self._num_scrapes() < enough:
+            assert time.monotonic() < deadline, "Prometheus does not read its target"
+            time.sleep(0.1)
+
+    def _num_scrapes(self) -> int:
+        return int(max(self.query("sum_over_time(up[10m])"), default=0))
 
 
 @contextmanager

@@ -233,6 +233,9 @@ def test_prometheus_has_an_answer_for_every_panel_and_rule(server: Server, tmp_p
     tool("prometheus")
     url = server.url
     with running_prometheus(url, tmp_path) as prometheus:
+        prometheus.wait_for_scrapes(1)
         for first_token in (3000, 4000):  # nothing of it is in the prefix cache
             complete(url, "model", [first_token + i % 900 for i in range(1500)], 4)
+            # One that may have begun before the answer, one with it, and one for rules of rules.
+            prometheus.wait_for_scrapes(3)
         assert_everything_has_data(prometheus)
