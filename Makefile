@@ -8,6 +8,9 @@ STAMP := $(VENV)/.setup-stamp
 # What apt-get fetches comes in while pip installs and mypy reads.
 MAKEFLAGS += -j2
 
+# A server is five processes of Python, which would compile all that they import, one by one.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DELETE_ON_ERROR:
 .PHONY: setup browser prometheus test lint versions demo clean
 
@@ -48,7 +51,7 @@ prometheus: setup | browser  # apt-get runs once at a time
 # Engines pin threads to cores and wait for each other in a loop, so nothing may run beside them;
 # all else runs side by side, each test on one core.
 test: lint browser prometheus
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not machine' -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not machine' -n logical --dist worksteal
 	$(BIN)/python -m pytest -m machine
 
 # Other versions of vLLM by their source, unrun: make versions VLLM='vllm-0.33.0.whl site-packages'

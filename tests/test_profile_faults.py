@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.full_disk import room_for
 from tests.profiles import uniform_profile
 from vllm_afbs import profile_file
 from vllm_afbs.profile import Profile, ProfileError
@@ -265,13 +265,8 @@ def check_untouched(stored: Path) -> None:
 
 def test_a_disk_that_fills_up_leaves_the_old_file(stored: Path) -> None:
     """The kernel itself refuses to let a file grow, as on a full disk or beyond a quota."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_atomically(stored, "x" * 10_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with room_for(100), pytest.raises(OSError, match="File too large"):
+        write_atomically(stored, "x" * 10_000)
     check_untouched(stored)
 
 

@@ -1,36 +1,19 @@
-"""A disk that fills up at any stage of a tuning job: one line, nothing lost, and on it goes.
-
-``RLIMIT_FSIZE`` stands for the full disk: the kernel takes what fits below the limit and refuses
-the rest, as it does on a full disk, but says "File too large". It needs no mount, and so no root.
-"""
+"""A disk that fills up at any stage of a tuning job: one line, nothing lost, and on it goes."""
 
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.full_disk import HARD_LIMIT, room_for
 from tests.tuning_jobs import command, result, start, wait_for_steps
 from vllm_afbs import tune
 from vllm_afbs.profile import Profile
 from vllm_afbs.profile_file import load_profile
 
-_, HARD_LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 # Of the tiny model, a captured layer takes 64 KB, the journal less and the report some MB.
 NO_CAPTURE, NO_REPORT = 40_000, 1_000_000
-
-
-@contextmanager
-def room_for(num_bytes: int) -> Iterator[None]:
-    """A disk that holds no file of this process beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, HARD_LIMIT))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def only_error(text: str) -> str:

@@ -1,5 +1,6 @@
 """Jobs of the tuner's command line on a tiny model, for tests."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests fill the disk under a job; it must not leave bytecode cut short (full_disk.py).
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         # A shell's background job ignores SIGINT, and so would a child of tests run in one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
