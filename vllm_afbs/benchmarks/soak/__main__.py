@@ -69,7 +69,12 @@ def _server(profile: Path, model_dir: Path, most_tokens: int, log_file: Path) ->
     # A prompt is one step's, whatever runs beside it, so its length tells what it must count.
     command += ["--max-num-batched-tokens", str(max(most_tokens, MAX_MODEL_LEN))]
     command += ["--no-enable-prefix-caching", "--enforce-eager"]  # compiling takes minutes
-    environment = arm.environment() | {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)}
+    environment = arm.environment() | {
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+        # oneDNN keeps a product for every number of rows that it has seen, up to 1024 of them: it
+        # grows for thousands of requests, stock vLLM's as well, and would hide what leaks.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    }
     with running_server(command, environment, log_file) as url:
         yield url
 
