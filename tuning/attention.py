@@ -1,34 +1,77 @@
-"""What the attention functions share that models here are run with, as transformers calls them."""
+"""The attention of models that run here: how transformers calls it, said once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-
-def scale_of(query: torch.Tensor, scaling: float | None) -> float:
-    """The factor of the scores; models that name none mean the usual one.
-
-    Args:
-        query: ``[1, num_heads, length, head_dim]``.
-        scaling: What transformers passes on.
-    """
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
+# Attention variants that a transformers model hands to its attention function when it has them.
+_VARIANTS = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
-def dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale: float
-) -> torch.Tensor:
-    """Plain causal attention.
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention, as a model asks for it.
 
-    Args:
-        query: ``[1, num_heads, length, head_dim]``.
-        key: ``[1, num_kv_heads, length, head_dim]``.
+    Attributes:
+        layer: Index of the layer.
+        query: ``[num_sequences, num_heads, length, head_dim]``.
+        key: ``[num_sequences, num_kv_heads, kv_len, head_dim]``.
         value: Like ``key``.
         softmax_scale: Factor of the scores.
+        variants: Names of what the model asks for beyond plain causal attention.
     """
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=softmax_scale, enable_gqa=True
-    )
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    softmax_scale: float
+    variants: tuple[str, ...]
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value of the first sequence, each ``[length, heads, head_dim]``."""
+        query, key, value = (each[0].transpose(0, 1) for each in (self.query, self.key, self.value))
+        return query, key, value
+
+    def dense(self, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Plain causal attention, like ``query``.
+
+        Args:
+            mask: What may be attended to instead, broadcast to ``[num_sequences, num_heads,
+                length, kv_len]``, bool.
+        """
+        return torch.nn.functional.scaled_dot_product_attention(
+            self.query, self.key, self.value, attn_mask=mask, is_causal=mask is None,
+            scale=self.softmax_scale, enable_gqa=True,
+        )  # fmt: skip
 
 
-def returned(output: torch.Tensor) -> tuple[torch.Tensor, None]:
-    """An output as transformers wants it: heads last but one, and no weights."""
-    return output.transpose(1, 2).contiguous(), None
+def register(name: str, attend: Callable[[AttentionCall], torch.Tensor]) -> None:
+    """Makes a function the attention of models that are loaded with its name.
+
+    Args:
+        name: Among transformers' attention functions; replaces one of that name.
+        attend: Returns the output, like ``query``.
+    """
+    from transformers import AttentionInterface
+
+    def called(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        asked = {**others, "attention_mask": attention_mask}
+        variants = (each for each in (*_VARIANTS, "attention_mask") if asked.get(each) is not None)
+        # Models that name no factor mean the usual one.
+        softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        call = AttentionCall(module.layer_idx, query, key, value, softmax_scale, tuple(variants))
+        # Transformers wants heads last but one, and no weights.
+        return attend(call).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, called)

@@ -11,21 +11,19 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_afbs.tuning import attention
+from vllm_afbs.tuning.attention import AttentionCall
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 from vllm_afbs.tuning.weights import load_weights
 from vllm_afbs.tuning.windows import CALIBRATION
 
 ATTENTION = "afbs_capture"
 """Name of the recorded attention function among transformers'."""
-# Attention variants that a transformers model hands to its attention function when it has them.
-_VARIANTS = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -124,9 +122,7 @@ def capture(
         return taken
     taken.directory.mkdir(exist_ok=True)
     _check_space(model, taken, sum(len(windows[window]) for window in todo))
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _no_recorder)
+    attention.register(ATTENTION, _no_recorder)
     body = load_weights(model, ATTENTION, with_head=False)
     for window in todo:
         recorder = Recorder(taken, window, on_progress)
@@ -171,57 +167,37 @@ class Recorder:
 
     def run(self, body: torch.nn.Module, tokens: Sequence[int]) -> None:
         """Runs a body whose attention is named ``ATTENTION`` over a window's token ids."""
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(ATTENTION, self._attend)
+        attention.register(ATTENTION, self._attend)
         try:
             with torch.inference_mode():
                 device = next(body.parameters()).device
                 body(input_ids=torch.tensor([tokens], device=device), use_cache=False)
         finally:
-            AttentionInterface.register(ATTENTION, _no_recorder)
+            attention.register(ATTENTION, _no_recorder)
 
-    def _attend(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **variants: Any,
-    ) -> tuple[torch.Tensor, None]:
-        used = [name for name in _VARIANTS if variants.get(name) is not None]
-        if used or attention_mask is not None:
-            name = used[0] if used else "attention_mask"
-            raise InputError(f"layer {module.layer_idx}: {name}: plain causal attention expected")
-        scale = attention.scale_of(query, scaling)
-        if module.layer_idx in self._taken.layers:
-            self._save(module.layer_idx, query, key, value, scale)
-        self.layers.append(module.layer_idx)
+    def _attend(self, call: AttentionCall) -> torch.Tensor:
+        if call.variants:
+            what = f"layer {call.layer}: {call.variants[0]}"
+            raise InputError(f"{what}: plain causal attention expected")
+        if call.layer in self._taken.layers:
+            self._save(call)
+        self.layers.append(call.layer)
         self._on_progress(1.0)
-        return attention.returned(attention.dense(query, key, value, scale))
+        return call.dense()
 
-    def _save(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        softmax_scale: float,
-    ) -> None:
-        path = self._taken.path(layer, self._window)
+    def _save(self, call: AttentionCall) -> None:
+        path = self._taken.path(call.layer, self._window)
         tensors = {
-            name: tensor[0].transpose(0, 1).to(torch.bfloat16).cpu().contiguous()
-            for name, tensor in (("query", query), ("key", key), ("value", value))
+            name: rows.to(torch.bfloat16).cpu().contiguous()
+            for name, rows in zip(("query", "key", "value"), call.rows(), strict=True)
         }
         partial = path.with_suffix(".partial")
         try:
-            save_file(tensors, partial, metadata={"softmax_scale": repr(softmax_scale)})
+            save_file(tensors, partial, metadata={"softmax_scale": repr(call.softmax_scale)})
         except SafetensorError as error:
             raise OSError(f"{path}: cannot write the capture: {one_line(error)}") from None
         partial.replace(path)
 
 
-def _no_recorder(*_: Any, **__: Any) -> Any:
+def _no_recorder(_: AttentionCall) -> torch.Tensor:
     raise RuntimeError("the captured model runs only under a recorder")

@@ -13,6 +13,7 @@ from vllm_afbs.kernels import (
     select_blocks,
 )
 from vllm_afbs.tuning import attention
+from vllm_afbs.tuning.attention import AttentionCall
 from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.weights import load_weights
@@ -61,9 +62,7 @@ class EndToEnd:
     """
 
     def __init__(self, model: SourceModel, block_q: int, block_k: int) -> None:
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(_ATTENTION, self._attend)
+        attention.register(_ATTENTION, self._attend)
         self._model: Any = load_weights(model, _ATTENTION, with_head=True)
         self._blocks = (block_q, block_k)
         self._thresholds: Mapping[int, HeadThresholds] = {}
@@ -89,35 +88,14 @@ class EndToEnd:
             log_probs = torch.log_softmax(logits.float(), dim=-1)
         return Predictions(log_probs, ids[0, positions.to(device) + 1])
 
-    def _attend(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        scale = attention.scale_of(query, scaling)
-        thresholds = self._thresholds.get(module.layer_idx)
+    def _attend(self, call: AttentionCall) -> torch.Tensor:
+        thresholds = self._thresholds.get(call.layer)
         if thresholds is None:
-            return attention.returned(attention.dense(query, key, value, scale))
-        return attention.returned(_sparse(query, key, value, thresholds, self._blocks, scale))
-
-
-def _sparse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    thresholds: HeadThresholds,
-    blocks: tuple[int, int],
-    scale: float,
-) -> torch.Tensor:
-    """Causal attention to the chosen blocks alone, ``[1, heads, length, head_dim]`` throughout."""
-    length = query.shape[2]
-    geometry = BlockGeometry(length, length, *blocks)
-    rows, keys = query[0].transpose(0, 1), key[0].transpose(0, 1)
-    scores = score_blocks(rows, keys, geometry, scale)
-    keep = select_blocks(scores, thresholds.to(query.device), geometry)
-    return masked_attention(query, key, value, keep, geometry, scale)
+            return call.dense()
+        query, key, _ = call.rows()
+        geometry = BlockGeometry(len(query), len(query), *self._blocks)
+        scores = score_blocks(query, key, geometry, call.softmax_scale)
+        keep = select_blocks(scores, thresholds.to(query.device), geometry)
+        return masked_attention(
+            call.query, call.key, call.value, keep, geometry, call.softmax_scale
+        )

@@ -9,6 +9,7 @@ import torch
 from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, Selection
 from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens
 from vllm_afbs.tuning import attention
+from vllm_afbs.tuning.attention import AttentionCall
 from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.weights import load_weights
@@ -47,9 +48,7 @@ class Runner:
     """
 
     def __init__(self, model: SourceModel) -> None:
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(_ATTENTION, self._attend)
+        attention.register(_ATTENTION, self._attend)
         self._model: Any = load_weights(model, _ATTENTION, with_head=True)
         self._device = next(self._model.parameters()).device
         self._selection: Selection | None = None
@@ -166,44 +165,30 @@ class Runner:
         decoded: list[list[int]] = torch.stack(tokens, 1).tolist()
         return decoded
 
-    def _attend(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        scale = attention.scale_of(query, scaling)
+    def _attend(self, call: AttentionCall) -> torch.Tensor:
         if self._padding is not None:
-            there = torch.arange(key.shape[2], device=key.device) >= self._padding[:, None]
-            output = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=there[:, None, None], scale=scale, enable_gqa=True
-            )
-            return attention.returned(output)
-        rows, keys = query[0].transpose(0, 1), key[0].transpose(0, 1)
-        layer = Layer(module.layer_idx, rows, keys, scale)
+            positions = torch.arange(call.key.shape[2], device=call.key.device)
+            there = positions >= self._padding[:, None]
+            return call.dense(there[:, None, None])
+        query, key, _ = call.rows()
+        layer = Layer(call.layer, query, key, call.softmax_scale)
         for method, seen in self._watched:
             seen.append(_visible_levels(method, layer))
-        return attention.returned(self._prefill(layer, query, key, value))
+        return self._prefill(layer, call)
 
-    def _prefill(
-        self, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        length, num_heads = query.shape[2], query.shape[1]
+    def _prefill(self, layer: Layer, call: AttentionCall) -> torch.Tensor:
+        length, num_heads, _ = layer.query.shape
         selection = self._selection
         if selection is None or selection.method.is_dense(layer.index, length):
             if selection is not None:
                 visible = num_heads * selection.method.geometry(length).num_visible
                 self._counter.add(visible, visible)
-            return attention.dense(query, key, value, layer.softmax_scale)
+            return call.dense()
         geometry = selection.method.geometry(length)
         keep = selection.keep(layer)
         self._counter.add(keep.sum(), num_heads * geometry.num_visible)
         return masked_attention(
-            query, key, value, keep, geometry, layer.softmax_scale,
+            call.query, call.key, call.value, keep, geometry, call.softmax_scale,
             corrects=selection.method.corrects,
         )  # fmt: skip
 
