@@ -147,18 +147,20 @@ def test_groups_of_layers_do_not_share_a_steps_metadata() -> None:
     assert not AfbsCUDAMetadataBuilder.supports_update_block_table
 
 
-def test_changing_reasons_are_logged_once_and_counted_always(
+def test_reasons_seen_in_steps_are_logged_once_and_counted_always(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     fallbacks._log_first.cache_clear()
     for _ in range(3):
         fallbacks.count({"long_context": 2, "short_query": 1, "attention_mask": 0})
-    (line,) = logged
-    assert "long_context" in line
+        fallbacks.count({"output_quantization": 1, "lora": 1})
+    changing, fixed = logged
+    assert "long_context" in changing
+    assert "output_quantization" in fixed
     counts = {
         sample.labels["reason"]: sample.value
         for family in metrics.read()
         for sample in family.samples
     }
-    assert counts == {"long_context": 6, "short_query": 3}
+    assert counts == {"long_context": 6, "short_query": 3, "output_quantization": 3, "lora": 3}

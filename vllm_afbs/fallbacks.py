@@ -75,15 +75,19 @@ KINDS: dict[Reason, Kind] = {
     "unknown_argument": "fixed",
 }
 
+_SEEN_IN_STEPS = {reason for reason, kind in KINDS.items() if kind == "changing"}
+# Fixed, but a layer is not told before it runs.
+_SEEN_IN_STEPS.add("output_quantization")
+
 
 def count(reasons: Mapping[Reason, int]) -> None:
     """Adds the prefills that a layer left to the dense parent in one step.
 
-    The first of a reason that comes and goes is logged; fixed ones are when layers are planned.
+    The first of a reason that no plan of a layer can know is logged; others are with the plan.
     """
     metrics.count_fallbacks({str(reason): number for reason, number in reasons.items()})
     for reason, number in reasons.items():
-        if number and KINDS[reason] == "changing":
+        if number and reason in _SEEN_IN_STEPS:
             _log_first(reason)
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from vllm_afbs.profile import SCHEMA_VERSION, Profile, ProfileError
 
 MAX_BYTES = 64 * 2**20
-"""Of a profile's file; that of a model of 70B parameters has about 2 MB."""
+"""Of a profile's file; that of a model of 70B parameters has about 3 MB."""
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
