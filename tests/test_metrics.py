@@ -11,6 +11,7 @@ from prometheus_client import Histogram as OwnHistogram
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.full_disk import room_for
 from tests.profiles import uniform_profile
 from vllm_afbs import metrics
 
@@ -114,3 +115,57 @@ def test_the_profile_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (labels,) = [dict(labels) for name, labels in shown if name == "vllm_afbs_profile_info"]
     assert labels["profile_id"] == profile.profile_id
     assert labels["tolerance"] == "0.05"
+
+
+def test_room_is_taken_before_numbers_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with holes on a disk that fills up would end the process at the next number."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    for head in range(6000):
+        metrics.HEAD_BLOCK_PRODUCTS.inc(2, "0", str(head), "skipped")
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == 2 << 20
+    assert file.stat().st_blocks * 512 >= file.stat().st_size
+    (family,) = metrics.read()
+    assert [sample.value for sample in family.samples] == [2.0] * 6000
+
+
+def test_a_full_disk_costs_numbers_and_not_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    metrics._log_once.cache_clear()
+    with room_for(100_000):
+        for _ in range(3):
+            metrics.count_tokens("dense", 5)
+        metrics.SELECTOR_SECONDS.observe(0.1)
+        metrics.report_profile(None)
+    assert logged == ["Metrics are not written: [Errno 27] File too large."]
+    metrics.count_tokens("dense", 7)
+    assert [sample.value for family in metrics.read() for sample in family.samples] == [7]
+
+
+@pytest.mark.parametrize("variable", [metrics.DIRECTORY_VARIABLE, "PROMETHEUS_MULTIPROC_DIR"])
+def test_a_new_server_shows_nothing_of_those_that_ended(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in (metrics.DIRECTORY_VARIABLE, metrics._STARTED_VARIABLE):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "afbs-disabled").touch()
+    metrics.count_tokens("dense", 1)  # of a process that runs on
+    ours = {path.name for path in tmp_path.iterdir()}
+    run_workers(tmp_path, variable)
+    assert len(list(tmp_path.iterdir())) == len(ours) + 2 * 2
+
+    start = "import os; from vllm_afbs import metrics; metrics.publish()"
+    worker = f"{start}; metrics.publish(); metrics.count_tokens('dense', 2)"
+    server = f"{start}; import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", server], check=True)
+        # The one that ended last is still there: its file goes when the next one starts.
+        (left,) = {path.name for path in tmp_path.iterdir()} - ours
+        assert left.startswith("counter_afbs-")
+    (family,) = metrics.read()
+    assert [sample.value for sample in family.samples] == [1 + 2]

@@ -7,10 +7,14 @@ files of prometheus-client's multi-process format, in one of two directories:
   collector reads every file there.
 * otherwise ``VLLM_AFBS_METRICS_DIR``, which the first process of a server names and its workers
   inherit; a collector that ``publish`` registers reads it.
+
+A directory that an operator named outlives its server; what dead processes left in it is taken away
+when the next server starts. Where the disk is full, numbers are lost, not the server.
 """
 
 import atexit
 import functools
+import logging
 import os
 import secrets
 import shutil
@@ -18,9 +22,10 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec
 
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
@@ -30,16 +35,46 @@ from prometheus_client.utils import floatToGoString
 
 from vllm_afbs.profile import Profile
 
+logger = logging.getLogger("vllm.afbs")
+
 DIRECTORY_VARIABLE = "VLLM_AFBS_METRICS_DIR"
+_STARTED_VARIABLE = "VLLM_AFBS_METRICS_STARTED"
+"""Set by the first process of a server, so that those it starts do not take themselves for it."""
+_Given = ParamSpec("_Given")
 _LOCK = threading.Lock()
 _FILE_SUFFIX = "_afbs"
 """The process may have files of prometheus-client's own there, so ours are named apart."""
+_INITIAL_BYTES = 1 << 20  # of a file, as prometheus-client makes them
+_ENTRY_BYTES = 32  # at most, beside an entry's key
 SECONDS_BUCKETS = (
     1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, float("inf"),
 )  # fmt: skip
 ERROR_BUCKETS = (
     1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 7e-2, 0.1, 0.15, 0.2, 0.5, 1.0, float("inf"),
 )  # fmt: skip
+
+
+def _reporting(report: Callable[_Given, None]) -> Callable[_Given, None]:
+    """Makes a report one thread's at a time; where the disk is full it is lost, and logged once.
+
+    On CUDA a thread reports what the device has finished, and a file that is opened twice would be
+    written over itself.
+    """
+
+    @functools.wraps(report)
+    def reported(*args: _Given.args, **kwargs: _Given.kwargs) -> None:
+        try:
+            with _LOCK:
+                report(*args, **kwargs)
+        except OSError as error:
+            _log_once(f"Metrics are not written: {error}.")
+
+    return reported
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.error(message)
 
 
 @dataclass(frozen=True)
@@ -60,6 +95,7 @@ class _Metric:
 class Counter(_Metric):
     """A number that only grows; workers' numbers are added up."""
 
+    @_reporting
     def inc(self, amount: float, *labels: str) -> None:
         """Adds to the counter of these label values."""
         _add(_file("counter"), self._key("_total", labels), amount)
@@ -75,6 +111,7 @@ class Histogram(_Metric):
 
     buckets: tuple[float, ...] = SECONDS_BUCKETS
 
+    @_reporting
     def observe(self, value: float, *labels: str) -> None:
         """Adds one observation."""
         file = _file("histogram")
@@ -104,11 +141,10 @@ class Gauge(_Metric):
 
     mode: str = "max"
 
+    @_reporting
     def set(self, value: float, *labels: str) -> None:
         """Replaces the value of these label values."""
-        file = _file(f"gauge_{self.mode}")
-        with _LOCK:
-            file.write_value(self._key("", labels), value, time.time())
+        _write(_file(f"gauge_{self.mode}"), self._key("", labels), value, time.time())
 
 
 BLOCK_PRODUCTS = Counter(
@@ -212,7 +248,8 @@ def report_profile(profile: Profile | None) -> None:
 def publish() -> None:
     """Names the directory for this process and its children, and shows it on ``/metrics``.
 
-    Repeated calls change nothing.
+    In a directory that was named already, the first process of a server removes what processes that
+    are no more have left. Repeated calls change nothing.
     """
     if DIRECTORY_VARIABLE not in os.environ:
         # Named here, made by the first worker that writes: most processes that import vLLM never
@@ -220,6 +257,9 @@ def publish() -> None:
         directory = Path(tempfile.gettempdir()) / f"vllm-afbs-{secrets.token_hex(8)}"
         os.environ[DIRECTORY_VARIABLE] = str(directory)
         atexit.register(_remove_if_owner, directory, os.getpid())
+    if _STARTED_VARIABLE not in os.environ:
+        os.environ[_STARTED_VARIABLE] = "1"
+        _remove_files_of_the_dead()
     if not any(isinstance(known, _DirectoryCollector) for known in REGISTRY._collector_to_names):
         REGISTRY.register(_DirectoryCollector())
 
@@ -231,8 +271,7 @@ def directory() -> str:
 
 def read() -> list[Metric]:
     """Adds up our metrics over all processes of this server."""
-    files = [str(file) for file in Path(directory()).glob(f"*{_FILE_SUFFIX}-*.db")]
-    return list(MultiProcessCollector.merge(files))
+    return list(MultiProcessCollector.merge([str(file) for file in _files()]))
 
 
 class _DirectoryCollector(Collector):
@@ -250,17 +289,46 @@ def _remove_if_owner(directory: Path, pid: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _add(file: MmapedDict, key: str, amount: float) -> None:
-    with _LOCK:  # on CUDA a thread reports what the device has finished
-        file.write_value(key, file.read_value(key)[0] + amount, 0.0)
+def _files() -> Iterator[Path]:
+    return Path(directory()).glob(f"*{_FILE_SUFFIX}-*.db")
+
+
+def _remove_files_of_the_dead() -> None:
+    """Without it ``profile_loaded`` and its like would tell of servers that have ended."""
+    for file in _files():
+        pid = int(file.stem.rsplit("-", 1)[1])
+        # In a container numbers come again: a file of this process's is an earlier one's.
+        if pid == os.getpid() or not Path(f"/proc/{pid}").exists():
+            file.unlink(missing_ok=True)
 
 
 def _file(kind: str) -> MmapedDict:
-    with _LOCK:  # a file opened twice would be written over itself
-        return _open(directory(), kind, os.getpid())
+    return _open(directory(), kind, os.getpid())
 
 
 @functools.cache
 def _open(path: str, kind: str, pid: int) -> MmapedDict:
     Path(path).mkdir(mode=0o700, exist_ok=True)
-    return MmapedDict(str(Path(path) / f"{kind}{_FILE_SUFFIX}-{pid}.db"))
+    name = Path(path) / f"{kind}{_FILE_SUFFIX}-{pid}.db"
+    partial = name.with_suffix(".partial")  # or a reader could meet it empty
+    with partial.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, _INITIAL_BYTES)
+    partial.replace(name)
+    return MmapedDict(str(name))
+
+
+def _add(file: MmapedDict, key: str, amount: float) -> None:
+    known = file.read_value(key)[0] if key in file._positions else 0.0
+    _write(file, key, known + amount, 0.0)
+
+
+def _write(file: MmapedDict, key: str, value: float, timestamp: float) -> None:
+    """Writes a number when there is room for it.
+
+    A write to a memory map that finds the disk full ends the process (SIGBUS), and a file that
+    prometheus-client makes or doubles has holes.
+    """
+    needed = file._used + len(key.encode()) + _ENTRY_BYTES
+    if key not in file._positions and needed > file._capacity:
+        os.posix_fallocate(file._f.fileno(), 0, 2 * file._capacity)
+    file.write_value(key, value, timestamp)
