@@ -32,6 +32,7 @@ _CLOSE = 0.9  # an accepted error above this share of the tolerance is not worth
 _NARROW = 0.04  # nor is a bracket of this depth
 # Midway between "close" and the tolerance, or a step that lands just above it is lost.
 _AIM = 0.5 * math.log(_CLOSE)
+_RAISE_STEPS = 8
 
 
 def depth_of(tau: torch.Tensor) -> torch.Tensor:
@@ -42,6 +43,25 @@ def depth_of(tau: torch.Tensor) -> torch.Tensor:
 def tau_of(depth: torch.Tensor) -> torch.Tensor:
     """Inverse of ``depth_of``."""
     return -torch.expm1(-depth)
+
+
+def raised(tau: torch.Tensor, sparsity: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The largest tau that skips as much as a given one.
+
+    A larger tau keeps what a smaller one keeps, so to skip as much is to skip the same. A head that
+    needs little but what is always kept could have any tau, and a low one drops more on other text.
+
+    Args:
+        tau: ``[num_heads]``.
+        sparsity: What each head skips at tau; it takes the selection alone.
+    """
+    skipped = sparsity(tau)
+    low, high = depth_of(tau), torch.full_like(tau, MAX_DEPTH)
+    for _ in range(_RAISE_STEPS):
+        middle = (low + high) / 2
+        same = sparsity(tau_of(middle)) >= skipped
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    return torch.maximum(tau, tau_of(low))
 
 
 @dataclass
@@ -72,6 +92,7 @@ class TauSearch:
         heads: Heads to search, ``[num_heads]`` bool; the others stay dense.
         slope: -d log(error) / d depth to begin with, ``[num_heads]``; replaced by what is measured.
         nearness: A head also settles with a log error this close to the tolerance, on either side.
+        most: What each head could skip at most; one that does so within the tolerance settles.
 
     Attributes:
         best: What was accepted so far.
@@ -83,6 +104,7 @@ class TauSearch:
     heads: torch.Tensor
     slope: torch.Tensor
     nearness: float = 0.0
+    most: torch.Tensor = field(default_factory=lambda: torch.tensor(torch.inf))
     best: Accepted = field(init=False)
     evaluations: int = field(init=False, default=0)
 
@@ -97,6 +119,7 @@ class TauSearch:
         self._high_error = torch.zeros(num_heads)
         self._last = torch.full((num_heads,), torch.nan)
         self._last_error = torch.full((num_heads,), torch.nan)
+        self._slope = self.slope  # between the last two points
         self._active = self.heads.clone()
         self._reach = torch.full((num_heads,), _FIRST_REACH)
         # Which end moved last, and whether the same one moved before it.
@@ -152,13 +175,16 @@ class TauSearch:
         near = log_error.abs() <= self.nearness
         close = accepted & (scores.error >= _CLOSE * self.tolerance)
         narrow = self._high - self._low < _NARROW
-        at_end = (accepted & (self._depth <= MIN_DEPTH)) | (refused & (self._depth >= MAX_DEPTH))
-        self._active &= ~(near | close | narrow | at_end)
+        all_dropped = accepted & ((self._depth <= MIN_DEPTH) | (scores.sparsity >= self.most))
+        all_kept = refused & (self._depth >= MAX_DEPTH)
+        self._active &= ~(near | close | narrow | all_dropped | all_kept)
 
     def _learn_slope(self, log_error: torch.Tensor) -> None:
         measured = (self._last_error - log_error) / (self._depth - self._last)
         known = self._active & measured.isfinite()
-        self.slope = torch.where(known, measured.clamp(*_SLOPES), self.slope)
+        self._slope = torch.where(known, measured.clamp(*_SLOPES), self._slope)
+        # Where no block came or went in between, the step goes farther, but nothing was learnt.
+        self.slope = torch.where(known & (measured != 0.0), self._slope, self.slope)
         self._last = torch.where(self._active, self._depth, self._last)
         self._last_error = torch.where(self._active, log_error, self._last_error)
 
@@ -177,4 +203,4 @@ class TauSearch:
         return self._low + (self._high - self._low) * share
 
     def _secant(self) -> torch.Tensor:
-        return (self._last_error - _AIM) / self.slope
+        return (self._last_error - _AIM) / self._slope

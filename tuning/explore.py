@@ -9,9 +9,9 @@
 3. *The longest length*: heads that gained try the guard that the model expects to be best there,
    and those that still gain nothing there the one that they gained the most from elsewhere.
 
-A trial stops near the tolerance and reads tau off a line: the choice of a guard needs no more, and
-nothing is accepted before stage 2 has measured it. The sparsity at a tau that was not scored is
-exact all the same: it takes the selection alone.
+A trial stops near the tolerance and reads tau off a line, or takes the largest that skips the same:
+the choice of a guard needs no more, and nothing is accepted before stage 2 has measured it. The
+sparsity at a tau that was not scored is exact all the same: it takes the selection alone.
 """
 
 import math
@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.bracket import MIN_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
+from vllm_afbs.tuning.bracket import (
+    MIN_DEPTH,
+    START_SLOPE,
+    TauSearch,
+    depth_of,
+    raised,
+    tau_of,
+)
 from vllm_afbs.tuning.evaluator import LayerEvaluator
 from vllm_afbs.tuning.journal import Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
@@ -221,17 +228,21 @@ class Explorer:
         slope: torch.Tensor,
     ) -> Record:
         evaluator = self._evaluator(length)
-        search = TauSearch(self._settings.tolerance, start, heads, slope, _NEARNESS)
+
+        def skipped(tau: torch.Tensor) -> torch.Tensor:
+            return evaluator.sparsity(HeadThresholds(tau, theta))
+
+        most = skipped(tau_of(torch.full_like(start, MIN_DEPTH)))
+        search = TauSearch(self._settings.tolerance, start, heads, slope, _NEARNESS, most)
         search.run(lambda tau: evaluator.score(HeadThresholds(tau, theta)), STEPS)
         self._scorer.count(evaluator, search.evaluations)
-        tau = search.estimate()
-        sparsity = evaluator.sparsity(HeadThresholds(tau, theta))
+        tau = raised(search.estimate(), skipped)
         return {
             "length": length,
             "theta": theta.tolist(),
             "tau": tau.tolist(),
             "slope": search.slope.tolist(),
-            "sparsity": torch.where(tau < 1.0, sparsity, 0.0).tolist(),
+            "sparsity": torch.where(tau < 1.0, skipped(tau), 0.0).tolist(),
         }
 
 

@@ -3,7 +3,8 @@
 1. *Explore* (``explore``): Ax proposes guards (through them, each head's theta) and lengths; inside
    a trial each head's tau is searched roughly. Each head takes the guard that it skips most under
    at the longest length, where no guard is always tried.
-2. *Refine*: tau is searched again with more query rows, from the trial's tau and slope.
+2. *Refine*: tau is searched again with more query rows, from the trial's tau and slope, and then
+   raised as far as it drops the same blocks.
 3. *Validate* (``validation``): heads whose error on held-out text is above 1.2 x the tolerance
    back off and, if that does not help, run dense; so do heads that would skip less than a tenth.
 """
@@ -21,6 +22,7 @@ from vllm_afbs.tuning.bracket import (
     Accepted,
     TauSearch,
     depth_of,
+    raised,
     tau_of,
 )
 from vllm_afbs.tuning.capture import Capture
@@ -159,11 +161,17 @@ class LayerSearch:
         )
         evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, REFINE_Q_BLOCKS)
         worth = sparsity >= MIN_SPARSITY
-        search = TauSearch(settings.tolerance, start, worth, slope)
+
+        def skipped(tau: torch.Tensor) -> torch.Tensor:
+            return evaluator.sparsity(HeadThresholds(tau, theta))
+
+        most = skipped(tau_of(torch.full_like(start, MIN_DEPTH)))
+        search = TauSearch(settings.tolerance, start, worth, slope, most=most)
         best = search.run(
             lambda tau: evaluator.score(HeadThresholds(tau, theta)), max_steps=REFINE_STEPS
         )
         self._scorer.count(evaluator, search.evaluations)
+        best = replace(best, tau=raised(best.tau, skipped))
         return {"theta": theta.tolist(), "slope": search.slope.tolist(), **_record(best)}
 
     def _expected(self, explored: Record, refined: Record, tolerance: float) -> Record:
