@@ -11,14 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.profiles import SMALL_MODEL, uniform_profile
 from tests.tuning_jobs import command, start, wait_for
 from vllm_afbs import tune
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.profile import WholeModel
+from vllm_afbs.profile import HeadProfile, LayerProfile, Measurement, WholeModel
 from vllm_afbs.profile_file import load_profile
+from vllm_afbs.serving import plan_layer
 from vllm_afbs.tuning.allocation import Levels
+from vllm_afbs.tuning.budget import _mean_sparsity, _thresholds
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
 from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.model import open_model
@@ -135,6 +138,23 @@ def test_a_model_run_sparse_is_the_specification_layer_by_layer(tiny_model: Path
     expected = runner.predict(tokens, thresholds)
     assert dense.kl_to(sparse) > 1e-6
     torch.testing.assert_close(sparse.log_probs, expected.log_probs, atol=2e-5, rtol=1e-4)
+
+
+def test_layers_that_the_server_leaves_dense_count_as_dense() -> None:
+    sparse, dense = (Measurement(length=128, error=0.01, sparsity=each) for each in (0.6, 0.0))
+    lone = [HeadProfile(tau=0.5, theta=-1.0, calibration=[sparse], validation=sparse)]
+    lone += [HeadProfile(tau=1.0, theta=-1.0, calibration=[dense], validation=dense)] * 7
+    layers = {0: LayerProfile(heads=lone), 1: LayerProfile(heads=lone[:1] * 8)}
+    model = SMALL_MODEL.model_copy(update={"num_heads": 8})
+    profile = uniform_profile(model).model_copy(update={"layers": list(layers.values())})
+    served = {
+        index: plan.thresholds
+        for index in layers
+        for plan in [plan_layer(profile, index, 8, 0, None)]
+        if plan.thresholds is not None
+    }
+    assert _thresholds(layers).keys() == served.keys() == {1}
+    assert _mean_sparsity(layers) == pytest.approx(0.6 / 2)
 
 
 GOAL = ["--target-sparsity", "0.25"]

@@ -59,12 +59,15 @@ def test_interrupt_says_how_to_go_on(
     assert errors.splitlines()[-1].endswith("--resume")
     assert not output.exists()
 
-    # The same command without --resume, with other settings or another selector does not touch it.
+    # The same command without --resume, with other settings, another selector or another search
+    # does not touch it.
     before = sorted(path.name for path in Path(f"{output}.work").rglob("*"))
     assert tune.main(command(tiny_model, output)) == 2
     assert tune.main(command(tiny_model, output, "--resume", "--tolerance", "0.2")) == 2
-    monkeypatch.setattr("vllm_afbs.tuning.journal.SCHEMA_VERSION", 1)
-    assert tune.main(command(tiny_model, output, "--resume")) == 2
+    for version in ("SCHEMA_VERSION", "SEARCH_VERSION"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"vllm_afbs.tuning.journal.{version}", 1)
+            assert tune.main(command(tiny_model, output, "--resume")) == 2
     assert sorted(path.name for path in Path(f"{output}.work").rglob("*")) == before
 
 
@@ -329,6 +332,10 @@ def _output_is_directory(model: Path, tmp: Path) -> tuple[list[str], str]:
     return command(model, tmp), ": a file expected for --output"
 
 
+def _output_is_no_name(model: Path, _: Path) -> tuple[list[str], str]:
+    return command(model, Path("/")), "/: a file expected for --output"
+
+
 def _damaged_journal(model: Path, tmp: Path) -> tuple[list[str], str]:
     (tmp / "p.json.work").mkdir()
     (tmp / "p.json.work" / "journal.jsonl").write_text("not JSON\n")
@@ -359,6 +366,7 @@ def _damaged_journal(model: Path, tmp: Path) -> tuple[list[str], str]:
         _no_cluster,
         _no_output_directory,
         _output_is_directory,
+        _output_is_no_name,
         _damaged_journal,
     ],
     ids=lambda case: case.__name__.strip("_"),

@@ -11,6 +11,9 @@ from tests.tuning_jobs import command, result, start, wait_for_steps
 from vllm_afbs import tune
 from vllm_afbs.profile import Profile
 from vllm_afbs.profile_file import load_profile
+from vllm_afbs.tuning.capture import capture
+from vllm_afbs.tuning.model import InputError, open_model
+from vllm_afbs.tuning.windows import CALIBRATION
 
 # Of the tiny model, a captured layer takes 64 KB, the journal less and the report some MB.
 NO_CAPTURE, NO_REPORT = 40_000, 1_000_000
@@ -79,3 +82,28 @@ def test_a_job_that_will_not_fit_is_refused(
     assert tune.main(command(tiny_model, output)) == 2
     assert "free" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_what_is_captured_already_needs_no_room(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(str(tiny_model))
+    windows = {CALIBRATION: [1] * 64, "a": [2] * 64, "b": [3] * 64}
+    taken = capture(model, windows, range(2), tmp_path, lambda _: None)
+    lost = [taken.path(0, "a"), taken.path(1, "b")]
+    # Four query heads of 16 and two each of keys and values, in bf16.
+    layer_bytes = 64 * 8 * 16 * 2
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((2.9, False), (3.0, True)):
+        for path in lost:
+            path.unlink()
+        here = usage._replace(free=int(free * layer_bytes))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, here=here: here)
+        if fits:
+            capture(model, windows, range(2), tmp_path, lambda _: None)
+            assert all(path.is_file() for path in lost)
+            continue
+        with pytest.raises(InputError, match="free"):
+            capture(model, windows, range(2), tmp_path, lambda _: None)
+        for path in lost:
+            path.touch()

@@ -194,13 +194,16 @@ class BudgetSearch:
 
 
 def _thresholds(layers: Layers) -> dict[int, HeadThresholds]:
+    """Of the layers that the server would run sparse."""
     return {
-        index: HeadThresholds.of(layer.heads)
-        for index, layer in layers.items()
-        if any(head.tau < 1.0 for head in layer.heads)
+        index: HeadThresholds.of(layer.heads) for index, layer in layers.items() if layer.is_sparse
     }
 
 
 def _mean_sparsity(layers: Layers) -> float:
-    held_out = [head.validation for layer in layers.values() for head in layer.heads]
-    return sum(each.sparsity for each in held_out if each is not None) / len(held_out)
+    held_out = [
+        head.validation.sparsity if layer.is_sparse and head.validation is not None else 0.0
+        for layer in layers.values()
+        for head in layer.heads
+    ]
+    return sum(held_out) / len(held_out)

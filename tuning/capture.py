@@ -81,13 +81,13 @@ class Capture:
         """Where one layer's tensors over one window are kept."""
         return self.directory / f"layer-{layer:03d}.{window}.safetensors"
 
-    def missing(self) -> list[str]:
-        """The windows that are not captured completely."""
-        return [
-            window
+    def missing(self) -> dict[str, int]:
+        """The windows that are not captured completely, and how many layers each lacks."""
+        lacking = {
+            window: sum(not self.path(layer, window).is_file() for layer in self.layers)
             for window in (CALIBRATION, *self.held_out)
-            if not all(self.path(layer, window).is_file() for layer in self.layers)
-        ]
+        }
+        return {window: count for window, count in lacking.items() if count}
 
 
 def capture(
@@ -121,7 +121,9 @@ def capture(
     if not todo:
         return taken
     taken.directory.mkdir(exist_ok=True)
-    _check_space(model, taken, sum(len(windows[window]) for window in todo))
+    # A layer that is there already is written once more beside the old file, and takes its place.
+    num_rows = sum(len(windows[window]) * count for window, count in todo.items())
+    _check_space(model, taken, num_rows + max(len(windows[window]) for window in todo))
     attention.register(ATTENTION, _no_recorder)
     body = load_weights(model, ATTENTION, with_head=False)
     for window in todo:
@@ -135,10 +137,11 @@ def capture(
     return taken
 
 
-def _check_space(model: SourceModel, taken: Capture, num_tokens: int) -> None:
+def _check_space(model: SourceModel, taken: Capture, num_rows: int) -> None:
+    """Refuses to begin where tokens of single layers, ``num_rows`` in all, do not fit."""
     shape = model.fingerprint
     heads = shape.num_heads + 2 * shape.num_kv_heads
-    needed_bytes = len(taken.layers) * heads * shape.head_dim * 2 * num_tokens
+    needed_bytes = heads * shape.head_dim * 2 * num_rows
     free_bytes = shutil.disk_usage(taken.directory).free
     if free_bytes < needed_bytes:
         raise InputError(

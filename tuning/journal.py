@@ -20,6 +20,8 @@ from vllm_afbs.tuning.model import InputError
 Record = dict[str, Any]
 
 FILE_NAME = "journal.jsonl"
+SEARCH_VERSION = 2
+"""Raised whenever the same settings lead the search elsewhere: a job ends as it was begun."""
 
 
 class Steps:
@@ -72,8 +74,9 @@ class Journal(Steps):
 
     Args:
         path: The file; made if there is none.
-        settings: What the steps depend on besides the selector, as JSON values. A journal of other
-            settings, or of another selector (``SCHEMA_VERSION``), is refused.
+        settings: What the steps depend on besides the selector and the search, as JSON values. A
+            journal of other settings, or of another selector (``SCHEMA_VERSION``) or search
+            (``SEARCH_VERSION``), is refused.
 
     Raises:
         InputError: The journal is damaged or of other settings.
@@ -82,7 +85,8 @@ class Journal(Steps):
 
     def __init__(self, path: Path, settings: Record) -> None:
         self._path = path
-        settings = {"schema_version": SCHEMA_VERSION, **settings}
+        versions = {"schema_version": SCHEMA_VERSION, "search_version": SEARCH_VERSION}
+        settings = {**versions, **settings}
         lines = self._read()
         header = next(lines, None)
         if header is None:

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from prometheus_client import Metric
 from pydantic import BaseModel, Field
 
-from vllm_afbs import metrics, serving, switch
-from vllm_afbs.profile import HeadProfile, Profile
+from vllm_afbs import metrics, switch
+from vllm_afbs.profile import HeadProfile, Profile, mean_calibration
 
 Labels = frozenset[tuple[str, str]]
 
@@ -183,7 +183,7 @@ def read_layers(profile: Profile, per_head: bool) -> list[Layer]:
         layers.append(
             Layer(
                 layer=index,
-                sparse=serving.is_sparse(tuned.heads),
+                sparse=tuned.is_sparse,
                 tolerance=profile.tolerance_of(index),
                 calibrated_sparsity=_calibrated(tuned.heads),
                 live=counters.products(metrics.BLOCK_PRODUCTS, layer=layer),
@@ -217,5 +217,5 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def _calibrated(heads: list[HeadProfile]) -> float:
-    calibration = serving.mean_calibration(heads)
+    calibration = mean_calibration(heads)
     return calibration[-1][1] if calibration else 0.0

@@ -5,12 +5,16 @@ one that does not fit the model is refused with the field that differs.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 2
 """2: thresholds of the selector that scores single keys, too; those of 1 mean something else."""
+
+MIN_LAYER_SPARSITY = 0.1
+"""A layer tuned to less than this runs in the dense parent: selection would not pay."""
 
 _MAX_MESSAGE = 1000
 
@@ -125,6 +129,16 @@ class HeadProfile(_Record):
         return self
 
 
+def mean_calibration(heads: Sequence[HeadProfile]) -> tuple[tuple[int, float], ...]:
+    """Mean tuned sparsity of heads by length, shortest first; a head of tau = 1 has none."""
+    by_length: dict[int, float] = {}
+    for head in heads:
+        for measured in head.calibration:
+            sparsity = measured.sparsity if head.tau < 1 else 0.0
+            by_length[measured.length] = by_length.get(measured.length, 0.0) + sparsity
+    return tuple((length, total / len(heads)) for length, total in sorted(by_length.items()))
+
+
 class LayerProfile(_Record):
     """The query heads of one layer, in the model's order."""
 
@@ -132,6 +146,12 @@ class LayerProfile(_Record):
     tolerance: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Relative L1 allowed per head; null: the tuner's for all layers."
     )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it was tuned to enough sparsity to be served sparse."""
+        calibration = mean_calibration(self.heads)
+        return bool(calibration) and calibration[-1][1] >= MIN_LAYER_SPARSITY
 
 
 class TextSource(_Record):

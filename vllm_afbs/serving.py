@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_afbs import compat, fallbacks, limits
 from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile import HeadProfile, ModelFingerprint, Profile, ProfileError
+from vllm_afbs.profile import ModelFingerprint, Profile, ProfileError, mean_calibration
 from vllm_afbs.profile_file import load_profile
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ PROFILE_VARIABLE = "VLLM_AFBS_PROFILE"
 
 UNKNOWN_LAYER = -1
 """Index of a layer that is no layer of the profile's model, a draft model's for instance."""
-
-MIN_LAYER_SPARSITY = 0.1
-"""A layer tuned to less than this is left to the dense parent: selection would not pay."""
 
 
 class Settings(BaseModel):
@@ -214,10 +211,10 @@ def plan_layer(
         return LayerPlan(layer, heads, None, "no_profile")
     if unsupported is not None:
         return LayerPlan(layer, heads, None, unsupported)
-    tuned = profile.layers[layer].heads
-    if not is_sparse(tuned):
+    tuned = profile.layers[layer]
+    if not tuned.is_sparse:
         return LayerPlan(layer, heads, None, "profile_dense")
-    own = tuned[heads.start : heads.stop]
+    own = tuned.heads[heads.start : heads.stop]
     return LayerPlan(layer, heads, HeadThresholds.of(own), None, mean_calibration(own))
 
 
@@ -251,19 +248,3 @@ def plan_layers(
     fallbacks.log_layers((name, plan.dense_reason) for name, plan in plans.items())
     for name, layer in layers.items():
         yield layer.impl, plans[name]
-
-
-def is_sparse(heads: Sequence[HeadProfile]) -> bool:
-    """Whether a layer of these heads was tuned to enough sparsity to be served sparse."""
-    calibration = mean_calibration(heads)
-    return bool(calibration) and calibration[-1][1] >= MIN_LAYER_SPARSITY
-
-
-def mean_calibration(heads: Sequence[HeadProfile]) -> tuple[tuple[int, float], ...]:
-    """Mean tuned sparsity of heads by length, shortest first; a head of tau = 1 has none."""
-    by_length: dict[int, float] = {}
-    for head in heads:
-        for measured in head.calibration:
-            sparsity = measured.sparsity if head.tau < 1 else 0.0
-            by_length[measured.length] = by_length.get(measured.length, 0.0) + sparsity
-    return tuple((length, total / len(heads)) for length, total in sorted(by_length.items()))

@@ -10,13 +10,12 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.arguments import positive
+from vllm_afbs.arguments import positive, unusable_output
 
 if TYPE_CHECKING:
     from vllm_afbs.profile import Profile
@@ -275,15 +274,11 @@ def _report_file(output: Path) -> Path:
 
 
 def _unusable_output(output: Path) -> str | None:
+    if reason := unusable_output(output):
+        return reason
     if output == _report_file(output):
         return f"{output}: another ending than .html expected, which is the report's"
-    if output.is_dir():
-        return f"{output}: a file expected for --output, this is a directory"
-    try:
-        with tempfile.TemporaryFile(dir=output.parent):
-            return None
-    except OSError as error:
-        return f"{output.parent}: cannot write there: {error.strerror}"
+    return None
 
 
 def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> int:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.arguments import positive
+from vllm_afbs.arguments import positive, unusable_output
 
 if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor
@@ -30,11 +30,14 @@ TESTS = ("perplexity", "prefixes", "agreement", "retrieval")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the evaluation; returns the exit status: 2 where what was given cannot be used."""
     options = _parser().parse_args(argv)
-    needed = ["matplotlib", *(["httpx", "openai"] if options.server else [])]
+    asks_servers = options.server or options.dense_server
+    needed = ["matplotlib", *(["httpx", "openai"] if asks_servers else [])]
     if missing := [name for name in needed if find_spec(name) is None]:
         return _refuse(f"{missing[0]} is not installed: pip install 'vllm-afbs[evaluate]'")
-    if options.output.suffix in (".csv", ".svg") or not options.output.parent.is_dir():
-        return _refuse(f"{options.output}: --output: a .json file in a folder that exists expected")
+    if options.output.suffix in (".csv", ".svg"):
+        return _refuse(f"{options.output}: another ending expected for --output, as .json")
+    if reason := unusable_output(options.output):
+        return _refuse(reason)
     from vllm_afbs.profile import ProfileError
     from vllm_afbs.tuning.model import InputError, one_line
 
@@ -74,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--server",
         metavar="URL",
-        help="ask a running server of this profile instead of running the model here",
+        help="ask a running server of this profile instead of running the model here; "
+        "VLLM_API_KEY is its key, if it has one",
     )
     parser.add_argument(
         "--dense-server",
@@ -161,6 +165,7 @@ def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceMode
         new_tokens=options.new_tokens,
         per_kind=if_asked("retrieval", options.per_task),
         seed=options.seed,
+        shortest=profile.min_seq_len,
     )
 
 

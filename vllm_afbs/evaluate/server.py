@@ -1,5 +1,9 @@
-"""A model behind an OpenAI-compatible server, asked through ``Predictor``."""
+"""A model behind an OpenAI-compatible server, asked through ``Predictor``.
 
+``VLLM_API_KEY`` is the server's key, if it has one, as for vLLM itself.
+"""
+
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +40,10 @@ class Served:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._ends = ends
         self._client = OpenAI(
-            base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS
+            base_url=f"{self._url}/v1",
+            api_key=os.environ.get("VLLM_API_KEY", "none"),
+            max_retries=0,
+            timeout=REQUEST_SECONDS,
         )
         with self._one_line():
             self._model = self._client.models.list().data[0].id

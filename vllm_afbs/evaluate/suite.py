@@ -28,6 +28,8 @@ class Amounts:
         per_kind: Retrieval prompts of each kind.
         kinds: Kinds of retrieval.
         seed: Of where texts are cut and what is hidden in them.
+        shortest: Tokens from which a prompt runs sparse; one with fewer would compare dense answers
+            with dense ones.
     """
 
     length: int
@@ -38,6 +40,7 @@ class Amounts:
     per_kind: int = 11
     kinds: tuple[str, ...] = tuple(KINDS)
     seed: int = 0
+    shortest: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,10 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
     """Cuts a text and hides facts in it.
 
     Windows are spread evenly over the text and share no token; prefixes begin anywhere and are half
-    as long as the longest prompt to as long as it.
+    as long as the longest prompt, but no shorter than runs sparse, to as long as it.
 
     Raises:
-        InputError: The text is too short.
+        InputError: The text is too short, or the longest prompt for all to run sparse.
     """
     prefix, tokens = first_tokens(tokenizer), tokenize(tokenizer, text)
     length = amounts.length - len(prefix)
@@ -105,7 +108,8 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
         return [*prefix, *tokens[start : start + size]]
 
     apart = len(tokens) // max(num_windows, 1)
-    sizes = [rng.randint(length // 2, length - 1) for _ in range(amounts.prefixes)]
+    least = min(length - 1, max(length // 2, amounts.shortest - len(prefix)))
+    sizes = [rng.randint(least, length - 1) for _ in range(amounts.prefixes)]
     longer = [cut(size + 1) for size in sizes]
     shortened = length - amounts.new_tokens
     try:
@@ -114,10 +118,18 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
         )
     except ValueError as error:
         raise InputError(f"{text.name}: retrieval prompts: {error}") from None
+    continued = [cut(shortened) for _ in range(amounts.continuations)]
+    prompts = [*(each[:-1] for each in longer), *continued, *(each.tokens for each in retrieval)]
+    fewest = min(map(len, prompts), default=amounts.shortest)
+    if fewest < amounts.shortest:
+        raise InputError(
+            f"--length: prompts of {fewest} tokens would run dense, {amounts.shortest} expected: "
+            f"longer than {amounts.length} by {amounts.shortest - fewest}"
+        )
     return Suite(
         windows=[[*prefix, *tokens[i * apart : i * apart + length]] for i in range(num_windows)],
         prefixes=[(each[:-1], each[-1]) for each in longer],
-        continued=[cut(shortened) for _ in range(amounts.continuations)],
+        continued=continued,
         new_tokens=amounts.new_tokens,
         retrieval=retrieval,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),

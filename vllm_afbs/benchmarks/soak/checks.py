@@ -11,7 +11,6 @@ from statistics import median
 
 from vllm_afbs.demo.client import Counters, total
 from vllm_afbs.profile import Profile
-from vllm_afbs.serving import is_sparse
 
 MAX_GROWTH_RATIO = 0.02
 """Of the memory's median over the last third of a run to that over the second third. In the first
@@ -43,7 +42,7 @@ class Expected:
 def expect(lengths: Iterable[int], profile: Profile) -> Expected:
     """Adds up what prompts of these lengths, each in a step of its own or not, must count."""
     num_layers = len(profile.layers)
-    num_sparse = sum(is_sparse(layer.heads) for layer in profile.layers)
+    num_sparse = sum(layer.is_sparse for layer in profile.layers)
     tokens = long_tokens = blocks = 0
     fallbacks: Counter[str] = Counter()
     for length in lengths:
