@@ -113,8 +113,12 @@ def cut_query_blocks(requests: Sequence[PrefillRequest], device: torch.device) -
         start += geometry.num_q_blocks
     table = torch.cat(parts, dim=1)
     table[3] = table[1].cumsum(0) - table[1]
-    host = table.to(torch.int32)
+    num_rows = sum(request.geometry.q_len for request in ordered)
+    return QueryBlocks(to_device(table.to(torch.int32), device), ordered, tuple(slices), num_rows)
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Enqueues a copy, for which the host does not wait: from pageable memory it would."""
     if device.type == "cuda":
         host = host.pin_memory()
-    num_rows = sum(request.geometry.q_len for request in ordered)
-    return QueryBlocks(host.to(device, non_blocking=True), ordered, tuple(slices), num_rows)
+    return host.to(device, non_blocking=True)

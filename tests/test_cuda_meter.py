@@ -75,13 +75,13 @@ def dense(query: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
     output.fill_(1.0)
 
 
-def reported(count: float) -> Counters:
+def reported(count: float, num_layers: int = len(PLANS)) -> Counters:
     """The counters once the thread has reported so many layers."""
     for _ in range(500):
         counters = Counters(metrics.read())
         counts = counters.by("vllm_afbs_prefill_attention_seconds_count", "path")
         products = counters.by("vllm_afbs_block_products_total", "layer")
-        if sum(counts.values()) == count and len(products) == len(PLANS):
+        if sum(counts.values()) == count and len(products) == num_layers:
             time.sleep(0.05)  # what follows of the last one
             return Counters(metrics.read())
         time.sleep(0.01)
@@ -139,6 +139,32 @@ def test_layers_report_what_the_device_did(
         assert counters.value("vllm_afbs_selector_seconds_sum") == 2.0
     else:
         assert estimate > 2 * dense_seconds(HEAD_DIM, 9000, num_scores)
+
+
+def test_steps_are_reported_although_the_last_layer_reports_elsewhere(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafter's layer in the model's group of layers gets a builder and a meter of its own."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(backend, "fastest_way", lambda *_: "tiles")
+    the_meter = meter.DeviceMeter(PLANS, Settings(), device)
+    layer = make_layer(0, the_meter)
+    blocks = cut_query_blocks([PrefillRequest(0, 1, LONG)], device)
+    metadata = SimpleNamespace(blocks=blocks, others=None, block_table=None)
+    query = torch.zeros(LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
+    kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
+    num_steps = 5
+    for _ in range(num_steps):
+        layer._attend_long(query, kv_cache, metadata, torch.zeros_like(query), dense)
+    assert the_meter._step == []
+    # The first step shows that the layer is the last; the second one's blocks go with it.
+    counters = reported(num_steps - 1, num_layers=1)
+    computed, skipped = (
+        counters.value("vllm_afbs_block_products_total", layer="7", outcome=outcome)
+        for outcome in ("computed", "skipped")
+    )
+    assert computed == 2 * (1 + 2) * (num_steps - 2)
+    assert computed + skipped == 2 * NUM_HEADS * LONG.num_visible * (num_steps - 1)
 
 
 def test_the_dense_estimate_is_the_measurement_itself_where_one_was_made() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels import BlockGeometry
-from vllm_afbs.kernels.query_blocks import PrefillRequest
+from vllm_afbs.kernels.query_blocks import PrefillRequest, to_device
 from vllm_afbs.profile import Profile
 
 if TYPE_CHECKING:
@@ -159,16 +159,17 @@ def restrict(
     """
     device = common.seq_lens.device
     starts = common.query_start_loc_cpu.tolist()
-    rows = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in requests]).to(device)
+    own_rows = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in requests])
+    rows = to_device(own_rows, device)
     index = torch.tensor(requests)
     query_lens = common.query_start_loc_cpu.diff()[index]
     query_start_loc = torch.zeros(len(requests) + 1, dtype=torch.int32)
     query_start_loc[1:] = query_lens.cumsum(0)
-    on_device = index.to(device)
+    on_device = to_device(index, device)
     known = common.seq_lens_cpu_upper_bound
     return rows, replace(
         common,
-        query_start_loc=query_start_loc.to(device),
+        query_start_loc=to_device(query_start_loc, device),
         query_start_loc_cpu=query_start_loc,
         seq_lens=common.seq_lens[on_device],
         seq_lens_cpu_upper_bound=None if known is None else known[index],

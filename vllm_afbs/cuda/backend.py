@@ -174,7 +174,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             | {
                 "sliding_window": tuple(self.sliding_window) != (-1, -1),
                 "flash_attention_version": self.vllm_flash_attn_version != 3,
-                "block_size": profile is not None and not can_cut(profile.block_q, profile.block_k),
+                "block_size": profile is not None
+                and not can_cut(profile.block_q, profile.block_k, self.head_size),
             }
         )
 

@@ -81,6 +81,7 @@ class DeviceMeter:
         self._num_kept = torch.zeros(shape, dtype=torch.int64, device=device)
         self._errors = torch.zeros(len(plans), device=device)
         self._reported = torch.zeros(shape, dtype=torch.int64)
+        self._last_slot = len(plans) - 1
         self._step: list[LayerWork] = []
         self._snapshots: SimpleQueue[_Snapshot] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -105,9 +106,18 @@ class DeviceMeter:
 
     def add(self, work: LayerWork) -> None:
         """Notes a layer's work; after the last layer the step goes to the reporting thread."""
+        if self._step and work.slot <= self._step[-1].slot:
+            # A new step, though the last layer did not report: it is a drafter's, whose own builder
+            # has it by now. That one step is lost, or its works would wait here for ever.
+            self._last_slot = self._step[-1].slot
+            self._step = []
+            self._send()
         self._step.append(work)
-        if work.slot < len(self._plans) - 1:
-            return
+        if work.slot >= self._last_slot:
+            self._send()
+
+    def _send(self) -> None:
+        """Enqueues the step's report, counted from the one before."""
         num_kept, errors = _to_host(self._num_kept), _to_host(self._errors)
         copied = torch.cuda.Event(blocking=True)
         copied.record()

@@ -27,10 +27,20 @@ leaves the tensor copy engine for slower loads, and all our sequences are that s
 _LEAST_BLOCK = 16  # of a matrix product in Triton
 
 
-def can_cut(block_q: int, block_k: int) -> bool:
-    """Whether kernels on CUDA take such blocks: of a power of two, and query blocks as tiles."""
+_MAX_KEY_ELEMENTS = 128 * 256
+"""Of a key block, its rows padded to a power of two: scoring holds two of them in 227 KB of shared
+memory, beside 128 pooled queries."""
+
+
+def can_cut(block_q: int, block_k: int, head_dim: int) -> bool:
+    """Whether kernels on CUDA take such blocks.
+
+    They have to be of a power of two, query blocks no larger than a tile, and key blocks no larger
+    than shared memory allows.
+    """
     powers = all(block >= _LEAST_BLOCK and block & (block - 1) == 0 for block in (block_q, block_k))
-    return powers and block_q <= _MAX_TILE_ROWS
+    padded_dim = 1 << (head_dim - 1).bit_length()
+    return powers and block_q <= _MAX_TILE_ROWS and block_k * padded_dim <= _MAX_KEY_ELEMENTS
 
 
 @dataclass(frozen=True)
