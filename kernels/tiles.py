@@ -58,25 +58,38 @@ class TileTables:
     block_table: torch.Tensor
 
 
+def heads_per_page(cache: torch.Tensor) -> int:
+    """Pages of ``one_head_view`` from one page of a cache to the next.
+
+    Where heads lie outside the tokens of a page (HND) that is ``num_kv_heads``. Where they lie
+    inside (NHD), pages of the view overlap in memory, and most of its page numbers are never used.
+    """
+    return cache.stride(0) // _head_stride(cache)
+
+
+def _head_stride(cache: torch.Tensor) -> int:
+    # Of a dimension of one PyTorch lets the stride be anything, which tensor copies do not take.
+    return cache.stride(2) if cache.shape[2] > 1 else cache.stride(0)
+
+
 def one_head_view(cache: torch.Tensor) -> torch.Tensor:
     """Sees a paged cache as one with a single KV head, so that one launch serves all heads.
 
-    Page ``page * heads_per_page + kv_head`` of the view is KV head ``kv_head`` of page ``page``,
-    with ``heads_per_page = cache.stride(0) // cache.stride(2)``. Where heads lie outside the
-    tokens of a page (HND) that is ``num_kv_heads``. Where they lie inside (NHD), pages of the view
-    overlap in memory, and most of its page numbers are never used.
+    Page ``page * heads_per_page(cache) + kv_head`` of the view is KV head ``kv_head`` of page
+    ``page``.
 
     Args:
         cache: ``[num_pages, page_size, num_kv_heads, head_dim]``.
 
     Returns:
-        ``[num_pages * heads_per_page or less, page_size, 1, head_dim]`` over the same memory.
+        ``[num_pages * heads_per_page(cache) or less, page_size, 1, head_dim]``, the same memory.
 
     Raises:
         ValueError: A page is not a whole number of heads' strides long.
     """
     num_pages, page_size, num_kv_heads, head_dim = cache.shape
-    stride_page, stride_token, stride_head, stride_column = cache.stride()
+    stride_page, stride_token, _, stride_column = cache.stride()
+    stride_head = _head_stride(cache)
     if stride_page % stride_head:
         raise ValueError(
             f"the cache's page stride must be a multiple of its head stride, got {cache.stride()}"

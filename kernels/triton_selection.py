@@ -11,7 +11,7 @@ import triton.language as tl
 
 from vllm_afbs.kernels.query_blocks import QueryBlocks
 from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, BlockStats, HeadThresholds
-from vllm_afbs.kernels.tiles import TileLists, TileTables
+from vllm_afbs.kernels.tiles import TileLists, TileTables, heads_per_page
 from vllm_afbs.kernels.triton_geometry import load_query_block
 from vllm_afbs.kernels.triton_scoring import key_page_similarity, score_key_pages
 
@@ -108,7 +108,7 @@ def _select(
             blocks.table, pages, entries, lengths, query_start_loc, num_kept,
             blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks,
             num_k_blocks, entries.stride(0), num_heads, request.geometry.local_keys,
-            key_cache.stride(0) // key_cache.stride(2),
+            heads_per_page(key_cache),
             GROUP=num_heads // num_kv_heads,
             BLOCK_K=request.geometry.block_k,
             PAGE_SIZE=page_size,

@@ -21,6 +21,7 @@ from vllm_afbs.kernels.reference import (
     reference_select,
     reference_varlen,
 )
+from vllm_afbs.kernels.tiles import heads_per_page, one_head_view
 
 
 def select(problem: Problem) -> torch.Tensor:
@@ -156,3 +157,21 @@ def test_page_size_must_divide_the_key_block() -> None:
 def test_geometry_refuses_impossible_lengths(q_len: int, kv_len: int) -> None:
     with pytest.raises(ValueError, match="q_len"):
         BlockGeometry(q_len, kv_len, 4, 4)
+
+
+@pytest.mark.parametrize("heads_outside", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_a_view_of_one_head_finds_every_head_of_every_page(
+    num_kv_heads: int, heads_outside: bool
+) -> None:
+    shape = (3, num_kv_heads, 8, 16) if heads_outside else (3, 8, num_kv_heads, 16)
+    cache = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    cache = cache.transpose(1, 2) if heads_outside else cache
+    if num_kv_heads == 1:  # as a split of a wider cache, or a rank's only head, can come out
+        cache = cache.as_strided(cache.shape, (128, 16, 1, 1))
+    view, step = one_head_view(cache), heads_per_page(cache)
+    for page in range(3):
+        for head in range(num_kv_heads):
+            assert torch.equal(view[page * step + head, :, 0], cache[page, :, head])
+    # What a tensor copy takes: strides of whole rows.
+    assert all(stride % 16 == 0 for stride in view.stride()[:3])

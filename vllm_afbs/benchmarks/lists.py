@@ -4,6 +4,7 @@ import torch
 
 from vllm_afbs.kernels import BlockGeometry, TileLists, TileTables
 from vllm_afbs.kernels.query_blocks import QueryBlocks
+from vllm_afbs.kernels.tiles import heads_per_page
 
 
 def random_blocks(
@@ -41,8 +42,7 @@ def tile_tables(
     """
     num_heads = len(lists.counts) // blocks.num_blocks
     kv_heads = torch.arange(num_heads, device=pages.device) // (num_heads // key_cache.shape[2])
-    heads_per_page = key_cache.stride(0) // key_cache.stride(2)
-    by_head = pages[lists.block_lists.long()].view(num_heads, -1) * heads_per_page
+    by_head = pages[lists.block_lists.long()].view(num_heads, -1) * heads_per_page(key_cache)
     block_table = (by_head + kv_heads[:, None]).to(torch.int32).view_as(lists.block_lists)
     _, counts, first_positions, places, _ = blocks.table
     last_positions = first_positions + counts - 1
