@@ -298,8 +298,18 @@ def _remove_files_of_the_dead() -> None:
     for file in _files():
         pid = int(file.stem.rsplit("-", 1)[1])
         # In a container numbers come again: a file of this process's is an earlier one's.
-        if pid == os.getpid() or not Path(f"/proc/{pid}").exists():
+        if pid == os.getpid() or not _is_running(pid):
             file.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _file(kind: str) -> MmapedDict:
