@@ -19,7 +19,7 @@ from vllm_afbs.tuning.explore import HEAD_GAIN, INITIAL_GUARDS, STEPS, Explorer
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search import REFINE_STEPS, LayerSearch
-from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY, _back_off, validate
+from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
 from vllm_afbs.tuning.windows import by_text, held_out
 
 TOLERANCE = 0.05
@@ -283,30 +283,6 @@ def test_every_text_has_to_accept_a_head(tmp_path: Path) -> None:
         assert head.validation.error <= HELD_OUT_SLACK * TOLERANCE
         assert head.validation.sparsity == float((one.sparsity + two.sparsity)[index] / 2)
         assert head.validation.sparsity >= MIN_SPARSITY
-
-
-def test_a_head_that_backed_off_too_far_comes_halfway_back(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Held-out errors fall in steps: of one head by much, of the other only near the end."""
-    job = SearchSettings([256, 512], TOLERANCE, 32, 32, seed=1)
-    ends = torch.tensor([[1.9, 2.6], [6.0, 9.0]])
-    errors = torch.tensor([[0.5, 0.05, 0.01], [0.1, 0.04, 0.0]], dtype=torch.float64)
-
-    def curve(_: object, __: object, thresholds: HeadThresholds, heads: torch.Tensor) -> HeadScores:
-        depth = depth_of(thresholds.tau)
-        stair = (depth[:, None] >= ends).sum(1, keepdim=True)
-        error = errors.gather(1, stair).squeeze(1)
-        sparsity = torch.where(thresholds.tau < 1.0, torch.exp(-depth.double() / 4), 0.0)
-        return HeadScores(error.where(heads, 0.0), sparsity.where(heads, 0.0))
-
-    monkeypatch.setattr("vllm_afbs.tuning.validation._held_out", curve)
-    scorer = LayerScorer(job, 0, captured(tmp_path, 512, clustered))
-    tau, scores = _back_off(job, scorer, tau_of(torch.tensor([1.0, 0.5])), torch.zeros(2))
-    assert 1.9 <= float(depth_of(tau)[0]) < 2.6
-    assert 6.0 <= float(depth_of(tau)[1]) < 9.0
-    assert scores.error.tolist() == [0.05, 0.04]
-    assert (scores.sparsity > 0.1).all()
 
 
 def test_each_held_out_window_counts_as_an_evaluation(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ _CLOSE = 0.9  # an accepted error above this share of the tolerance is not worth
 _NARROW = 0.04  # nor is a bracket of this depth
 # Midway between "close" and the tolerance, or a step that lands just above it is lost.
 _AIM = 0.5 * math.log(_CLOSE)
-_RAISE_STEPS = 8
+_RAISE_STEPS = 8  # halvings of a depth, each a selection alone
 
 
 def depth_of(tau: torch.Tensor) -> torch.Tensor:

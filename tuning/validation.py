@@ -9,7 +9,7 @@ import torch
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile import HeadProfile, Measurement
-from vllm_afbs.tuning.bracket import MAX_DEPTH, depth_of, tau_of
+from vllm_afbs.tuning.bracket import depth_of, tau_of
 from vllm_afbs.tuning.evaluator import HeadScores
 from vllm_afbs.tuning.journal import Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
@@ -22,9 +22,6 @@ HELD_OUT_Q_BLOCKS = 32
 MIN_SPARSITY = 0.1
 """Heads that would skip less run dense: selection would cost more than it saves."""
 _BACK_OFFS = 4
-_RETURNS = 2
-_OVERSHOT = 0.5
-"""An error below this share of what is accepted, after backing off, is worth going back for."""
 
 
 def validate(
@@ -61,10 +58,8 @@ def validate(
 def _back_off(
     settings: SearchSettings, scorer: LayerScorer, tau: torch.Tensor, theta: torch.Tensor
 ) -> tuple[torch.Tensor, HeadScores]:
-    """Goes deeper until the error is accepted, and halfway back where that went much too far."""
     limit = HELD_OUT_SLACK * settings.tolerance
     scores = _held_out(settings, scorer, HeadThresholds(tau, theta), tau < 1.0)
-    refused = tau
     for attempt in range(1, _BACK_OFFS + 2):
         above = (tau < 1.0) & (scores.error > limit)
         if not above.any():
@@ -72,19 +67,9 @@ def _back_off(
         # log error falls by about as much as depth grows; each further attempt goes farther.
         step = attempt * torch.log(scores.error / limit).float().clamp_min(0.1)
         deeper = tau_of(depth_of(tau) + step) if attempt <= _BACK_OFFS else torch.ones_like(tau)
-        refused, tau = torch.where(above, tau, refused), torch.where(above, deeper, tau)
+        tau = torch.where(above, deeper, tau)
         again = _held_out(settings, scorer, HeadThresholds(tau, theta), above & (tau < 1.0))
         scores = _merge(above, again, scores)
-    for _ in range(_RETURNS):
-        far = (tau > refused) & (scores.error < _OVERSHOT * limit)
-        if not far.any():
-            break
-        halfway = tau_of((depth_of(refused) + depth_of(tau).clamp_max(MAX_DEPTH)) / 2)
-        again = _held_out(settings, scorer, HeadThresholds(halfway, theta), far)
-        accepted = far & (again.error <= limit) & (again.sparsity > scores.sparsity)
-        tau = torch.where(accepted, halfway, tau)
-        refused = torch.where(far & ~accepted, halfway, refused)
-        scores = _merge(accepted, again, scores)
     return tau, scores
 
 
