@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_afbs.tuning.evaluator import HeadScores
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
 
 MAX_DEPTH = 9.0
 """depth = -log(1 - tau): tau 0.9999, beyond which a head runs dense."""
@@ -62,6 +63,11 @@ def raised(tau: torch.Tensor, sparsity: Callable[[torch.Tensor], torch.Tensor]) 
         same = sparsity(tau_of(middle)) >= skipped
         low, high = torch.where(same, middle, low), torch.where(same, high, middle)
     return torch.maximum(tau, tau_of(low))
+
+
+def most_skipped(evaluator: LayerEvaluator, theta: torch.Tensor) -> torch.Tensor:
+    """What each head could skip at most under a theta, ``[num_heads]``, by the selection alone."""
+    return evaluator.sparsity(HeadThresholds(tau_of(torch.full_like(theta, MIN_DEPTH)), theta))
 
 
 @dataclass

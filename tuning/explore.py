@@ -27,6 +27,7 @@ from vllm_afbs.tuning.bracket import (
     START_SLOPE,
     TauSearch,
     depth_of,
+    most_skipped,
     raised,
     tau_of,
 )
@@ -194,8 +195,7 @@ class Explorer:
         theta = evaluator.guard_theta(0.0)
         for guard in guards.unique().tolist():
             theta = torch.where(guards == guard, evaluator.guard_theta(guard), theta)
-        least_tau = tau_of(torch.full_like(theta, MIN_DEPTH))
-        most = self._evaluator(length).sparsity(HeadThresholds(least_tau, theta))
+        most = most_skipped(self._evaluator(length), theta)
         free = torch.tensor(self._free[length]["sparsity"])
         heads = (guards > 0.0) & (most >= free + HEAD_GAIN)
         start, slope = self._nearest(guards, length)
@@ -232,7 +232,7 @@ class Explorer:
         def skipped(tau: torch.Tensor) -> torch.Tensor:
             return evaluator.sparsity(HeadThresholds(tau, theta))
 
-        most = skipped(tau_of(torch.full_like(start, MIN_DEPTH)))
+        most = most_skipped(evaluator, theta)
         search = TauSearch(self._settings.tolerance, start, heads, slope, _NEARNESS, most)
         search.run(lambda tau: evaluator.score(HeadThresholds(tau, theta)), STEPS)
         self._scorer.count(evaluator, search.evaluations)

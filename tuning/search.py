@@ -22,6 +22,7 @@ from vllm_afbs.tuning.bracket import (
     Accepted,
     TauSearch,
     depth_of,
+    most_skipped,
     raised,
     tau_of,
 )
@@ -165,7 +166,7 @@ class LayerSearch:
         def skipped(tau: torch.Tensor) -> torch.Tensor:
             return evaluator.sparsity(HeadThresholds(tau, theta))
 
-        most = skipped(tau_of(torch.full_like(start, MIN_DEPTH)))
+        most = most_skipped(evaluator, theta)
         search = TauSearch(settings.tolerance, start, worth, slope, most=most)
         best = search.run(
             lambda tau: evaluator.score(HeadThresholds(tau, theta)), max_steps=REFINE_STEPS

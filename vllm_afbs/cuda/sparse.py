@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import triton
 
 from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds, TileLists, TileTables
@@ -39,8 +40,8 @@ def can_cut(block_q: int, block_k: int, head_dim: int) -> bool:
     than shared memory allows.
     """
     powers = all(block >= _LEAST_BLOCK and block & (block - 1) == 0 for block in (block_q, block_k))
-    padded_dim = 1 << (head_dim - 1).bit_length()
-    return powers and block_q <= _MAX_TILE_ROWS and block_k * padded_dim <= _MAX_KEY_ELEMENTS
+    key_elements = block_k * triton.next_power_of_2(head_dim)
+    return powers and block_q <= _MAX_TILE_ROWS and key_elements <= _MAX_KEY_ELEMENTS
 
 
 @dataclass(frozen=True)
