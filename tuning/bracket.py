@@ -46,28 +46,43 @@ def tau_of(depth: torch.Tensor) -> torch.Tensor:
     return -torch.expm1(-depth)
 
 
-def raised(tau: torch.Tensor, sparsity: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The largest tau that skips as much as a given one.
+class AtTheta:
+    """A layer at one length under one theta: what is left to choose is each head's tau.
 
-    A larger tau keeps what a smaller one keeps, so to skip as much is to skip the same. A head that
-    needs little but what is always kept could have any tau, and a low one drops more on other text.
-
-    Args:
-        tau: ``[num_heads]``.
-        sparsity: What each head skips at tau; it takes the selection alone.
+    Attributes:
+        evaluator: The layer's, at that length.
+        theta: ``[num_heads]``.
+        most: What each head could skip at most, ``[num_heads]``.
     """
-    skipped = sparsity(tau)
-    low, high = depth_of(tau), torch.full_like(tau, MAX_DEPTH)
-    for _ in range(_RAISE_STEPS):
-        middle = (low + high) / 2
-        same = sparsity(tau_of(middle)) >= skipped
-        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
-    return torch.maximum(tau, tau_of(low))
 
+    def __init__(self, evaluator: LayerEvaluator, theta: torch.Tensor) -> None:
+        """Reads off ``most``, which takes a selection."""
+        self.evaluator = evaluator
+        self.theta = theta
+        self.most = self.sparsity(tau_of(torch.full_like(theta, MIN_DEPTH)))
 
-def most_skipped(evaluator: LayerEvaluator, theta: torch.Tensor) -> torch.Tensor:
-    """What each head could skip at most under a theta, ``[num_heads]``, by the selection alone."""
-    return evaluator.sparsity(HeadThresholds(tau_of(torch.full_like(theta, MIN_DEPTH)), theta))
+    def score(self, tau: torch.Tensor) -> HeadScores:
+        """Error and sparsity of each head."""
+        return self.evaluator.score(HeadThresholds(tau, self.theta))
+
+    def sparsity(self, tau: torch.Tensor) -> torch.Tensor:
+        """The sparsity alone, which takes the selection alone."""
+        return self.evaluator.sparsity(HeadThresholds(tau, self.theta))
+
+    def raised(self, tau: torch.Tensor) -> torch.Tensor:
+        """The largest tau that skips as much as a given one.
+
+        A larger tau keeps what a smaller one keeps, so to skip as much is to skip the same. A head
+        that needs little but what is always kept could have any tau, and a low one drops more on
+        other text.
+        """
+        skipped = self.sparsity(tau)
+        low, high = depth_of(tau), torch.full_like(tau, MAX_DEPTH)
+        for _ in range(_RAISE_STEPS):
+            middle = (low + high) / 2
+            same = self.sparsity(tau_of(middle)) >= skipped
+            low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+        return torch.maximum(tau, tau_of(low))
 
 
 @dataclass

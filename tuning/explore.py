@@ -21,14 +21,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.bracket import (
     MIN_DEPTH,
     START_SLOPE,
+    AtTheta,
     TauSearch,
     depth_of,
-    most_skipped,
-    raised,
     tau_of,
 )
 from vllm_afbs.tuning.evaluator import LayerEvaluator
@@ -123,12 +121,14 @@ class Explorer:
         return self._scorer.evaluator(CALIBRATION, length, EXPLORE_Q_BLOCKS)
 
     def _without_guard(self, length: int) -> Record:
-        theta = self._evaluator(length).guard_theta(0.0)
+        evaluator = self._evaluator(length)
+        theta = evaluator.guard_theta(0.0)
         start, slope = torch.full_like(theta, START_TAU), torch.full_like(theta, START_SLOPE)
         if shorter := list(self._free.values()):
             start, slope = _carried(length, shorter), torch.tensor(shorter[-1]["slope"])
         everyone = torch.ones(len(theta), dtype=torch.bool)
-        return {"guard": 0.0, **self._search(length, theta, everyone, start, slope)}
+        layer = AtTheta(evaluator, theta)
+        return {"guard": 0.0, **self._search(layer, everyone, start, slope)}
 
     # Guards
 
@@ -195,11 +195,11 @@ class Explorer:
         theta = evaluator.guard_theta(0.0)
         for guard in guards.unique().tolist():
             theta = torch.where(guards == guard, evaluator.guard_theta(guard), theta)
-        most = most_skipped(self._evaluator(length), theta)
+        layer = AtTheta(self._evaluator(length), theta)
         free = torch.tensor(self._free[length]["sparsity"])
-        heads = (guards > 0.0) & (most >= free + HEAD_GAIN)
+        heads = (guards > 0.0) & (layer.most >= free + HEAD_GAIN)
         start, slope = self._nearest(guards, length)
-        return self._search(length, theta, heads, start, slope)
+        return self._search(layer, heads, start, slope)
 
     def _nearest(self, guards: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where to begin: tau and slope of each head.
@@ -221,28 +221,22 @@ class Explorer:
 
     def _search(
         self,
-        length: int,
-        theta: torch.Tensor,
+        layer: AtTheta,
         heads: torch.Tensor,
         start: torch.Tensor,
         slope: torch.Tensor,
     ) -> Record:
-        evaluator = self._evaluator(length)
-
-        def skipped(tau: torch.Tensor) -> torch.Tensor:
-            return evaluator.sparsity(HeadThresholds(tau, theta))
-
-        most = most_skipped(evaluator, theta)
-        search = TauSearch(self._settings.tolerance, start, heads, slope, _NEARNESS, most)
-        search.run(lambda tau: evaluator.score(HeadThresholds(tau, theta)), STEPS)
-        self._scorer.count(evaluator, search.evaluations)
-        tau = raised(search.estimate(), skipped)
+        search = TauSearch(self._settings.tolerance, start, heads, slope, _NEARNESS, layer.most)
+        search.run(layer.score, STEPS)
+        self._scorer.count(layer.evaluator, search.evaluations)
+        tau = layer.raised(search.estimate())
+        sparsity = torch.where(tau < 1.0, layer.sparsity(tau), 0.0)
         return {
-            "length": length,
-            "theta": theta.tolist(),
+            "length": layer.evaluator.length,
+            "theta": layer.theta.tolist(),
             "tau": tau.tolist(),
             "slope": search.slope.tolist(),
-            "sparsity": torch.where(tau < 1.0, skipped(tau), 0.0).tolist(),
+            "sparsity": sparsity.tolist(),
         }
 
 

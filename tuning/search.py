@@ -20,10 +20,9 @@ from vllm_afbs.tuning.bracket import (
     MAX_DEPTH,
     MIN_DEPTH,
     Accepted,
+    AtTheta,
     TauSearch,
     depth_of,
-    most_skipped,
-    raised,
     tau_of,
 )
 from vllm_afbs.tuning.capture import Capture
@@ -161,18 +160,11 @@ class LayerSearch:
             torch.tensor(explored[name]) for name in ("theta", "tau", "slope", "sparsity")
         )
         evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, REFINE_Q_BLOCKS)
-        worth = sparsity >= MIN_SPARSITY
-
-        def skipped(tau: torch.Tensor) -> torch.Tensor:
-            return evaluator.sparsity(HeadThresholds(tau, theta))
-
-        most = most_skipped(evaluator, theta)
-        search = TauSearch(settings.tolerance, start, worth, slope, most=most)
-        best = search.run(
-            lambda tau: evaluator.score(HeadThresholds(tau, theta)), max_steps=REFINE_STEPS
-        )
+        layer, worth = AtTheta(evaluator, theta), sparsity >= MIN_SPARSITY
+        search = TauSearch(settings.tolerance, start, worth, slope, most=layer.most)
+        best = search.run(layer.score, max_steps=REFINE_STEPS)
         self._scorer.count(evaluator, search.evaluations)
-        best = replace(best, tau=raised(best.tau, skipped))
+        best = replace(best, tau=layer.raised(best.tau))
         return {"theta": theta.tolist(), "slope": search.slope.tolist(), **_record(best)}
 
     def _expected(self, explored: Record, refined: Record, tolerance: float) -> Record:
