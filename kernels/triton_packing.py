@@ -91,7 +91,7 @@ def _places(
     return at, packed_at, mask, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_rows"])
 def _pool_block(
     query, packed, mean, similarity, table, num_blocks, num_rows, stride_token, stride_head,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -109,7 +109,7 @@ def _pool_block(
     tl.store(mean + out * HEAD_DIM + columns, middle, mask=columns < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_rows"])
 def _unpack_block(
     packed, output, table, num_blocks, num_rows, stride_token, stride_head,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,

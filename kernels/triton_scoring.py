@@ -11,7 +11,8 @@ from vllm_afbs.kernels.triton_geometry import load_query_block
 # Fastest of 64 or 128 rows, 16 or 32 blocks, 4 or 8 warps and 2 or 3 stages, on an H100 at 32K and
 # 128K with heads of 128.
 _ROWS = 128  # pooled queries of a program
-_SPAN = 16  # key blocks of a program, which keeps its queries meanwhile
+_SPAN = 16  # most key blocks of a program, which keeps its queries meanwhile
+_PROGRAMS = 512  # where longer spans would leave fewer, an H100's 132 processors are not all busy
 
 
 def score_key_pages(
@@ -36,19 +37,21 @@ def score_key_pages(
         ``mean`` and ``total`` of ``BlockScores``, undefined where no key is visible; the request's
         query blocks are in the order of ``blocks``.
     """
-    geometry, span = blocks.requests[request].geometry, blocks.slices[request]
+    geometry, first_block = blocks.requests[request].geometry, blocks.slices[request].start
     num_heads, _, head_dim = mean_query.shape
     _, page_size, num_kv_heads, _ = key_cache.shape
     num_q_blocks, num_k_blocks = geometry.num_q_blocks, geometry.num_k_blocks
     group = num_heads // num_kv_heads
-    shape = (2, num_heads, num_q_blocks, num_k_blocks)
-    mean, total = mean_query.new_empty(shape, dtype=torch.float32)
-    grid = (
-        triton.cdiv(num_q_blocks * group, _ROWS), triton.cdiv(num_k_blocks, _SPAN), num_kv_heads
-    )  # fmt: skip
+    # Rows of whole vectors: a step's own numbers then change nothing that a kernel is compiled for.
+    padded = triton.cdiv(num_k_blocks, _SPAN) * _SPAN
+    scores = mean_query.new_empty(2, num_heads, num_q_blocks, padded, dtype=torch.float32)
+    mean, total = scores[..., :num_k_blocks]
+    row_parts = triton.cdiv(num_q_blocks * group, _ROWS)
+    span = _span(num_k_blocks, row_parts * num_kv_heads)
+    grid = (row_parts, triton.cdiv(num_k_blocks, span), num_kv_heads)
     _score_key_blocks[grid](
         mean_query, key_cache, pages, mean, total, blocks.table, softmax_scale,
-        blocks.num_blocks, span.start, num_q_blocks, num_k_blocks, geometry.kv_len,
+        blocks.num_blocks, first_block, num_q_blocks, geometry.kv_len, padded, span,
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -61,6 +64,14 @@ def score_key_pages(
         num_stages=2,
     )  # fmt: skip
     return mean, total
+
+
+def _span(num_k_blocks: int, num_others: int) -> int:
+    """Key blocks of a program where there are so many programs for each span of them."""
+    span = _SPAN
+    while span > 1 and triton.cdiv(num_k_blocks, span) * num_others < _PROGRAMS:
+        span //= 2
+    return span
 
 
 def key_page_similarity(
@@ -103,10 +114,12 @@ def _key_addresses(pages, token, present, stride_page, stride_token, PAGE_SIZE: 
     return page * stride_page + (token % PAGE_SIZE) * stride_token
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["pages", "num_blocks", "first_block", "num_q_blocks", "kv_len", "span"]
+)  # they differ from step to step, and kernels would be compiled anew while a request waits
 def _score_key_blocks(
     mean_query, key_cache, pages, mean, total, table, softmax_scale,
-    num_blocks, first_block, num_q_blocks, num_k_blocks, kv_len,
+    num_blocks, first_block, num_q_blocks, kv_len, stride_scores, span,
     stride_page, stride_token, stride_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
@@ -131,8 +144,8 @@ def _score_key_blocks(
     step = tl.arange(0, SPAN)
     means = tl.zeros([ROWS, SPAN], tl.float32)
     totals = tl.zeros([ROWS, SPAN], tl.float32)
-    start = tl.program_id(1) * SPAN
-    stop = tl.minimum(start + SPAN, tl.cdiv(tl.max(end, 0), BLOCK_K))
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, tl.cdiv(tl.max(end, 0), BLOCK_K))
     whole = tl.minimum(stop, tl.maximum(tl.min(end, 0) // BLOCK_K, start))
     keys = key_cache + kv_head * stride_head
     for in_part in tl.static_range(2):
@@ -144,7 +157,7 @@ def _score_key_blocks(
             here = (step == block - start)[None, :]
             means = tl.where(here, middle[:, None], means)
             totals = tl.where(here, weight[:, None], totals)
-    out = (head.to(tl.int64) * num_q_blocks + q_block) * num_k_blocks + start
+    out = (head.to(tl.int64) * num_q_blocks + q_block) * stride_scores + start
     mask = there[:, None] & (start + step < stop)[None, :]
     tl.store(mean + out[:, None] + step[None, :], means, mask=mask)
     tl.store(total + out[:, None] + step[None, :], totals, mask=mask)
@@ -182,7 +195,7 @@ def _score_key_block(
     return middle / LOG2E, (highest + tl.log2(weight)) / LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "kv_len", "num_blocks"])
 def _key_block_similarity(
     key_cache, pages, similarity, kv_len, num_blocks,
     stride_page, stride_token, stride_head,

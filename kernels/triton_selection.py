@@ -106,8 +106,8 @@ def _select(
         _select_tile[(num_heads * num_q_blocks,)](
             mean, total, queries.similarity, likeness, thresholds.tau, thresholds.theta,
             blocks.table, pages, entries, lengths, query_start_loc, num_kept,
-            blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks,
-            num_k_blocks, entries.stride(0), num_heads, request.geometry.local_keys,
+            blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks, num_k_blocks,
+            mean.stride(1), entries.stride(0), num_heads, request.geometry.local_keys,
             heads_per_page(key_cache),
             GROUP=num_heads // num_kv_heads,
             BLOCK_K=request.geometry.block_k,
@@ -127,12 +127,17 @@ def _softmax(scores, mask):
     return weight / tl.maximum(tl.sum(weight, 0), 1e-30)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "pages", "num_kept", "num_blocks", "num_rows", "first_block", "num_q_blocks",
+        "num_k_blocks", "stride_entries", "heads_per_page",
+    ]
+)  # fmt: skip
 def _select_tile(
     mean, total, query_similarity, key_similarity, taus, thetas,
     table, pages, entries, lengths, query_start_loc, num_kept,
-    num_blocks, num_rows, first_block, num_q_blocks,
-    num_k_blocks, stride_entries, num_heads, local_keys, heads_per_page,
+    num_blocks, num_rows, first_block, num_q_blocks, num_k_blocks,
+    stride_scores, stride_entries, num_heads, local_keys, heads_per_page,
     GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW: tl.constexpr,
     BISECTIONS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +160,7 @@ def _select_tile(
         unlike = tl.load(likeness, mask=visible, other=0.0) < theta
     pooled = visible & ~unlike
 
-    row = program.to(tl.int64) * num_k_blocks + blocks
+    row = program.to(tl.int64) * stride_scores + blocks
     mass = SHARE * _softmax(mean + row, pooled) + (1.0 - SHARE) * _softmax(total + row, pooled)
 
     # Blocks of at least `low` reach tau; those of at least `high` do not, or hold one block.

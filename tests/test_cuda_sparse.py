@@ -1,7 +1,13 @@
 """Both ways of sparse prefill on CUDA, selection included, against the fp64 reference."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
+import triton
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.batches import make_batch
 from tests.problems import SCALE, relative_l1
@@ -50,3 +56,57 @@ def test_sparse_prefill_equals_the_reference(
     assert dense_error <= 8 * torch.finfo(dtype).eps
     # Dropping blocks must not cost precision: the same operation in the same dtype is the budget.
     assert sparse_error <= 2 * dense_error
+
+
+@given(st.integers(1, 200_000), st.integers(0, 200_000), st.sampled_from([16, 64, 128]), st.data())
+def test_every_context_shares_its_kernels_with_one_that_was_compiled(
+    shortest: int, more: int, block_k: int, data: st.DataObject
+) -> None:
+    from vllm_afbs.cuda.warmup import lengths_to_compile
+
+    longest = shortest + more
+    kv_len = data.draw(st.integers(shortest, longest))
+    rows = [length // block_k for length in lengths_to_compile(shortest, longest, block_k)]
+    assert triton.next_power_of_2(triton.cdiv(kv_len, block_k)) in rows
+    assert len(rows) <= 2 + math.log2(longest / shortest)
+
+
+STEPS = [[(257, 1000)], [(640, 640), (129, 1537)], [(1024, 1024)], [(131, 385)]]
+"""Chunks, batches and whole prompts whose numbers are multiples of 16 or not."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_guards", [False, True])
+def test_a_warm_server_compiles_nothing_in_a_request(has_guards: bool) -> None:
+    from vllm_afbs.cuda import sparse
+    from vllm_afbs.cuda.warmup import LayerShape, compile_kernels
+
+    compiled = []
+
+    def note(*args: Any, **kwargs: Any) -> None:
+        compiled.append(kwargs["fn"].name)
+
+    batches = [
+        make_batch(lengths, 128, 128, 112, torch.bfloat16, "cuda", True) for lengths in STEPS
+    ]
+    problem = batches[0].problems[0]
+    num_heads = len(problem.thresholds.tau)
+    thresholds = HeadThresholds(torch.full((num_heads,), 0.5), problem.thresholds.theta, has_guards)
+    layer = sparse.Layer(thresholds.to(torch.device("cuda")), SCALE, 0.0)
+    ways = [sparse.TilePrefill(layer), sparse.TritonPrefill(layer)]
+    shape = LayerShape(num_heads, problem.num_kv_heads, 112, torch.bfloat16, 128, 128, 128)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_post_compile_hook = note
+        compile_kernels(ways, shape, 300, 2000)
+        assert "_select_tile" in compiled  # of a head size that no other test has
+        compiled.clear()
+        for batch in batches:
+            step = sparse.StepInputs(
+                batch.query, batch.key_cache, batch.value_cache, batch.block_table, batch.blocks
+            )
+            # A layer's row of the counters begins anywhere.
+            num_kept = torch.zeros(num_heads + 1, dtype=torch.int64, device="cuda")[1:]
+            for prefill in ways:
+                chosen = prefill.choose(step, num_kept)
+                prefill.attend(step, chosen, torch.empty_like(step.query))
+    assert compiled == []

@@ -25,6 +25,7 @@ from vllm_afbs.cuda.sparse import (
     TritonPrefill,
     can_cut,
 )
+from vllm_afbs.cuda.warmup import LayerShape, compile_kernels
 from vllm_afbs.fallbacks import Reason
 from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
 from vllm_afbs.profile import Profile
@@ -101,6 +102,9 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         meter = DeviceMeter(self._plans, serving.read_settings(vllm_config), device)
         for slot, (impl, plan) in enumerate(plans):
             impl.configure(plan, slot, meter, device)
+            if self.profile is not None:
+                dtype, page_size = vllm_config.model_config.dtype, kv_cache_spec.block_size
+                impl.warm_up(self.profile, dtype, page_size)
 
     def build(
         self,
@@ -190,6 +194,14 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         if plan.thresholds is not None:
             layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
             self._ways = {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
+
+    def warm_up(self, profile: Profile, dtype: torch.dtype, page_size: int) -> None:
+        """Compiles the layer's kernels; layers alike share them, so only the first takes long."""
+        shape = LayerShape(
+            self.num_heads, self.num_kv_heads, self.head_size, dtype, page_size,
+            profile.block_q, profile.block_k,
+        )  # fmt: skip
+        compile_kernels(self._ways.values(), shape, profile.min_seq_len, profile.max_seq_len)
 
     def forward(
         self,
