@@ -68,7 +68,7 @@ def _block_shape(head_dim: int, blocks: QueryBlocks) -> dict[str, int]:
         "HEAD_DIM": head_dim,
         "PADDED_DIM": triton.next_power_of_2(head_dim),
         "BLOCK": triton.next_power_of_2(blocks.block_q),
-        "num_warps": 8,
+        "num_warps": 4,
     }
 
 

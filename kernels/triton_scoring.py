@@ -12,7 +12,7 @@ from vllm_afbs.kernels.triton_geometry import load_query_block
 # 128K with heads of 128.
 _ROWS = 128  # pooled queries of a program
 _SPAN = 16  # most key blocks of a program, which keeps its queries meanwhile
-_PROGRAMS = 512  # where longer spans would leave fewer, an H100's 132 processors are not all busy
+_PROGRAMS = 256  # where longer spans would leave fewer, an H100's 132 processors are not all busy
 
 
 def score_key_pages(
