@@ -5,7 +5,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from tests.tuning_jobs import command, result, start
 from vllm_afbs import tune
 from vllm_afbs.profile import HeadProfile, LayerProfile, Profile
 from vllm_afbs.profile_file import load_profile
+from vllm_afbs.tuning import workers
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.model import InputError, open_model
@@ -79,6 +82,33 @@ def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
     assert progress.stages == pytest.approx({"Capturing": 0.0, "Tuning": 0.0})
     assert str(refused.value).startswith(f"{tmp_path}/none/layer-000.calibration.safetensors: ")
     assert "\n" not in str(refused.value)
+
+
+def test_a_worker_with_a_gpu_lives_on_for_the_next_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_with_made_up_gpu(ray: Any, count: int | None, stack: ExitStack) -> None:
+        stack.callback(ray.shutdown)
+        ray.init(
+            address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False,
+            logging_level="ERROR", object_store_memory=100 << 20,
+        )  # fmt: skip
+
+    monkeypatch.setattr(workers, "_start", start_with_made_up_gpu)
+    settings = SearchSettings([128, 256], 0.1, 32, 32, seed=0)
+    taken = captured(tmp_path, 256, clustered)
+    seen = set()
+
+    def look(share: float) -> None:
+        children = psutil.Process().children(recursive=True)
+        seen.update(each for each in children if each.name().startswith("ray::search"))
+
+    with LayerPool(1, None) as pool:
+        pool.search(settings, [0], {}, taken, Journal(tmp_path / "journal.jsonl", {}), look)
+        # Ray would end it by default, and the next one import PyTorch and Ax and find its GPU anew.
+        gone, alive = psutil.wait_procs(seen, timeout=3)
+    assert len(alive) == 1
+    assert gone == []
 
 
 def wait_for_both_layers(job: subprocess.Popen[str], output: Path) -> None:

@@ -145,7 +145,11 @@ class LayerPool:
         capture = replace(capture, directory=capture.directory.resolve())
         share = self._share
         task = ray.remote(
-            num_returns="streaming", max_retries=0, num_cpus=share.threads, num_gpus=share.gpus
+            num_returns="streaming",
+            max_retries=0,
+            max_calls=0,  # a worker with a GPU would end after one layer and be started anew
+            num_cpus=share.threads,
+            num_gpus=share.gpus,
         )(search_layer)
         waiting = iter(layers)
         running: dict[Any, int] = {}
