@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from vllm_afbs.benchmarks.tuner_arms.stages import WithoutBayes
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
@@ -20,7 +21,7 @@ from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search import REFINE_STEPS, LayerSearch
 from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
-from vllm_afbs.tuning.windows import by_text, held_out
+from vllm_afbs.tuning.windows import CALIBRATION, by_text, held_out
 
 TOLERANCE = 0.05
 
@@ -253,6 +254,35 @@ def test_refining_takes_the_largest_tau_that_skips_the_same(
     assert torch.equal(scores.sparsity[sparse], accepted[sparse])
     assert (scores.error[sparse] <= TOLERANCE).all()
     assert ((higher < scores.sparsity) | (depth_of(tau) > MAX_DEPTH - 0.1))[sparse].all()
+
+
+class Misled(LayerSearch):
+    """Stage 1 has read a gain from a guard off a few rows, for every head."""
+
+    def _explore(self) -> Record:
+        evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, None)
+        return {**super()._explore(), "theta": evaluator.guard_theta(0.3).tolist()}
+
+
+@pytest.mark.parametrize(("layer_of", "confirmed"), [(clustered, set()), (hidden, {0, 1})])
+def test_a_guard_stays_only_where_refining_confirms_its_gain(
+    layer_of: Callable[[int, int], LayerTensors], confirmed: set[int], tmp_path: Path
+) -> None:
+    taken = captured(tmp_path, 512, layer_of)
+    job = SearchSettings([256, 512], TOLERANCE, 32, 32, seed=1)
+    steps = {}
+    for search in (Misled, WithoutBayes):
+        journal = Journal(tmp_path / f"{search.__name__}.jsonl", {})
+        search(job, 0, taken, journal, lambda _: None).run()
+        (steps[search],) = journal.steps("layer 0 refine")
+    found, without = steps[Misled], steps[WithoutBayes]
+    for head, theta in enumerate(found["theta"]):
+        if head in confirmed:
+            assert theta > THETA_OFF
+            assert found["sparsity"][head] >= without["sparsity"][head] + HEAD_GAIN
+        else:
+            for name in ("theta", "tau", "error", "sparsity"):
+                assert found[name][head] == without[name][head]
 
 
 def test_every_text_has_to_accept_a_head(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ sparsity at a tau that was not scored is exact all the same: it takes the select
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -87,7 +87,7 @@ class Explorer:
 
         Returns:
             Each head's ``theta``, and at it ``tau``, ``slope`` and ``sparsity``, from the trial at
-            the longest length that it skips most in; without a guard unless one adds ``HEAD_GAIN``.
+            the longest length that is ``best_of`` all; as ``free``, the trial without a guard.
         """
         lengths = self._settings.lengths
         for length in lengths:
@@ -105,7 +105,9 @@ class Explorer:
             self._guarded.append(best)
         own = self._trial("target own", self._with_own_guards)
         self._on_progress(1.0 - self._trials / self._most_trials)
-        return _choose(self._free[lengths[-1]], [*self._at_longest(), own])
+        free = self._free[lengths[-1]]
+        chosen = best_of(free, [*self._at_longest(), own], ("theta", "tau", "slope", "sparsity"))
+        return {**chosen, "free": free}
 
     def without_guard(self, length: int) -> Record:
         """The trial without a guard at a length, once ``run`` has been called."""
@@ -240,14 +242,20 @@ class Explorer:
         }
 
 
-def _choose(free: Record, guarded: list[Record]) -> Record:
-    trials = [free, *guarded]
-    value = torch.tensor([trial["sparsity"] for trial in trials])
+def best_of(free: Record, guarded: Sequence[Record], names: Sequence[str]) -> Record:
+    """What each head skips most with; without a guard unless one adds ``HEAD_GAIN``.
+
+    Args:
+        free: Without a guard, each head's value by name, among them ``sparsity``.
+        guarded: The same under guards.
+        names: What to return of it.
+    """
+    records = [free, *guarded]
+    value = torch.tensor([record["sparsity"] for record in records])
     value[0] += HEAD_GAIN
     choice = value.argmax(dim=0).tolist()
     return {
-        name: [trials[index][name][head] for head, index in enumerate(choice)]
-        for name in ("theta", "tau", "slope", "sparsity")
+        name: [records[index][name][head] for head, index in enumerate(choice)] for name in names
     }
 
 

@@ -20,7 +20,7 @@ from vllm_afbs.tuning.model import InputError
 Record = dict[str, Any]
 
 FILE_NAME = "journal.jsonl"
-SEARCH_VERSION = 2
+SEARCH_VERSION = 3
 """Raised whenever the same settings lead the search elsewhere: a job ends as it was begun."""
 
 

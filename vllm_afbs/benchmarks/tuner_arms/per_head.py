@@ -68,7 +68,7 @@ class PaperSearch(LayerSearch):
             "sparsity": scores.sparsity.tolist(),
         }
 
-    def _refine(self, explored: Record, settings: SearchSettings) -> Record:
+    def _refine(self, explored: Record) -> Record:
         theta = torch.tensor(explored["theta"])
         evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, None)
         low, high = MIN_DEPTH, MAX_DEPTH
@@ -77,7 +77,7 @@ class PaperSearch(LayerSearch):
             depth = (low + high) / 2
             tau = tau_of(torch.tensor([depth]))
             scores = self._scorer.score(evaluator, HeadThresholds(tau, theta), _HEAD)
-            if float(scores.error) <= settings.tolerance:
+            if float(scores.error) <= self._settings.tolerance:
                 high = depth
                 found = {
                     "tau": tau.tolist(),

@@ -78,9 +78,9 @@ class WithoutBayes(LayerSearch):
 class WithoutBinarySearch(LayerSearch):
     """No refinement of tau."""
 
-    def _refine(self, explored: Record, settings: SearchSettings) -> Record:
+    def _refine(self, explored: Record) -> Record:
         # Where the trials' lines say that the tolerance is met; nothing is measured.
-        error = [settings.tolerance] * len(explored["tau"])
+        error = [self._settings.tolerance] * len(explored["tau"])
         return {name: explored[name] for name in ("theta", "tau", "sparsity")} | {"error": error}
 
 
