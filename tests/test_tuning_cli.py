@@ -45,6 +45,23 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert not Path(f"{killed}.work").exists()
 
 
+@pytest.mark.parametrize(
+    ("reach", "has_gpu", "expected"),
+    [
+        (131_072, True, [8192, 16384, 32768]),
+        (131_072, False, [2048, 4096, 8192]),
+        (20_000, True, [4096, 8192, 16384]),
+        (8192, True, [2048, 4096, 8192]),
+        (5000, False, [2048, 4096]),
+        (1024, True, []),
+    ],
+)
+def test_lengths_by_default_are_the_longest_that_are_in_reach(
+    reach: int, has_gpu: bool, expected: list[int]
+) -> None:
+    assert tune.default_lengths(reach, has_gpu) == expected
+
+
 def test_interrupt_says_how_to_go_on(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

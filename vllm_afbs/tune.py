@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from vllm_afbs.tuning.texts import Text
     from vllm_afbs.tuning.workers import LayerPool
 
-DEFAULT_LENGTHS = [2048, 4096, 8192]
+LENGTHS = [2048, 4096, 8192, 16384, 32768]
+CPU_LONGEST = 8192
+"""Longest default without a GPU, where each further doubling takes four times as long."""
 DEFAULT_TOLERANCE = 0.05
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -79,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="TOKENS",
         help="context lengths, at least two; short ones explore cheaply, the longest decides "
-        f"(default: of {', '.join(map(str, DEFAULT_LENGTHS))} those the model's positions reach)",
+        f"(default: the three longest of {', '.join(map(str, LENGTHS))} that the model's positions "
+        f"reach; without a GPU, up to {CPU_LONGEST})",
     )
     parser.add_argument(
         "--layers",
@@ -242,12 +245,13 @@ def _layer_pool(options: argparse.Namespace) -> "AbstractContextManager[LayerPoo
 
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
+    from vllm_afbs.tuning.device import compute_device
     from vllm_afbs.tuning.model import InputError
     from vllm_afbs.tuning.scorer import SearchSettings
 
     reach = model.max_length
-    chosen = options.lengths or [length for length in DEFAULT_LENGTHS if length <= reach]
-    lengths = sorted(set(chosen))
+    has_gpu = compute_device().type == "cuda"
+    lengths = sorted(set(options.lengths or default_lengths(reach, has_gpu)))
     if lengths and lengths[-1] > reach:
         raise InputError(f"--lengths: at most {reach} (max_position_embeddings), got {lengths[-1]}")
     if len(lengths) < 2:
@@ -257,6 +261,17 @@ def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSetti
     return SearchSettings(
         lengths, options.tolerance, options.block_q, options.block_k, options.seed
     )
+
+
+def default_lengths(reach: int, has_gpu: bool) -> list[int]:
+    """Context lengths where the user names none.
+
+    Args:
+        reach: Longest context of the model, in tokens.
+        has_gpu: Whether the job runs on one.
+    """
+    longest = reach if has_gpu else min(reach, CPU_LONGEST)
+    return [length for length in LENGTHS if length <= longest][-3:]
 
 
 def _layers(ranges: Sequence[range] | None, num_layers: int) -> list[int]:
