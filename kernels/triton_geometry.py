@@ -1,4 +1,9 @@
-"""``QueryBlocks`` inside kernels."""
+"""``QueryBlocks`` inside kernels.
+
+Numbers that differ from step to step, and pointers into the middle of a tensor, are never
+specialized (``do_not_specialize``): a kernel would be compiled anew for each of their divisors
+while a request waits.
+"""
 
 import triton
 import triton.language as tl

@@ -250,7 +250,9 @@ def _walk(
     return acc, denominator, row_max, skipped
 
 
-@triton.jit(do_not_specialize=["num_blocks", "heads_at_once", "stride_table", "stride_list"])
+@triton.jit(
+    do_not_specialize=["block_table", "num_blocks", "heads_at_once", "stride_table", "stride_list"]
+)
 def _prefill_tile(
     query, key_cache, value_cache, output, block_table, table, block_lists, counts,
     scale, softcap, window, lambdas, k_scale, v_scale, products,

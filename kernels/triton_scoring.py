@@ -35,14 +35,14 @@ def score_key_pages(
 
     Returns:
         ``mean`` and ``total`` of ``BlockScores``, undefined where no key is visible; the request's
-        query blocks are in the order of ``blocks``.
+        query blocks are in the order of ``blocks``. Rows are padded, with the same strides in both.
     """
     geometry, first_block = blocks.requests[request].geometry, blocks.slices[request].start
     num_heads, _, head_dim = mean_query.shape
     _, page_size, num_kv_heads, _ = key_cache.shape
     num_q_blocks, num_k_blocks = geometry.num_q_blocks, geometry.num_k_blocks
     group = num_heads // num_kv_heads
-    # Rows of whole vectors: a step's own numbers then change nothing that a kernel is compiled for.
+    # Rows of whole vectors, whatever the context: see ``triton_geometry``.
     padded = triton.cdiv(num_k_blocks, _SPAN) * _SPAN
     scores = mean_query.new_empty(2, num_heads, num_q_blocks, padded, dtype=torch.float32)
     mean, total = scores[..., :num_k_blocks]
@@ -51,7 +51,7 @@ def score_key_pages(
     grid = (row_parts, triton.cdiv(num_k_blocks, span), num_kv_heads)
     _score_key_blocks[grid](
         mean_query, key_cache, pages, mean, total, blocks.table, softmax_scale,
-        blocks.num_blocks, first_block, num_q_blocks, geometry.kv_len, padded, span,
+        blocks.num_blocks, first_block, num_q_blocks, geometry.kv_len, mean.stride(1), span,
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -67,7 +67,12 @@ def score_key_pages(
 
 
 def _span(num_k_blocks: int, num_others: int) -> int:
-    """Key blocks of a program where there are so many programs for each span of them."""
+    """Key blocks of a program: fewer where the grid would have fewer than ``_PROGRAMS``.
+
+    Args:
+        num_k_blocks: Of the context.
+        num_others: Programs for each span of them.
+    """
     span = _SPAN
     while span > 1 and triton.cdiv(num_k_blocks, span) * num_others < _PROGRAMS:
         span //= 2
@@ -116,7 +121,7 @@ def _key_addresses(pages, token, present, stride_page, stride_token, PAGE_SIZE: 
 
 @triton.jit(
     do_not_specialize=["pages", "num_blocks", "first_block", "num_q_blocks", "kv_len", "span"]
-)  # they differ from step to step, and kernels would be compiled anew while a request waits
+)
 def _score_key_blocks(
     mean_query, key_cache, pages, mean, total, table, softmax_scale,
     num_blocks, first_block, num_q_blocks, kv_len, stride_scores, span,

@@ -56,7 +56,7 @@ def make_batch(
     ]
     queries, requests, key_pages, value_pages, rows, first_page = [], [], [], [], 0, 0
     # Row 0 of the block table is another request's.
-    block_table = torch.zeros(len(lengths) + 1, 160, dtype=torch.int32)
+    block_table = torch.zeros(len(lengths) + 1, 159, dtype=torch.int32)  # rows begin anywhere
     for index, problem in enumerate(problems):
         problem.query, problem.key, problem.value = (
             part.to(dtype) for part in (problem.query, problem.key, problem.value)

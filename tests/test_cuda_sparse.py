@@ -94,10 +94,18 @@ def test_a_warm_server_compiles_nothing_in_a_request(has_guards: bool) -> None:
     thresholds = HeadThresholds(torch.full((num_heads,), 0.5), problem.thresholds.theta, has_guards)
     layer = sparse.Layer(thresholds.to(torch.device("cuda")), SCALE, 0.0)
     ways = [sparse.TilePrefill(layer), sparse.TritonPrefill(layer)]
-    shape = LayerShape(num_heads, problem.num_kv_heads, 112, torch.bfloat16, 128, 128, 128)
+    shape = LayerShape(
+        num_heads=num_heads,
+        num_kv_heads=problem.num_kv_heads,
+        head_dim=112,
+        dtype=torch.bfloat16,
+        page_size=128,
+        block_q=128,
+        block_k=128,
+    )
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_post_compile_hook = note
-        compile_kernels(ways, shape, 300, 2000)
+        compile_kernels(ways, shape, 300, 2000, torch.device("cuda"))
         assert "_select_tile" in compiled  # of a head size that no other test has
         compiled.clear()
         for batch in batches:

@@ -37,6 +37,7 @@ def make_config(tmp_path: Path, layers: dict[str, Any], **changes: Any) -> Any:
         "additional_config": {"afbs": settings},
         "compilation_config": SimpleNamespace(static_forward_context=layers),
         "lora_config": None,
+        "model_config": SimpleNamespace(enable_sleep_mode=False),
         "speculative_config": None,
     }
     return SimpleNamespace(**values | changes)
@@ -121,7 +122,10 @@ def test_pages_have_to_divide_key_blocks(platform: str) -> None:
     [(128, 128, 32, None), (16, 256, 32, None), (512, 128, 32, None), (96, 128, 32, "block_size"),
      (128, 384, 32, "block_size"), (1024, 128, 32, "block_size"), (8, 128, 32, "block_size"),
      # Compiled for an H100, scoring takes 197,632, 296,960 and 329,728 of its 232,448 bytes.
-     (128, 128, 256, None), (128, 512, 128, "block_size"), (128, 256, 192, "block_size")],
+     (128, 128, 256, None), (128, 512, 128, "block_size"), (128, 256, 192, "block_size"),
+     # And attention 98,308, 196,612, 262,148 and 262,144.
+     (512, 128, 64, None), (256, 128, 128, None), (512, 128, 96, "block_size"),
+     (256, 128, 256, "block_size")],
 )  # fmt: skip
 def test_kernels_on_cuda_have_to_be_able_to_cut_the_blocks(
     block_q: int, block_k: int, head_dim: int, expected: Reason | None
@@ -241,6 +245,9 @@ def test_what_the_whole_server_does_decides(
     layers = {name_of(0): make_layer(make_impl("cpu"))}
     config = make_config(tmp_path, layers, lora_config=SimpleNamespace(max_loras=1))
     assert reasons(config, monkeypatch) == ["lora"]
+    may_sleep = SimpleNamespace(enable_sleep_mode=True)
+    config = make_config(tmp_path, layers, model_config=may_sleep)
+    assert reasons(config, monkeypatch) == ["sleep_mode"]
     config = make_config(tmp_path, layers)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert reasons(config, monkeypatch) == ["batch_invariant"]

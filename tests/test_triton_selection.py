@@ -103,6 +103,11 @@ def check_tables(batch: Batch, tables: TileTables, keeps: list[torch.Tensor]) ->
                 )
 
 
+def use_long_spans(monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    """Has a program score many blocks, as in large steps, or one."""
+    monkeypatch.setattr(triton_scoring, "_PROGRAMS", 1 if long else 1 << 20)
+
+
 def check_pooling(batch: Batch) -> None:
     _, stats = pack_queries(batch.query, batch.blocks)
     pooled = [pool_queries(p.query, p.geometry) for p in batch.problems]
@@ -140,6 +145,7 @@ def test_interpreted_selection_equals_the_reference(
     # Several programs score a request, in both directions.
     monkeypatch.setattr(triton_scoring, "_ROWS", 16)
     monkeypatch.setattr(triton_scoring, "_SPAN", 2)
+    use_long_spans(monkeypatch, heads_outside)
     batch = make_batch(
         lengths, 32, page_size, head_dim, torch.float16, "cpu", heads_outside, block_k
     )
@@ -168,7 +174,9 @@ def test_compiled_selection_equals_the_reference(
     heads_outside: bool,
     head_dim: int,
     dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    use_long_spans(monkeypatch, heads_outside)
     batch = make_batch(lengths, 128, page_size, head_dim, dtype, "cuda", heads_outside)
     check_pooling(batch)
     for tau in TAUS:

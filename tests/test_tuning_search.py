@@ -285,6 +285,24 @@ def test_a_guard_stays_only_where_refining_confirms_its_gain(
                 assert found[name][head] == without[name][head]
 
 
+def test_a_dense_head_begins_at_another_tolerance_under_its_own_guard(tmp_path: Path) -> None:
+    """What it is expected to skip there has to be what its tau and theta skip."""
+    taken = captured(tmp_path, 512, hidden)
+    job = SearchSettings([256, 512], TOLERANCE, 32, 32, seed=1)
+    search = LayerSearch(job, 0, taken, Journal(tmp_path / "journal.jsonl", {}), lambda _: None)
+    evaluator = LayerScorer(job, 0, taken).evaluator(CALIBRATION, 512, None)
+    guarded = evaluator.guard_theta(0.3).tolist()
+    explored = {"theta": guarded, "tau": [0.9] * 3, "slope": [0.8] * 3, "sparsity": [0.05] * 3}
+    dense = {"tau": [1.0] * 3, "error": [0.0] * 3, "sparsity": [0.0] * 3, "slope": [0.8] * 3}
+    start = search._expected(explored, {**dense, "theta": [THETA_OFF] * 3}, 8 * TOLERANCE)
+    thresholds = HeadThresholds(torch.tensor(start["tau"]), torch.tensor(start["theta"]))
+    skipped = evaluator.sparsity(thresholds)
+    worth = skipped >= MIN_SPARSITY
+    assert worth.any()
+    assert start["theta"] == guarded
+    assert torch.equal(torch.tensor(start["sparsity"], dtype=torch.float64)[worth], skipped[worth])
+
+
 def test_every_text_has_to_accept_a_head(tmp_path: Path) -> None:
     job = SearchSettings([512, 1024], TOLERANCE, 32, 32, seed=1)
     scorer = LayerScorer(job, 0, captured(tmp_path, 1024, clustered, hidden))

@@ -106,8 +106,7 @@ class Explorer:
         own = self._trial("target own", self._with_own_guards)
         self._on_progress(1.0 - self._trials / self._most_trials)
         free = self._free[lengths[-1]]
-        chosen = best_of(free, [*self._at_longest(), own], ("theta", "tau", "slope", "sparsity"))
-        return {**chosen, "free": free}
+        return {**best_of(free, [*self._at_longest(), own]), "free": free}
 
     def without_guard(self, length: int) -> Record:
         """The trial without a guard at a length, once ``run`` has been called."""
@@ -242,20 +241,21 @@ class Explorer:
         }
 
 
-def best_of(free: Record, guarded: Sequence[Record], names: Sequence[str]) -> Record:
+def best_of(free: Record, guarded: Sequence[Record]) -> Record:
     """What each head skips most with; without a guard unless one adds ``HEAD_GAIN``.
 
     Args:
-        free: Without a guard, each head's value by name, among them ``sparsity``.
+        free: Without a guard, lists of each head's values by name, among them ``sparsity``.
         guarded: The same under guards.
-        names: What to return of it.
     """
     records = [free, *guarded]
     value = torch.tensor([record["sparsity"] for record in records])
     value[0] += HEAD_GAIN
     choice = value.argmax(dim=0).tolist()
     return {
-        name: [records[index][name][head] for head, index in enumerate(choice)] for name in names
+        name: [records[index][name][head] for head, index in enumerate(choice)]
+        for name, values in free.items()
+        if isinstance(values, list)
     }
 
 

@@ -79,7 +79,7 @@ class LayerSearch:
         settings, suffix = self._settings, ""
         if tolerance is not None:
             settings, suffix = replace(settings, tolerance=tolerance), f" within {tolerance!r}"
-            start = {**refined, **self._expected(explored, refined, tolerance)}
+            start = self._expected(explored, refined, tolerance)
             refined = self._step(f"refine{suffix}", lambda: self._refine_tau(start, tolerance))
         self._on_progress(_REFINE_SHARE)
         validated = self._step(f"validate{suffix}", lambda: self._validate(refined, settings))
@@ -162,22 +162,25 @@ class LayerSearch:
         Stage 1 takes the best of several rough readings. On SmolLM2 one such gain of ten is there
         when all rows are scored, and without the others held-out text skips more.
         """
-        refined = self._refine_tau(explored, self._settings.tolerance)
-        guarded = [theta > THETA_OFF for theta in explored["theta"]]
-        if not any(guarded):
+        tolerance = self._settings.tolerance
+        refined = self._refine_tau(explored, tolerance)
+        guarded = torch.tensor(explored["theta"]) > THETA_OFF
+        if not guarded.any():
             return refined
-        free = explored["free"]
-        asked = [s if guard else 0.0 for s, guard in zip(free["sparsity"], guarded, strict=True)]
-        unguarded = self._refine_tau({**free, "sparsity": asked}, self._settings.tolerance)
-        return best_of(unguarded, [refined], list(refined))
+        unguarded = self._refine_tau(explored["free"], tolerance, guarded)
+        return best_of(unguarded, [refined])
 
-    def _refine_tau(self, start: Record, tolerance: float) -> Record:
-        """Searches the tau of heads that may be worth it, from what ``start`` says."""
+    def _refine_tau(
+        self, start: Record, tolerance: float, heads: torch.Tensor | None = None
+    ) -> Record:
+        """Searches the tau of all heads, or of some, that ``start`` says may be worth it."""
         theta, tau, slope, sparsity = (
             torch.tensor(start[name]) for name in ("theta", "tau", "slope", "sparsity")
         )
         evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, REFINE_Q_BLOCKS)
         layer, worth = AtTheta(evaluator, theta), sparsity >= MIN_SPARSITY
+        if heads is not None:
+            worth &= heads
         search = TauSearch(tolerance, tau, worth, slope, most=layer.most)
         best = search.run(layer.score, max_steps=REFINE_STEPS)
         self._scorer.count(evaluator, search.evaluations)
@@ -190,7 +193,7 @@ class LayerSearch:
         }
 
     def _expected(self, explored: Record, refined: Record, tolerance: float) -> Record:
-        """Each head's tau and sparsity at another tolerance, read off the line of log error."""
+        """Where each head should begin at another tolerance, read off the line of log error."""
         accepted = torch.tensor(refined["tau"]) < 1.0
         tau, slope, theta = (
             # Of a head that was left dense, stage 1 has said where it would meet the tolerance.
@@ -204,7 +207,12 @@ class LayerSearch:
         evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, REFINE_Q_BLOCKS)
         sparsity = evaluator.sparsity(HeadThresholds(moved, theta))
         sparsity = torch.where((moved < 1.0) & (sparsity >= MIN_SPARSITY), sparsity, 0.0)
-        return {"tau": moved.tolist(), "slope": slope.tolist(), "sparsity": sparsity.tolist()}
+        return {
+            "theta": theta.tolist(),
+            "tau": moved.tolist(),
+            "slope": slope.tolist(),
+            "sparsity": sparsity.tolist(),
+        }
 
     # Stage 3
 

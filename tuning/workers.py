@@ -1,8 +1,9 @@
 """Tuning layers side by side in Ray workers: on this machine, or on a cluster's machines and GPUs.
 
-A layer's search is the unit: it needs nothing of the other layers. A worker streams every finished
-step to the job's own process, the only one that writes the journal, so a kill loses no more than
-the step that each worker is in. Ray is an extra, and imported only here.
+A layer's search is the unit: it needs nothing of the other layers. A worker is an actor, which
+keeps its GPU and what it has imported from layer to layer. It streams every finished step to the
+job's own process, the only one that writes the journal, so a kill loses no more than the step that
+each worker is in. Ray is an extra, and imported only here.
 """
 
 import itertools
@@ -105,6 +106,8 @@ class LayerPool:
                 _connect(ray, self._address, stack)
             machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             self._share = Share.of(self._count, machines)
+            actor = ray.remote(num_cpus=self._share.threads, num_gpus=self._share.gpus)(_Worker)
+            self._workers = [actor.remote() for _ in range(self._share.count)]
             self._exit = stack.pop_all()
         return self
 
@@ -143,28 +146,25 @@ class LayerPool:
         # The workers are other processes: leave them what the captured model took.
         torch.cuda.empty_cache()
         capture = replace(capture, directory=capture.directory.resolve())
-        share = self._share
-        task = ray.remote(
-            num_returns="streaming",
-            max_retries=0,
-            max_calls=0,  # a worker with a GPU would end after one layer and be started anew
-            num_cpus=share.threads,
-            num_gpus=share.gpus,
-        )(search_layer)
+        idle = list(self._workers)
         waiting = iter(layers)
-        running: dict[Any, int] = {}
+        running: dict[Any, tuple[int, Any]] = {}
         while True:
-            for layer in itertools.islice(waiting, share.count - len(running)):
+            for layer in itertools.islice(waiting, len(idle)):
                 known = journal.steps(f"layer {layer} ")
-                tolerance = tolerances.get(layer)
-                stream = task.remote(settings, layer, tolerance, capture, known, share.threads)
-                running[stream] = layer
+                worker = idle.pop()
+                stream = worker.search.remote(
+                    settings, layer, tolerances.get(layer), capture, known, self._share.threads
+                )
+                running[stream] = layer, worker
             if not running:
                 return
             (stream, *_), _ = ray.wait(list(running), fetch_local=False)
-            event = _next_event(stream, running[stream])
+            layer, worker = running[stream]
+            event = _next_event(stream, layer)
             if event is None:
                 del running[stream]
+                idle.append(worker)
             elif isinstance(event, float):
                 on_progress(event)
             else:
@@ -199,6 +199,15 @@ def search_layer(
         while (event := events.get()) is not None:
             yield event
         running.result()
+
+
+class _Worker:
+    """Searches one layer after another."""
+
+    def search(self, *args: Any) -> Iterator[Event]:
+        """Does what ``search_layer`` does, and gives back the memory that it took of a GPU."""
+        yield from search_layer(*args)
+        torch.cuda.empty_cache()
 
 
 def _next_event(stream: Any, layer: int) -> Event | None:

@@ -91,6 +91,11 @@ def is_plain_attention(layer: Any) -> bool:
     return type(layer) is Attention and layer.head_size_v == layer.head_size
 
 
+def may_sleep(vllm_config: "VllmConfig") -> bool:
+    """Whether the server may be told to give its memory back for a while."""
+    return bool(vllm_config.model_config.enable_sleep_mode)
+
+
 def is_batch_invariant() -> bool:
     """Whether vLLM promises results that do not depend on the batch."""
     from vllm import envs

@@ -64,6 +64,9 @@ def server_limits(vllm_config: Any) -> dict[Reason, bool]:
         "batch_invariant": compat.is_batch_invariant(),
         # An adapter changes queries and keys; the profile's errors were measured without it.
         "lora": vllm_config.lora_config is not None,
+        # The thresholds are allocated while the KV cache is; whether such tensors are restored on
+        # waking up differs between versions of vLLM.
+        "sleep_mode": compat.may_sleep(vllm_config),
     }
 
 

@@ -103,8 +103,9 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         for slot, (impl, plan) in enumerate(plans):
             impl.configure(plan, slot, meter, device)
             if self.profile is not None:
-                dtype, page_size = vllm_config.model_config.dtype, kv_cache_spec.block_size
-                impl.warm_up(self.profile, dtype, page_size)
+                impl.warm_up(
+                    self.profile, vllm_config.model_config, kv_cache_spec.block_size, device
+                )
 
     def build(
         self,
@@ -195,13 +196,21 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
             self._ways = {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
 
-    def warm_up(self, profile: Profile, dtype: torch.dtype, page_size: int) -> None:
+    def warm_up(
+        self, profile: Profile, model_config: Any, page_size: int, device: torch.device
+    ) -> None:
         """Compiles the layer's kernels; layers alike share them, so only the first takes long."""
         shape = LayerShape(
-            self.num_heads, self.num_kv_heads, self.head_size, dtype, page_size,
-            profile.block_q, profile.block_k,
-        )  # fmt: skip
-        compile_kernels(self._ways.values(), shape, profile.min_seq_len, profile.max_seq_len)
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            dtype=model_config.dtype,
+            page_size=page_size,
+            block_q=profile.block_q,
+            block_k=profile.block_k,
+        )
+        longest = min(profile.max_seq_len, model_config.max_model_len)
+        compile_kernels(self._ways.values(), shape, profile.min_seq_len, longest, device)
 
     def forward(
         self,

@@ -28,20 +28,21 @@ leaves the tensor copy engine for slower loads, and all our sequences are that s
 _LEAST_BLOCK = 16  # of a matrix product in Triton
 
 
-_MAX_KEY_ELEMENTS = 128 * 256
-"""Of a key block, its rows padded to a power of two: scoring holds two of them in 227 KB of shared
-memory, beside 128 pooled queries."""
+_MAX_BLOCK_ELEMENTS = 128 * 256
+"""Of a block, its rows padded to a power of two: scoring holds two of keys in 227 KB of shared
+memory, beside 128 pooled queries, and our attention kernel one of queries beside parts of keys."""
 
 
 def can_cut(block_q: int, block_k: int, head_dim: int) -> bool:
     """Whether kernels on CUDA take such blocks.
 
-    They have to be of a power of two, query blocks no larger than a tile, and key blocks no larger
-    than shared memory allows.
+    They have to be of a power of two, query blocks no larger than a tile, and both no larger than
+    shared memory allows.
     """
-    powers = all(block >= _LEAST_BLOCK and block & (block - 1) == 0 for block in (block_q, block_k))
-    key_elements = block_k * triton.next_power_of_2(head_dim)
-    return powers and block_q <= _MAX_TILE_ROWS and key_elements <= _MAX_KEY_ELEMENTS
+    blocks = (block_q, block_k)
+    powers = all(block >= _LEAST_BLOCK and block & (block - 1) == 0 for block in blocks)
+    elements = max(blocks) * triton.next_power_of_2(head_dim)
+    return powers and block_q <= _MAX_TILE_ROWS and elements <= _MAX_BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ vLLM's own kernels are compiled before the server is ready, and its JIT monitor 
 are not, or fails (``--jit-monitor-mode``).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,11 @@ class LayerShape:
 
 
 def compile_kernels(
-    ways: Iterable[SparsePrefill], shape: LayerShape, shortest: int, longest: int
+    ways: Collection[SparsePrefill],
+    shape: LayerShape,
+    shortest: int,
+    longest: int,
+    device: torch.device,
 ) -> None:
     """Runs one query block at every length for which kernels differ.
 
@@ -49,11 +53,12 @@ def compile_kernels(
         shape: The layer's.
         shortest: Tokens of the shortest context that may run sparse.
         longest: Of the longest.
+        device: Where.
     """
+    num_kept = torch.zeros(shape.num_heads, dtype=torch.int64, device=device)
     for kv_len in lengths_to_compile(shortest, longest, shape.block_k):
+        step = _step(shape, kv_len, device)
         for prefill in ways:
-            step = _step(shape, kv_len)
-            num_kept = torch.zeros(shape.num_heads, dtype=torch.int64, device=step.query.device)
             prefill.attend(step, prefill.choose(step, num_kept), torch.empty_like(step.query))
 
 
@@ -73,9 +78,8 @@ def lengths_to_compile(shortest: int, longest: int, block_k: int) -> Iterator[in
         row *= 2
 
 
-def _step(shape: LayerShape, kv_len: int) -> StepInputs:
+def _step(shape: LayerShape, kv_len: int, device: torch.device) -> StepInputs:
     """A query block behind a context all of whose pages are one, of zeros."""
-    device = torch.device("cuda")
     geometry = BlockGeometry(min(shape.block_q, kv_len), kv_len, shape.block_q, shape.block_k)
     query = torch.zeros(
         geometry.q_len, shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device
