@@ -1,6 +1,7 @@
 """Both ways of sparse prefill on CUDA, selection included, against the fp64 reference."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.batches import make_batch
 from tests.problems import SCALE, relative_l1
+from tests.profiles import SMALL_MODEL, uniform_profile
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 
@@ -69,6 +71,40 @@ def test_every_context_shares_its_kernels_with_one_that_was_compiled(
     rows = [length // block_k for length in lengths_to_compile(shortest, longest, block_k)]
     assert triton.next_power_of_2(triton.cdiv(kv_len, block_k)) in rows
     assert len(rows) <= 2 + math.log2(longest / shortest)
+
+
+def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tests.layers import make_impl
+    from vllm_afbs.cuda import backend
+    from vllm_afbs.serving import plan_layer
+
+    compiled = []
+    monkeypatch.setattr(backend, "compile_kernels", lambda *arguments: compiled.append(arguments))
+    monkeypatch.setattr(backend, "TilePrefill", lambda layer: "tiles")
+    monkeypatch.setattr(backend.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
+    profile = uniform_profile()
+    monkeypatch.setattr(backend.serving, "admitted_profile", lambda _: profile)
+    plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "sinks"))]
+    impls = [make_impl("cuda") for _ in plans]
+    monkeypatch.setattr(backend.serving, "plan_layers", lambda *_: zip(impls, plans, strict=True))
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=4096),
+        additional_config={},
+        speculative_config=None,
+    )
+    spec, device = SimpleNamespace(block_size=64), torch.device("cpu")
+    backend.AfbsCUDAMetadataBuilder(spec, ["a", "b"], config, device)
+    (ways, shape, *lengths, where), (no_ways, *_) = compiled
+    assert len(ways) == 2
+    assert not no_ways  # the other layer is dense
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (4, 2, SMALL_MODEL.head_dim)
+    assert (shape.dtype, shape.page_size) == (torch.bfloat16, 64)
+    assert (shape.block_q, shape.block_k) == (profile.block_q, profile.block_k)
+    # Calibrated to 8192, which this server does not reach.
+    assert lengths == [profile.min_seq_len, 4096]
+    assert where == device
 
 
 STEPS = [[(257, 1000)], [(640, 640), (129, 1537)], [(1024, 1024)], [(131, 385)]]
