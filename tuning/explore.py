@@ -49,7 +49,7 @@ LAYER_GAIN = 0.01
 STEPS = 2
 START_TAU = 0.93
 """For every layer: to start where the layer before ended saves nothing (11.0 and 12.5 evaluations a
-head in two samples of SmolLM2, against 11.2 and 12.2), and layers could not be tuned side by side."""
+head in two samples of SmolLM2, against 11.2 and 12.2), and would tie layers together."""
 _NEARNESS = 0.3  # in log error; over it log error is a line
 _HARD_DEPTH = 6.0  # where a head begins that skipped nothing in the trial it carries over from
 _DAMPING = 0.7  # depth grows less from each length to the next
