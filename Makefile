@@ -64,4 +64,4 @@ demo: setup
 clean:
 	rm -rf $(VENV) build dist *.egg-info deploy/cpu/stand-ins/*/build deploy/cpu/stand-ins/*/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find vllm_afbs kernels tuning tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks vllm_afbs kernels tuning tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -67,7 +67,7 @@ class LaunchConfig:
 def fastest_config(head_dim: int, block_k: int, whole_blocks: bool = False) -> LaunchConfig:
     """Chooses by ``triton_configs.json``; a head size that it lacks takes the next larger one's.
 
-    ``python -m vllm_afbs.benchmarks.triton_configs --write`` measures and writes the file. As it
+    ``python -m benchmarks.triton_configs --write`` measures and writes the file. As it
     stands, 128's row is what was fastest on an H100; the others are what fits its shared memory.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from vllm_afbs.profile import Profile
+    from vllm_afbs.profile.schema import Profile
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,7 +61,7 @@ def tiny_profile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What one uninterrupted process finds for it."""
     from tests.tuning_jobs import command
     from vllm_afbs import tune
-    from vllm_afbs.profile_file import load_profile
+    from vllm_afbs.profile.file import load_profile
 
     output = tmp_path_factory.mktemp("whole") / "profile.json"
     assert tune.main(command(tiny_model, output, "--tolerance", "0.2")) == 0

@@ -4,7 +4,7 @@ import torch
 from vllm import _custom_ops as ops
 
 from tests.problems import Problem
-from vllm_afbs.cpu.sparse import CacheFormat, split_cache
+from vllm_afbs.backends.cpu.sparse import CacheFormat, split_cache
 
 HEAD_DIM = 64
 

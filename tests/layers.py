@@ -10,8 +10,8 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
 from tests.profiles import SMALL_MODEL
-from vllm_afbs.cpu.backend import AfbsCPUImpl
-from vllm_afbs.cuda.backend import AfbsCUDAImpl
+from vllm_afbs.backends.cpu.backend import AfbsCPUImpl
+from vllm_afbs.backends.cuda.backend import AfbsCUDAImpl
 
 IMPLS: dict[str, Any] = {"cpu": AfbsCPUImpl, "cuda": AfbsCUDAImpl}
 ARGUMENTS: dict[str, Any] = {

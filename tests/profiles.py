@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from vllm_afbs.benchmarks import profiles
-from vllm_afbs.profile import ModelFingerprint, Profile
+from benchmarks import profiles
+from vllm_afbs.profile.schema import ModelFingerprint, Profile
 
 SMALL_MODEL = ModelFingerprint(
     architecture="LlamaForCausalLM",

@@ -14,16 +14,16 @@ from vllm.v1.attention.backends import cpu_attn
 
 from tests.cpu_problems import HEAD_DIM, fill_cache
 from tests.problems import SCALE, make_problem, relative_l1
-from vllm_afbs.cpu.backend import AfbsCPUImpl, AfbsCPUMetadata
-from vllm_afbs.cpu.meter import DenseCost, HostMeter, LayerWork
-from vllm_afbs.cpu.sparse import CacheFormat
+from vllm_afbs.backends.cpu.backend import AfbsCPUImpl, AfbsCPUMetadata
+from vllm_afbs.backends.cpu.meter import DenseCost, HostMeter, LayerWork
+from vllm_afbs.backends.cpu.sparse import CacheFormat
 from vllm_afbs.demo.client import Counters, parse_counters
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.kernels.reference import reference_attention, reference_select
-from vllm_afbs.sampling import relative_l1 as sampled_l1
-from vllm_afbs.serving import LayerPlan, Settings
-from vllm_afbs.steps import Others, Step
+from vllm_afbs.observability.error_sampling import relative_l1 as sampled_l1
+from vllm_afbs.serving.admission import LayerPlan, Settings
+from vllm_afbs.serving.batch import Others, Step
 
 Q_LEN, KV_LEN, SHORT_LEN, PAGE_SIZE = 640, 1000, 30, 128
 LAYER, HEADS = 5, range(6, 12)

@@ -7,8 +7,8 @@ from vllm.platforms import current_platform
 
 from tests.cpu_problems import HEAD_DIM, fill_cache
 from tests.problems import SCALE, Problem, make_problem, relative_l1
-from vllm_afbs.cpu.key_pages import KeyPageReader
-from vllm_afbs.cpu.sparse import CacheFormat, SparsePrefill
+from vllm_afbs.backends.cpu.key_pages import KeyPageReader
+from vllm_afbs.backends.cpu.sparse import CacheFormat, SparsePrefill
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 

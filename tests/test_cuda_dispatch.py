@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_afbs.cuda import dispatch
-from vllm_afbs.cuda.dispatch import (
+from vllm_afbs.backends.cuda import dispatch
+from vllm_afbs.backends.cuda.dispatch import (
     WAYS,
     Measurement,
     Measurements,

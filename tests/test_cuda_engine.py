@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from vllm_afbs import metrics
-from vllm_afbs.benchmarks.engine import Decode, Job, run_job
-from vllm_afbs.benchmarks.profiles import uniform_profile
-from vllm_afbs.benchmarks.serving_gpu import LLAMA_8B
+from benchmarks.engine import Decode, Job, run_job
+from benchmarks.profiles import uniform_profile
+from benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.demo.divergence import total_variation
 from vllm_afbs.kernels import BlockGeometry
-from vllm_afbs.live import Counters
-from vllm_afbs.profile import ModelFingerprint
-from vllm_afbs.profile_file import write_atomically
+from vllm_afbs.observability import metrics
+from vllm_afbs.observability.status import Counters
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.profile.schema import ModelFingerprint
 
 NUM_LAYERS, NUM_HEADS = 2, 8
 PROMPT_LENS = (20000, 300, 9000, 40)

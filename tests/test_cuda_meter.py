@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_afbs import metrics
-from vllm_afbs.cuda import backend, meter
-from vllm_afbs.cuda.dispatch import dense_seconds, measurements
+from vllm_afbs.backends.cuda import backend, meter
+from vllm_afbs.backends.cuda.dispatch import dense_seconds, measurements
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
-from vllm_afbs.live import Counters
-from vllm_afbs.serving import LayerPlan, Settings
+from vllm_afbs.observability import metrics
+from vllm_afbs.observability.status import Counters
+from vllm_afbs.serving.admission import LayerPlan, Settings
 
 NUM_HEADS, HEAD_DIM, SHORT_LEN = 2, 64, 30
 LONG = BlockGeometry(600, 9000, 128, 128)

@@ -27,7 +27,7 @@ LENGTHS = [(640, 640), (300, 1000), (128, 128)]
 def test_sparse_prefill_equals_the_reference(
     page_size: int, head_dim: int, dtype: torch.dtype, heads_outside: bool, way: str
 ) -> None:
-    from vllm_afbs.cuda import sparse
+    from vllm_afbs.backends.cuda import sparse
 
     batch = make_batch(LENGTHS, 128, page_size, head_dim, dtype, "cuda", heads_outside)
     # The copy engine fetches whole pages; what lies behind a context is masked, not skipped.
@@ -64,7 +64,7 @@ def test_sparse_prefill_equals_the_reference(
 def test_every_context_shares_its_kernels_with_one_that_was_compiled(
     shortest: int, more: int, block_k: int, data: st.DataObject
 ) -> None:
-    from vllm_afbs.cuda.warmup import lengths_to_compile
+    from vllm_afbs.backends.cuda.warmup import lengths_to_compile
 
     longest = shortest + more
     kv_len = data.draw(st.integers(shortest, longest))
@@ -77,18 +77,18 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tests.layers import make_impl
-    from vllm_afbs.cuda import backend
-    from vllm_afbs.serving import plan_layer
+    from vllm_afbs.backends.cuda import backend
+    from vllm_afbs.serving.admission import plan_layer
 
     compiled = []
     monkeypatch.setattr(backend, "compile_kernels", lambda *arguments: compiled.append(arguments))
     monkeypatch.setattr(backend, "TilePrefill", lambda layer: "tiles")
     monkeypatch.setattr(backend.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
     profile = uniform_profile()
-    monkeypatch.setattr(backend.serving, "admitted_profile", lambda _: profile)
+    monkeypatch.setattr(backend.admission, "admitted_profile", lambda _: profile)
     plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "sinks"))]
     impls = [make_impl("cuda") for _ in plans]
-    monkeypatch.setattr(backend.serving, "plan_layers", lambda *_: zip(impls, plans, strict=True))
+    monkeypatch.setattr(backend.admission, "plan_layers", lambda *_: zip(impls, plans, strict=True))
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=4096),
         additional_config={},
@@ -114,8 +114,8 @@ STEPS = [[(257, 1000)], [(640, 640), (129, 1537)], [(1024, 1024)], [(131, 385)]]
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_guards", [False, True])
 def test_a_warm_server_compiles_nothing_in_a_request(has_guards: bool) -> None:
-    from vllm_afbs.cuda import sparse
-    from vllm_afbs.cuda.warmup import LayerShape, compile_kernels
+    from vllm_afbs.backends.cuda import sparse
+    from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 
     compiled = []
 

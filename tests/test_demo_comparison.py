@@ -9,11 +9,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.multiprocess import MultiProcessCollector
 from rich.console import Console
 
-from vllm_afbs import metrics
 from vllm_afbs.demo import __main__ as demo
 from vllm_afbs.demo import report
 from vllm_afbs.demo.client import Completion, Counters, growth, parse_counters
 from vllm_afbs.demo.comparison import Arm, Outcome, arms, shift
+from vllm_afbs.observability import metrics
 
 
 class FakeMetrics:
@@ -82,7 +82,7 @@ def test_figures_count_the_request_and_not_the_warm_up(outcomes: list[Outcome]) 
 def test_figures_are_read_from_what_our_workers_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The names and labels here and in `vllm_afbs.metrics` have to be the same."""
+    """The names and labels here and in `vllm_afbs.observability.metrics` have to be the same."""
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(tmp_path / "metrics"))
     metrics.count_products(layer=3, num_kept=[1], num_blocks=4)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.profiles import uniform_profile
 from tests.problems import SCALE, make_problem
-from vllm_afbs.benchmarks.profiles import uniform_profile
 from vllm_afbs.evaluate.__main__ import main
 from vllm_afbs.evaluate.baselines import UniformTau, of_profile
 from vllm_afbs.evaluate.bootstrap import bootstrap_means, interval
@@ -24,8 +24,8 @@ from vllm_afbs.evaluate.prompts import make_prompts
 from vllm_afbs.evaluate.retrieval import KINDS, Maker
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
-from vllm_afbs.profile import Profile, TextSource
-from vllm_afbs.profile_file import write_atomically
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.profile.schema import Profile, TextSource
 from vllm_afbs.tuning.end_to_end import EndToEnd
 from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import open_model

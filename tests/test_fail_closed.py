@@ -17,11 +17,13 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from tests.layers import make_impl, make_layer
 from tests.profiles import uniform_profile
-from vllm_afbs import compat, fallbacks, limits, serving, steps
-from vllm_afbs.cpu import backend as cpu
-from vllm_afbs.cuda import backend as cuda
-from vllm_afbs.fallbacks import Reason
-from vllm_afbs.profile_file import write_atomically
+from vllm_afbs import compat
+from vllm_afbs.backends.cpu import backend as cpu
+from vllm_afbs.backends.cuda import backend as cuda
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.serving import admission, batch, eligibility
+from vllm_afbs.serving import reasons as all_reasons
+from vllm_afbs.serving.reasons import Reason
 
 PAGE_SIZE = 64
 PLATFORMS = ("cpu", "cuda")
@@ -49,7 +51,7 @@ def reasons(
     monkeypatch.setattr(compat, "tensor_parallel_rank", lambda: rank)
     monkeypatch.setattr(compat, "tensor_parallel_size", lambda: num_ranks)
     names = list(config.compilation_config.static_forward_context)
-    return [plan.dense_reason for _, plan in serving.plan_layers(config, names, PAGE_SIZE)]
+    return [plan.dense_reason for _, plan in admission.plan_layers(config, names, PAGE_SIZE)]
 
 
 def name_of(index: int) -> str:
@@ -169,7 +171,7 @@ def test_an_argument_of_tomorrow_makes_its_layer_dense(
 def test_every_argument_of_the_installed_vllm_is_known() -> None:
     for parent in (CPUAttentionBackendImpl, FlashAttentionImpl):
         names = parent.__init__.__annotations__.keys() - {"return"}
-        assert names <= limits.KNOWN_ARGUMENTS
+        assert names <= eligibility.KNOWN_ARGUMENTS
 
 
 SUBCLASSES = [
@@ -269,16 +271,16 @@ def test_layers_are_logged_once_by_reason(
 
 
 def test_a_layer_that_was_not_tuned_is_dense() -> None:
-    plan = serving.plan_layer(uniform_profile(tau=1.0), 0, 4, 0, None)
+    plan = admission.plan_layer(uniform_profile(tau=1.0), 0, 4, 0, None)
     assert plan.dense_reason == "profile_dense"
 
 
 def test_every_reason_is_given_and_tested() -> None:
     """Mypy sees that no other is given."""
-    assert tuple(fallbacks.KINDS) == get_args(Reason)
-    code = [Path(module.__file__ or "") for module in (limits, serving, steps, cpu, cuda)]
+    assert tuple(all_reasons.KINDS) == get_args(Reason)
+    code = [Path(module.__file__ or "") for module in (eligibility, admission, batch, cpu, cuda)]
     here = Path(__file__)
     tests = [here, here.with_name("test_fail_closed_steps.py"), here.with_name("test_server.py")]
     for texts in (code, tests):
         text = "".join(path.read_text(encoding="utf-8") for path in texts)
-        assert not [reason for reason in fallbacks.KINDS if f'"{reason}"' not in text]
+        assert not [reason for reason in all_reasons.KINDS if f'"{reason}"' not in text]

@@ -13,11 +13,13 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
 from tests.layers import make_impl
 from tests.profiles import uniform_profile
-from vllm_afbs import compat, fallbacks, metrics
-from vllm_afbs.cpu.backend import AfbsCPUMetadata
-from vllm_afbs.cuda.backend import AfbsCUDAMetadata, AfbsCUDAMetadataBuilder
-from vllm_afbs.fallbacks import Reason
-from vllm_afbs.steps import Step, sort_requests
+from vllm_afbs import compat
+from vllm_afbs.backends.cpu.backend import AfbsCPUMetadata
+from vllm_afbs.backends.cuda.backend import AfbsCUDAMetadata, AfbsCUDAMetadataBuilder
+from vllm_afbs.observability import metrics
+from vllm_afbs.serving import reasons
+from vllm_afbs.serving.batch import Step, sort_requests
+from vllm_afbs.serving.reasons import Reason
 
 CPU_FIELDS: dict[str, Any] = dict.fromkeys(
     ("num_actual_tokens", "max_query_len", "query_start_loc", "max_seq_len", "seq_lens",
@@ -151,10 +153,10 @@ def test_reasons_seen_in_steps_are_logged_once_and_counted_always(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    fallbacks._log_first.cache_clear()
+    reasons._log_first.cache_clear()
     for _ in range(3):
-        fallbacks.count({"long_context": 2, "short_query": 1, "attention_mask": 0})
-        fallbacks.count({"output_quantization": 1, "lora": 1})
+        reasons.count({"long_context": 2, "short_query": 1, "attention_mask": 0})
+        reasons.count({"output_quantization": 1, "lora": 1})
     changing, fixed = logged
     assert "long_context" in changing
     assert "output_quantization" in fixed

@@ -13,10 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.full_disk import room_for
 from tests.profiles import uniform_profile
-from vllm_afbs import metrics
+from vllm_afbs.observability import metrics
 
 WORKER = """
-from vllm_afbs import metrics
+from vllm_afbs.observability import metrics
 metrics.count_products(3, [4, 6], 20, range(2, 4))
 metrics.count_fallbacks({"short_context": 2, "dense_is_faster": 0})
 for seconds in (0.002, 0.02, 20.0):
@@ -159,7 +159,7 @@ def test_a_new_server_shows_nothing_of_those_that_ended(
     run_workers(tmp_path, variable)
     assert len(list(tmp_path.iterdir())) == len(ours) + 2 * 2
 
-    start = "import os; from vllm_afbs import metrics; metrics.publish()"
+    start = "import os; from vllm_afbs.observability import metrics; metrics.publish()"
     worker = f"{start}; metrics.publish(); metrics.count_tokens('dense', 2)"
     server = f"{start}; import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
     for _ in range(2):

@@ -9,7 +9,7 @@ import pytest
 
 from deploy.grafana import __main__ as generator
 from tests.prometheus import DASHBOARD, DEPLOY, RULES, rules, tool
-from vllm_afbs import fallbacks
+from vllm_afbs.serving import reasons
 
 SERIES_PANELS = {"timeseries", "stat", "table", "status-history", "state-timeline"}
 
@@ -73,7 +73,7 @@ def test_the_operators_page_explains_every_alert_and_every_reason_that_rules_nam
     kinds = {
         reason: kind.strip() for names, kind in rows for reason in re.findall(r"`(\w+)`", names)
     }
-    assert kinds == fallbacks.KINDS
+    assert kinds == reasons.KINDS
     assert named == {reason for reason, kind in kinds.items() if kind != "changing"}
     fixed = rules("record")["instance:vllm_afbs_fixed_fallbacks:rate5m"]
     (listed,) = re.findall(r'reason=~"([^"]+)"', fixed)

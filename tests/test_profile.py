@@ -8,8 +8,8 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.profiles import SMALL_MODEL, uniform_profile
-from vllm_afbs.profile import ModelFingerprint, ProfileError
-from vllm_afbs.profile_file import load_profile, write_atomically
+from vllm_afbs.profile.file import load_profile, write_atomically
+from vllm_afbs.profile.schema import ModelFingerprint, ProfileError
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 
 from tests.full_disk import room_for
 from tests.profiles import uniform_profile
-from vllm_afbs import profile_file
-from vllm_afbs.profile import Profile, ProfileError
-from vllm_afbs.profile_file import load_profile, parse_profile, write_atomically
+from vllm_afbs.profile import file as profile_file
+from vllm_afbs.profile.file import load_profile, parse_profile, write_atomically
+from vllm_afbs.profile.schema import Profile, ProfileError
 from vllm_afbs.tuning import journal
 
 VALID = uniform_profile().to_json().rstrip().encode()
@@ -312,7 +312,7 @@ def test_a_clock_that_jumps_changes_no_duration(monkeypatch: pytest.MonkeyPatch)
     steps.step("one", lambda: {"value": 1})
     assert 0 <= kept[0]["seconds"] < 1
     # Nothing that is tuned, timed or decided asks the wall clock.
-    package = Path(profile_file.__file__).parent
+    package = Path(profile_file.__file__).parents[1]
     asking = {
         path.relative_to(package).as_posix()
         for folder in ("", "kernels", "tuning")  # links in a checkout
@@ -320,5 +320,5 @@ def test_a_clock_that_jumps_changes_no_duration(monkeypatch: pytest.MonkeyPatch)
         if re.search(r"\btime\.time\(|datetime\.now\(", path.read_text(encoding="utf-8"))
     }
     # The metrics' files hold times of writing, and a profile when it was made.
-    assert asking == {"metrics.py", "tuning/run.py"}
+    assert asking == {"observability/metrics.py", "tuning/run.py"}
     assert Profile.model_validate_json(in_field(["tuner", "created_at"], '"2106-02-07"'))

@@ -13,12 +13,13 @@ from transformers import AutoConfig, LlamaConfig
 from vllm.config import VllmConfig
 
 from tests.profiles import uniform_profile
-from vllm_afbs import compat, serving
-from vllm_afbs.cpu.platform import AfbsCpuPlatform
-from vllm_afbs.cuda.backend import AfbsCUDABackend
+from vllm_afbs import compat
+from vllm_afbs.backends.cpu.platform import AfbsCpuPlatform
+from vllm_afbs.backends.cuda.backend import AfbsCUDABackend
 from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, vllm_command
-from vllm_afbs.profile import ModelFingerprint, ProfileError
-from vllm_afbs.profile_file import write_atomically
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.profile.schema import ModelFingerprint, ProfileError
+from vllm_afbs.serving import admission
 
 
 def llama(**changes: Any) -> Any:
@@ -58,16 +59,16 @@ def server_config(tmp_path: Path, hf_config: Any, **changes: Any) -> Any:
 def test_another_model_is_refused(changes: dict[str, Any], field: str, tmp_path: Path) -> None:
     hf_config = llama(**changes)
     with pytest.raises(ProfileError, match=rf"model\.{field} is ") as refused:
-        serving.admit(server_config(tmp_path, hf_config))
+        admission.admit(server_config(tmp_path, hf_config))
     assert "\n" not in str(refused.value)
 
 
 def test_a_draft_of_a_checked_configuration_is_not_checked_again(tmp_path: Path) -> None:
     config = server_config(tmp_path, llama())
-    serving.admit(config)
+    admission.admit(config)
     admitted = config.additional_config
     config.model_config = SimpleNamespace(hf_config=llama(num_hidden_layers=1), quantization=None)
-    serving.admit(config)
+    admission.admit(config)
     assert config.additional_config == admitted
 
 
@@ -76,7 +77,7 @@ def test_other_weights_and_outer_caches_are_said_once(tmp_path: Path, logged: li
     config.model_config.quantization = "fp8"
     config.kv_transfer_config = SimpleNamespace(kv_connector="LMCacheConnectorV1")
     for _ in range(2):
-        serving.admit(config)
+        admission.admit(config)
     quantised, connector = logged
     assert "quantised (fp8)" in quantised
     assert f"cache_salt={uniform_profile().profile_id!r}" in connector

@@ -20,11 +20,11 @@ from fastapi.testclient import TestClient
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tests.profiles import uniform_profile
-from vllm_afbs import metrics, switch
 from vllm_afbs.demo.server import HOST, free_port
-from vllm_afbs.profile import Profile
-from vllm_afbs.profile_file import write_atomically
-from vllm_afbs.routes import RoutesPlugin
+from vllm_afbs.observability import kill_switch, metrics
+from vllm_afbs.observability.routes import RoutesPlugin
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.profile.schema import Profile
 
 CHROMIUM = shutil.which("chromium")
 LOCAL, REMOTE = "127.0.0.1", "192.0.2.7"
@@ -110,10 +110,10 @@ def test_only_who_may_moves_the_switch(
     client = client_of(make_app(tmp_path, api_key=keys), peer)
     response = client.post("/afbs/disable", headers=headers)
     assert response.status_code == expected
-    assert (switch.disabled_since() is not None) == (expected == 200)
-    switch.set_enabled(False)
+    assert (kill_switch.disabled_since() is not None) == (expected == 200)
+    kill_switch.set_enabled(False)
     assert client.post("/afbs/enable", headers=headers).status_code == expected
-    assert (switch.disabled_since() is None) == (expected == 200)
+    assert (kill_switch.disabled_since() is None) == (expected == 200)
     if expected != 200:
         assert isinstance(response.json()["detail"], str)
     # Reading is open, as /metrics is.
@@ -254,7 +254,7 @@ def test_a_browser_draws_the_heat_map_without_an_error(per_head: bool, tmp_path:
     profile = uniform_profile(model_name="<b>model</b>")
     app = make_app(tmp_path, profile, per_head_metrics=per_head)
     count_something()
-    switch.set_enabled(False)
+    kill_switch.set_enabled(False)
     with serving(app) as url:
         done = subprocess.run(
             [

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.profiles import uniform_profile
-from vllm_afbs import serving
-from vllm_afbs.profile import Profile, ProfileError
-from vllm_afbs.profile_file import write_atomically
-from vllm_afbs.steps import sort_requests
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.profile.schema import Profile, ProfileError
+from vllm_afbs.serving import admission
+from vllm_afbs.serving.batch import sort_requests
 
 
 def test_requests_are_sorted_by_what_the_profile_covers() -> None:
@@ -65,7 +65,7 @@ def test_a_layer_runs_dense_with_its_reason(
     tau: float, sparsity: float, unsupported: str | None, reason: str | None
 ) -> None:
     profile = uniform_profile(tau=tau, sparsity=sparsity)
-    plan = serving.plan_layer(profile, 1, 2, 1, unsupported)
+    plan = admission.plan_layer(profile, 1, 2, 1, unsupported)
     assert plan.dense_reason == reason
     assert (plan.thresholds is None) == (reason is not None)
 
@@ -78,7 +78,7 @@ def test_a_rank_takes_its_heads() -> None:
     ]
     layers = [profile.layers[0].model_copy(update={"heads": heads}), profile.layers[1]]
     profile = profile.model_copy(update={"layers": layers})
-    plan = serving.plan_layer(profile, 0, 2, 1, None)
+    plan = admission.plan_layer(profile, 0, 2, 1, None)
     assert plan.thresholds is not None
     torch.testing.assert_close(plan.thresholds.theta, torch.tensor([0.2, 0.3]))
     assert list(plan.heads) == [2, 3]
@@ -89,9 +89,9 @@ def _config(**additional: Any) -> Any:
 
 
 def test_additional_config_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(serving.PROFILE_VARIABLE, "environment.json")
-    assert serving.configured_profile(_config()) == "environment.json"
-    assert serving.configured_profile(_config(afbs={"profile": "c.json"})) == "c.json"
+    monkeypatch.setenv(admission.PROFILE_VARIABLE, "environment.json")
+    assert admission.configured_profile(_config()) == "environment.json"
+    assert admission.configured_profile(_config(afbs={"profile": "c.json"})) == "c.json"
 
 
 @pytest.mark.parametrize(
@@ -107,15 +107,15 @@ def test_additional_config_wins_over_the_environment(monkeypatch: pytest.MonkeyP
 )
 def test_malformed_additional_config_is_refused(settings: Any, field: str) -> None:
     with pytest.raises(ProfileError, match=f"^--additional-config: {field}"):
-        serving.read_settings(_config(afbs=settings))
+        admission.read_settings(_config(afbs=settings))
 
 
 def test_a_profile_swapped_after_start_up_is_refused(tmp_path: Any) -> None:
     path = tmp_path / "p.json"
     write_atomically(path, uniform_profile().to_json())
     config = _config(afbs={"profile": str(path), "profile_id": uniform_profile().profile_id})
-    assert serving.admitted_profile(config) == uniform_profile()
-    serving._admitted.cache_clear()
+    assert admission.admitted_profile(config) == uniform_profile()
+    admission._admitted.cache_clear()
     write_atomically(path, uniform_profile(tau=0.8).to_json())
     with pytest.raises(ProfileError, match="the file now holds"):
-        serving.admitted_profile(config)
+        admission.admitted_profile(config)

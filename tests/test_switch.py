@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_afbs import metrics, switch
+from vllm_afbs.observability import kill_switch, metrics
 
 
 def shown() -> float:
@@ -24,7 +24,7 @@ def shown() -> float:
 
 def elsewhere(code: str) -> None:
     subprocess.run(
-        [sys.executable, "-c", f"from vllm_afbs import switch; {code}"],
+        [sys.executable, "-c", f"from vllm_afbs.observability import kill_switch; {code}"],
         env=dict(os.environ),
         check=True,
     )
@@ -36,25 +36,25 @@ def test_what_one_process_switches_all_others_see(
 ) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setenv(variable, str(tmp_path / "metrics"))
-    worker = switch.Switch()
+    worker = kill_switch.Switch()
     assert worker.is_enabled()
-    assert switch.disabled_since() is None
+    assert kill_switch.disabled_since() is None
     assert shown() == 1
 
-    elsewhere("switch.set_enabled(False)")
+    elsewhere("kill_switch.set_enabled(False)")
     assert shown() == 0  # at once, and not only when a worker comes to look
     assert not worker.is_enabled()
-    assert not switch.Switch().is_enabled()  # a worker that was restarted
-    elsewhere("switch.set_enabled(False)")
-    since = switch.disabled_since()
+    assert not kill_switch.Switch().is_enabled()  # a worker that was restarted
+    elsewhere("kill_switch.set_enabled(False)")
+    since = kill_switch.disabled_since()
     assert since is not None
     assert datetime.now(UTC) - since < timedelta(minutes=5)
 
-    elsewhere("switch.set_enabled(True)")
+    elsewhere("kill_switch.set_enabled(True)")
     assert shown() == 1
     assert worker.is_enabled()
 
     # By hand, where there are no routes.
-    switch.switch_file().touch()
+    kill_switch.switch_file().touch()
     assert not worker.is_enabled()
     assert shown() == 0

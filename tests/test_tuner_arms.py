@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_tuning_search import captured, hidden
-from vllm_afbs.benchmarks import plot, texts
-from vllm_afbs.benchmarks.table import write_rows
-from vllm_afbs.benchmarks.tuner_arms import per_head, sweeps
-from vllm_afbs.benchmarks.tuner_arms.arms import HeadCapture
-from vllm_afbs.benchmarks.tuner_arms.results import (
+from benchmarks import plot, texts
+from benchmarks.table import write_rows
+from benchmarks.tuner_arms import per_head, sweeps
+from benchmarks.tuner_arms.arms import HeadCapture
+from benchmarks.tuner_arms.results import (
     UNITS,
     print_summary,
     sample_rows,
     time_rows,
 )
-from vllm_afbs.benchmarks.tuner_arms.samples import (
+from benchmarks.tuner_arms.samples import (
     ON_ALL_LAYERS,
     ON_SOME_HEADS,
     ON_SOME_LAYERS,
@@ -26,8 +25,9 @@ from vllm_afbs.benchmarks.tuner_arms.samples import (
     choose,
     figures,
 )
-from vllm_afbs.benchmarks.tuner_arms.times import WAYS, without_cache
-from vllm_afbs.benchmarks.tuner_arms.unseen import Choice, Meter, meet
+from benchmarks.tuner_arms.times import WAYS, without_cache
+from benchmarks.tuner_arms.unseen import Choice, Meter, meet
+from tests.test_tuning_search import captured, hidden
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator

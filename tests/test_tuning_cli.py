@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tests.tuning_jobs import command, result, start, wait_for_steps
 from vllm_afbs import tune
-from vllm_afbs.profile import Profile
-from vllm_afbs.profile_file import load_profile
+from vllm_afbs.profile.file import load_profile
+from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.model import InputError, open_model
 from vllm_afbs.tuning.texts import Text

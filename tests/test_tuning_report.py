@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.profiles import uniform_profile
-from vllm_afbs.profile import BudgetRun, Measurement, WholeModel
+from vllm_afbs.profile.schema import BudgetRun, Measurement, WholeModel
 from vllm_afbs.tuning.report import write_report
 
 CHROMIUM = shutil.which("chromium")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from vllm_afbs.benchmarks.tuner_arms.stages import WithoutBayes
+from benchmarks.tuner_arms.stages import WithoutBayes
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.bayes import LayerOptimizer, Observation

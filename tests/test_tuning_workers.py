@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tests.test_tuning_search import captured, clustered
 from tests.tuning_jobs import command, result, start
 from vllm_afbs import tune
-from vllm_afbs.profile import HeadProfile, LayerProfile, Profile
-from vllm_afbs.profile_file import load_profile
+from vllm_afbs.profile.file import load_profile
+from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Profile
 from vllm_afbs.tuning import workers
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.journal import Journal, Steps

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_afbs.profile import Profile
+from vllm_afbs.profile.schema import Profile
 
 LENGTHS = ["128", "256"]
 BLOCKS = ["--block-q", "16", "--block-k", "16"]

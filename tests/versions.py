@@ -15,7 +15,8 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from vllm_afbs import compat, limits
+from vllm_afbs import compat
+from vllm_afbs.serving import eligibility
 
 PACKAGE = Path(compat.__file__).parent
 ATTENTION = "vllm.v1.attention"
@@ -43,7 +44,7 @@ COMMON_FIELDS = frozenset(
         "slot_mapping", "causal",
     }
 )  # fmt: skip
-"""What ``steps.restrict`` and the builders read of vLLM's own metadata."""
+"""What ``batch.restrict`` and the builders read of vLLM's own metadata."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Tree:
 
 def imports() -> Iterator[tuple[str, str]]:
     """Every module of vLLM's and name in it that our package imports, wherever it does so."""
-    for folder in ("", "cpu", "cuda"):
-        for path in sorted((PACKAGE / folder).glob("*.py")):
+    for folder in ("", "backends", "observability", "profile", "serving"):
+        for path in sorted((PACKAGE / folder).glob("**/*.py" if folder else "*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
                     for alias in node.names:
@@ -167,7 +168,7 @@ def _unread_parts(tree: Tree) -> Iterator[str]:
         known = compat.HARMLESS_FIELDS | KNOWN_MASK_FIELDS
         for field in sorted(fields_of(metadata) - known):
             yield f"{module_name}: metadata has a new field {field}: steps that set it run dense"
-        for name in sorted(arguments_of(impl, "__init__") - limits.KNOWN_ARGUMENTS):
+        for name in sorted(arguments_of(impl, "__init__") - eligibility.KNOWN_ARGUMENTS):
             yield f"{module_name}: layers have a new argument {name}: those that set it run dense"
     common = tree.module(f"{ATTENTION}.backend")
     found = class_of(common, "CommonAttentionMetadata") if common else None

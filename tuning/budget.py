@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile import BudgetRun, LayerProfile, WholeModel
+from vllm_afbs.profile.schema import BudgetRun, LayerProfile, WholeModel
 from vllm_afbs.tuning.allocation import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
 from vllm_afbs.tuning.goal import Goal

@@ -15,7 +15,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from vllm_afbs.profile import HeadProfile, Profile, printable
+from vllm_afbs.profile.schema import HeadProfile, Profile, printable
 
 
 class ProgressBar:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from vllm_afbs.profile import WholeModel
+from vllm_afbs.profile.schema import WholeModel
 from vllm_afbs.tuning.allocation import Levels
 
 _SPARSITY_SLACK = 0.01

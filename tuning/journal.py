@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.profile import SCHEMA_VERSION
+from vllm_afbs.profile.schema import SCHEMA_VERSION
 from vllm_afbs.tuning.model import InputError
 
 Record = dict[str, Any]

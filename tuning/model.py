@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.profile import ModelFingerprint, ProfileError
+from vllm_afbs.profile.schema import ModelFingerprint, ProfileError
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHT_FILES = "*.safetensors"

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.profile import BudgetRun, HeadProfile, LayerProfile, Profile, TextSource, TunerRun
+from vllm_afbs.profile.schema import (
+    BudgetRun,
+    HeadProfile,
+    LayerProfile,
+    Profile,
+    TextSource,
+    TunerRun,
+)
 from vllm_afbs.tuning.budget import BudgetSearch
 from vllm_afbs.tuning.capture import Capture, capture
 from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS

@@ -17,7 +17,7 @@ import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.profile import HeadProfile, LayerProfile
+from vllm_afbs.profile.schema import HeadProfile, LayerProfile
 from vllm_afbs.tuning.bracket import (
     MAX_DEPTH,
     MIN_DEPTH,

@@ -8,7 +8,7 @@ import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.profile import HeadProfile, Measurement
+from vllm_afbs.profile.schema import HeadProfile, Measurement
 from vllm_afbs.tuning.bracket import depth_of, tau_of
 from vllm_afbs.tuning.evaluator import HeadScores
 from vllm_afbs.tuning.journal import Record

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 BACKEND_NAME = "AFBS"
-CPU_BACKEND_PATH = "vllm_afbs.cpu.backend.AfbsCPUBackend"
-CUDA_BACKEND_PATH = "vllm_afbs.cuda.backend.AfbsCUDABackend"
+CPU_BACKEND_PATH = "vllm_afbs.backends.cpu.backend.AfbsCPUBackend"
+CUDA_BACKEND_PATH = "vllm_afbs.backends.cuda.backend.AfbsCUDABackend"
 
 
 KNOWN_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")

@@ -4,7 +4,8 @@ vLLM resolves its platform first thing in every process, spawned workers include
 unpickle their configuration, so this is where the backend's name and the metrics are registered.
 """
 
-from vllm_afbs import compat, metrics
+from vllm_afbs import compat
+from vllm_afbs.observability import metrics
 
 
 def platform() -> str | None:
@@ -17,11 +18,12 @@ def platform() -> str | None:
     from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
     if cpu_platform_plugin() is not None:
-        backend, ours = compat.CPU_BACKEND_PATH, "vllm_afbs.cpu.platform.AfbsCpuPlatform"
+        compat.register_backend(compat.CPU_BACKEND_PATH)
+        ours = "vllm_afbs.backends.cpu.platform.AfbsCpuPlatform"
     elif cuda_platform_plugin() is not None:
-        backend, ours = compat.CUDA_BACKEND_PATH, "vllm_afbs.cuda.platform.AfbsCudaPlatform"
+        compat.register_backend(compat.CUDA_BACKEND_PATH)
+        ours = "vllm_afbs.backends.cuda.platform.AfbsCudaPlatform"
     else:
         return None
-    compat.register_backend(backend)
     metrics.publish()
     return ours

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vllm_afbs.arguments import positive, unusable_output
 
 if TYPE_CHECKING:
-    from vllm_afbs.profile import Profile
+    from vllm_afbs.profile.schema import Profile
     from vllm_afbs.tuning.goal import Goal
     from vllm_afbs.tuning.model import SourceModel
     from vllm_afbs.tuning.scorer import SearchSettings
@@ -186,7 +186,7 @@ def _run(options: argparse.Namespace) -> int:
         goal = _goal(options)
         with _layer_pool(options) as pool:
             profile = _tune(model, texts, settings, layers, goal, work, pool)
-        from vllm_afbs.profile_file import write_atomically
+        from vllm_afbs.profile.file import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
 

@@ -18,7 +18,7 @@ from vllm_afbs.arguments import positive, unusable_output
 if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor
     from vllm_afbs.evaluate.suite import Amounts
-    from vllm_afbs.profile import Profile
+    from vllm_afbs.profile.schema import Profile
     from vllm_afbs.tuning.model import SourceModel
     from vllm_afbs.tuning.texts import Text
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{options.output}: another ending expected for --output, as .json")
     if reason := unusable_output(options.output):
         return _refuse(reason)
-    from vllm_afbs.profile import ProfileError
+    from vllm_afbs.profile.schema import ProfileError
     from vllm_afbs.tuning.model import InputError, one_line
 
     try:
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vllm_afbs.profile_file import load_profile
+    from vllm_afbs.profile.file import load_profile
     from vllm_afbs.tuning.model import open_model
 
     profile = load_profile(options.profile)

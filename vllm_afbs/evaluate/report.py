@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_afbs.benchmarks.table import Row, make_row, write_rows
+from benchmarks.table import Row, make_row, write_rows
 from vllm_afbs.evaluate.comparison import PERPLEXITY, RETRIEVAL, Comparison, worst
-from vllm_afbs.profile_file import write_atomically
+from vllm_afbs.profile.file import write_atomically
 
 
 def rows_of(comparisons: Sequence[Comparison], shape: str) -> list[Row]:

@@ -27,8 +27,8 @@ from vllm_afbs.kernels import (
     score_blocks,
 )
 from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, THETA_OFF
-from vllm_afbs.profile import Profile
-from vllm_afbs.serving import plan_layer
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving.admission import plan_layer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,255 @@
+"""One vLLM engine in a process of its own: what it is asked to do, and what was measured.
+
+python -m benchmarks.engine job.json result.json
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_afbs.serving.admission import PROFILE_VARIABLE
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # timed without the way to another process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+MAX_BATCHED_TOKENS = 16384
+SHORT_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A batch of equally long prompts that each get the same number of tokens."""
+
+    batch: int
+    prompt_len: int
+    num_tokens: int = 129
+
+    @property
+    def name(self) -> str:
+        """For the report: batch x prompt length."""
+        return f"{self.batch}x{self.prompt_len}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one engine does.
+
+    Attributes:
+        name: For the report.
+        backend: Of attention, as vLLM names it.
+        model: Directory with a model or, for random weights, only its ``config.json``.
+        random_weights: Whether to draw the weights.
+        max_model_len: Longest context.
+        prompts: Token ids of prompts whose time to first token is measured.
+        rounds: Measurements of each.
+        decodes: Batches whose time per token is measured.
+        profile: Served to the afbs backend; none if None.
+        num_answer_tokens: Greedy tokens kept of each prompt's answer; 0 for random weights.
+        way: Way of sparse prefill to take wherever the profile is sparse; the dispatcher's if None.
+        settings: What ``additional_config`` says of afbs.
+        speculative: vLLM's ``speculative_config``; None to decode token by token.
+    """
+
+    name: str
+    backend: str
+    model: str
+    random_weights: bool
+    max_model_len: int
+    prompts: list[list[int]]
+    rounds: int
+    decodes: list[Decode] = field(default_factory=list)
+    profile: str | None = None
+    num_answer_tokens: int = 0
+    way: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    speculative: dict[str, Any] | None = None
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Runs an engine in a process of its own, so that the next one finds the GPU free.
+
+    Returns:
+        ``first_token_seconds``: per prompt length, the samples; ``decode_seconds``: per decode,
+        seconds per token; ``answers``: per prompt, ``token_ids`` and ``next_token``, the
+        likeliest first tokens' probabilities; ``block_products``: ``computed`` and ``skipped``.
+
+    Raises:
+        RuntimeError: The engine failed; the message ends with its log.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job_file, result_file, log = (Path(folder) / n for n in ("job.json", "result.json", "log"))
+        job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        environment = os.environ | ENVIRONMENT
+        environment.pop(PROFILE_VARIABLE, None)
+        if job.profile:
+            environment[PROFILE_VARIABLE] = job.profile
+        with log.open("wb") as stream:
+            done = subprocess.run(
+                [sys.executable, "-m", __name__, job_file, result_file],
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            raise RuntimeError(f"{job.name}: {log.read_text(errors='replace')[-4000:]}")
+        result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
+        return result
+
+
+class Engine:
+    """A job's engine, in this process."""
+
+    def __init__(self, job: Job) -> None:
+        """Starts it."""
+        from vllm import LLM
+
+        self._job = job
+        if job.way is not None:
+            _dispatch_to(job.way)
+        decode_sizes = sorted({each.batch for each in job.decodes}) or [1]
+        drafts = job.speculative["num_speculative_tokens"] if job.speculative else 0
+        self.llm = LLM(
+            model=job.model,
+            load_format="dummy" if job.random_weights else "auto",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=job.max_model_len,
+            max_num_batched_tokens=min(MAX_BATCHED_TOKENS, job.max_model_len),
+            max_num_seqs=max(*decode_sizes, len(job.prompts)),
+            enable_prefix_caching=False,
+            attention_config={"backend": job.backend},
+            speculative_config=job.speculative,
+            additional_config={"afbs": job.settings} if job.settings else {},
+            # Prefills run eagerly, decodes from graphs; nothing waits for a compiler.
+            compilation_config={
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_capture_sizes": [size * (1 + drafts) for size in decode_sizes],
+            },
+        )
+        if job.random_weights:
+            self.llm.apply_model(_draw_weights)
+
+    def generate(
+        self, prompts: list[list[int]], num_tokens: int, logprobs: int | None = None
+    ) -> tuple[float, list[Any]]:
+        """Generates greedily; seconds, and each prompt's output."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=logprobs,
+        )
+        start = time.perf_counter()
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False
+        )
+        return time.perf_counter() - start, [output.outputs[0] for output in outputs]
+
+    def first_token_seconds(self) -> dict[str, list[float]]:
+        """Times each prompt's first token, by prompt length."""
+        samples: dict[str, list[float]] = {}
+        for prompt in self._job.prompts:
+            self.generate([prompt], 1)
+            # Short ones are cheap, and their differences small.
+            rounds = self._job.rounds * (5 if len(prompt) <= SHORT_TOKENS else 1)
+            samples.setdefault(str(len(prompt)), []).extend(
+                self.generate([prompt], 1)[0] for _ in range(rounds)
+            )
+        return samples
+
+    def decode_seconds(self) -> dict[str, list[float]]:
+        """Times a token of each batch, by its shape."""
+        samples: dict[str, list[float]] = {}
+        for decode in self._job.decodes:
+            self.time_decode(decode)
+            samples[decode.name] = [self.time_decode(decode) for _ in range(self._job.rounds)]
+        return samples
+
+    def time_decode(self, decode: Decode) -> float:
+        """Seconds of a token after the first."""
+        # Every prompt differs, or they would share their way through the cache.
+        prompts = [
+            [(7 * row + 3 * column) % 997 for column in range(decode.prompt_len)]
+            for row in range(decode.batch)
+        ]
+        first, _ = self.generate(prompts, 1)
+        whole, _ = self.generate(prompts, decode.num_tokens)
+        return (whole - first) / (decode.num_tokens - 1)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Each prompt's greedy tokens, and the likeliest first tokens' probabilities."""
+        if not self._job.num_answer_tokens:
+            return []
+        answers = []
+        # At once, so that prefills share steps with other prefills and with decodes.
+        _, outputs = self.generate(self._job.prompts, self._job.num_answer_tokens, logprobs=20)
+        for output in outputs:
+            top = {token: math.exp(entry.logprob) for token, entry in output.logprobs[0].items()}
+            answers.append({"token_ids": list(output.token_ids), "next_token": top})
+        return answers
+
+
+def _dispatch_to(way: str) -> None:
+    from vllm_afbs.backends.cuda import backend
+
+    vars(backend)["fastest_way"] = lambda *_: way
+
+
+def _draw_weights(model: Any) -> None:
+    """Gives activations a trained model's magnitude; dummy weights leave every score at zero."""
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0.0, 0.02, generator=generator)
+
+
+def _block_products() -> dict[str, float]:
+    from prometheus_client import REGISTRY
+
+    time.sleep(1.0)  # the reporting thread follows the device
+    totals = {"computed": 0.0, "skipped": 0.0}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            if sample.name == "vllm_afbs_block_products_total":
+                totals[sample.labels["outcome"]] += sample.value
+    return totals
+
+
+def main() -> None:
+    """Runs one job."""
+    job_file, result_file = (Path(name) for name in sys.argv[1:])
+    values = json.loads(job_file.read_text(encoding="utf-8"))
+    values["decodes"] = [Decode(**each) for each in values["decodes"]]
+    job = Job(**values)
+    engine = Engine(job)
+    result = {
+        "first_token_seconds": engine.first_token_seconds(),
+        "block_products": _block_products(),
+        "decode_seconds": engine.decode_seconds(),
+        "answers": engine.answers(),
+    }
+    result_file.write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""``vllm bench serve``: long prompts from several clients at once, afbs beside FLASH_ATTN.
+
+    python -m benchmarks.load_gpu --output results.csv
+
+Two servers, one after the other, with their default scheduler and no prefix cache. The model has
+Llama-3.1-8B's shapes and random weights, and SmolLM2's tokenizer, which vLLM's client cuts random
+prompts with; one tau for all heads sets the density, as in ``serving_gpu``.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import ENVIRONMENT, MAX_BATCHED_TOKENS
+from benchmarks.profiles import uniform_profile
+from benchmarks.serving_gpu import LLAMA_8B, SPARSE_FROM
+from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.demo.assets import prepare
+from vllm_afbs.demo.client import scrape, total
+from vllm_afbs.demo.server import running_server
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.profile.schema import ModelFingerprint
+from vllm_afbs.serving.admission import PROFILE_VARIABLE
+from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.windows import load_tokenizer
+
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+BASELINE, OWN = "FLASH_ATTN", "AFBS"
+STD = 0.02
+ROOM = 256
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Writes a model of random weights of a trained one's magnitude, with a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = load_tokenizer(open_model(str(prepare().model_dir)))
+    tokenizer.save_pretrained(folder)
+    values = {key: value for key, value in LLAMA_8B.items() if key != "architectures"}
+    config = LlamaConfig(**values | {"vocab_size": len(tokenizer), "initializer_range": STD})
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # the servers take nearly all of the GPU
+
+
+def measure(folder: Path, backend: str, profile: Path | None, args: argparse.Namespace) -> Any:
+    """What the client of vLLM found, and the share of block products that was computed."""
+    environment = os.environ | ENVIRONMENT
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server has an engine of its own
+    if profile is not None:
+        environment[PROFILE_VARIABLE] = str(profile)
+    server = [
+        *VLLM, "serve", str(folder), "--attention-backend", backend, "--no-enable-prefix-caching",
+        "--max-model-len", str(longest(args)), "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS),
+        # Prefills run eagerly, decodes from graphs; nothing waits for a compiler.
+        "--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}),
+    ]  # fmt: skip
+    log = folder / f"{backend}.log"
+    with running_server(server, environment, log) as url:
+        client = [
+            *VLLM, "bench", "serve", "--base-url", url, "--model", str(folder), "--seed", "0",
+            "--dataset-name", "random", "--random-input-len", str(args.input_tokens),
+            "--random-output-len", str(args.output_tokens), "--ignore-eos",
+            "--num-prompts", str(args.requests), "--max-concurrency", str(args.concurrency),
+            "--save-result", "--save-detailed", "--result-dir", str(folder),
+            "--result-filename", f"{backend}.json",
+        ]  # fmt: skip
+        done = subprocess.run(client, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"vllm bench serve: {(done.stdout + done.stderr)[-3000:]}")
+        counters = scrape(url)
+    result = json.loads((folder / f"{backend}.json").read_text(encoding="utf-8"))
+    if errors := [error for error in result["errors"] if error]:
+        raise RuntimeError(f"{backend}: {len(errors)} requests failed: {errors[0]}")
+    products = {
+        outcome: total(counters, "vllm_afbs_block_products_total", outcome=outcome)
+        for outcome in ("computed", "skipped")
+    }
+    return result | {"products": products}
+
+
+def longest(args: argparse.Namespace) -> int:
+    """Tokens of a request, with room for what cutting random text leaves over."""
+    return int(args.input_tokens + args.output_tokens + ROOM)
+
+
+def rows_of(results: Mapping[str, Any], shape: str) -> list[Row]:
+    """The figures, and how many times better each is than the first server's."""
+    rows = []
+    baseline = next(iter(results.values()))
+    for name, result in results.items():
+        total = sum(result["products"].values())
+        if total:
+            density = result["products"]["computed"] / total
+            rows.append(make_row(f"{name}: density", shape, [density], "ratio"))
+        gaps = [gap for each in result["itls"] for gap in each]
+        for what, samples in (("time to first token", result["ttfts"]), ("token gap", gaps)):
+            rows.append(make_row(f"{name}: {what}", shape, samples, "seconds"))
+        rate = result["request_throughput"]
+        rows.append(make_row(f"{name}: requests", shape, [rate], "per second"))
+        if result is not baseline:
+            more = rate / baseline["request_throughput"]
+            rows.append(make_row(f"{name}: requests over {BASELINE}'s", shape, [more], "ratio"))
+            sooner = baseline["median_ttft_ms"] / result["median_ttft_ms"]
+            what = f"{name}: median time to first token, speedup over {BASELINE}"
+            rows.append(make_row(what, shape, [sooner], "ratio"))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--input-tokens", type=int, default=32768)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--density", type=float, default=0.2)
+    args = parser.parse_args(argv)
+    shape = f"{args.input_tokens}+{args.output_tokens} x{args.concurrency}"
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_checkpoint(folder)
+        fingerprint = open_model(name).fingerprint
+        path = folder / "profile.json"
+        write_atomically(path, _profile(fingerprint, args).to_json())
+        for backend, profile in ((BASELINE, None), (OWN, path)):
+            results[backend] = measure(folder, backend, profile, args)
+            report_rows(rows_of(results, shape), args.output)
+
+
+def _profile(fingerprint: ModelFingerprint, args: argparse.Namespace) -> Any:
+    lengths = [SPARSE_FROM, max(longest(args), 2 * SPARSE_FROM)]
+    return uniform_profile(fingerprint, args.density, 1 - args.density, lengths)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What afbs adds where it does nothing, and its metrics where it works, on an NVIDIA GPU.
+
+    python -m benchmarks.overhead_gpu --output results.csv
+
+Engines of Llama-3.1-8B's shapes and random weights, one after the other:
+
+- *without a profile*: short prompts and decodes; from call to call its layers and metadata builders
+  are turned into FlashAttention's own and back.
+- *sparse*: long prompts with one tau for all heads; from call to call all that reports a layer's
+  work is taken out and put back. The selector's counters, a part of its kernel, stay.
+
+Both sides are so timed in the same process on the same cache, where two processes differ by more
+than a percent by themselves.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks.engine import ENVIRONMENT, Engine, Job
+from benchmarks.profiles import uniform_profile
+from benchmarks.serving_gpu import DECODES, LLAMA_8B, SHORT, SPARSE_FROM
+from benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.profile.schema import ModelFingerprint
+from vllm_afbs.serving.admission import PROFILE_VARIABLE
+
+TAU = 0.2
+SPARSE = (SPARSE_FROM, 32768)
+Without = Callable[[], AbstractContextManager[object]]
+"""While it lasts, what is timed is not there."""
+
+
+def swappable(worker: Any) -> list[tuple[Any, type, type]]:
+    """The objects of ours in a worker, each with its class and with its parent's."""
+    builders = [
+        builder
+        for groups in worker.model_runner.attn_groups
+        for group in groups
+        for builder in group.metadata_builders
+    ]
+    model = worker.model_runner.model
+    impls = [module.impl for module in model.modules() if hasattr(module, "impl")]
+    return [(each, type(each), type(each).__mro__[1]) for each in (*builders, *impls)]
+
+
+@contextmanager
+def stock_classes(objects: list[tuple[Any, type, type]]) -> Iterator[None]:
+    """Gives objects of ours their parents' classes."""
+    for each, _, stock in objects:
+        each.__class__ = stock
+    yield
+    for each, own, _ in objects:
+        each.__class__ = own
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Leaves out the events that a layer's work is timed by, and the reports of it."""
+    from vllm_afbs.backends.cuda import backend
+    from vllm_afbs.backends.cuda.meter import DeviceMeter
+
+    with (
+        mock.patch.object(backend, "mark", _nothing),
+        mock.patch.object(DeviceMeter, "add", _nothing),
+    ):
+        yield
+
+
+def _nothing(*_: object) -> None:
+    """What stands in; a mock would note each call."""
+
+
+def time_both(
+    without: Without, call: Callable[[], float], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Seconds without and with what is timed, in turns."""
+    bare: list[float] = []
+    own: list[float] = []
+    call()
+    turns: list[tuple[list[float], Without]] = [(bare, without), (own, nullcontext)]
+    for _ in range(rounds):
+        turns.reverse()
+        for samples, state in turns:
+            with state():
+                samples.append(call())
+    return bare, own
+
+
+def idle(folder: Path, rounds: int) -> list[Row]:
+    """What afbs adds to short prompts and decodes without a profile."""
+    decodes = list(DECODES)
+    engine = Engine(Job("afbs", "AFBS", str(folder), True, SPARSE_FROM, [], 1, decodes=decodes))
+    (objects,) = engine.llm.collective_rpc(swappable)
+    without = functools.partial(stock_classes, objects)
+    rows: list[Row] = []
+
+    def compare(what: str, shape: str, call: Callable[[], float], rounds: int) -> None:
+        bare, own = time_both(without, call, rounds)
+        rows.append(make_row(f"{what}: FlashAttention's classes", shape, bare, "seconds"))
+        rows.append(make_row(f"{what}: afbs's classes", shape, own, "seconds"))
+        rows.append(ratio_row(f"{what}: afbs over FlashAttention", shape, own, bare))
+
+    for length in SHORT:
+        # A prompt of 512 tokens takes 15 ms, of which a hundredth is what is looked for.
+        more = max(1, SHORT[-1] // length)
+        compare("time to first token", str(length), _first_token(engine, length), rounds * more)
+    for decode in decodes:
+        call = functools.partial(engine.time_decode, decode)
+        compare("time per token", decode.name, call, max(rounds // 5, 3))
+    return rows
+
+
+def reporting(folder: Path, rounds: int) -> list[Row]:
+    """What the metrics add to sparse prefills."""
+    from transformers import AutoConfig
+
+    fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(folder))
+    path = folder / "profile.json"
+    write_atomically(path, uniform_profile(fingerprint, TAU, 1 - TAU, list(SPARSE)).to_json())
+    os.environ[PROFILE_VARIABLE] = str(path)
+    engine = Engine(Job("afbs", "AFBS", str(folder), True, SPARSE[-1] + 256, [], 1))
+    rows: list[Row] = []
+    for length in SPARSE:
+        bare, own = time_both(unreported, _first_token(engine, length), rounds)
+        what, shape = "sparse time to first token", f"{length}-density{TAU}"
+        rows.append(make_row(f"{what}: without metrics", shape, bare, "seconds"))
+        rows.append(make_row(f"{what}: with metrics", shape, own, "seconds"))
+        rows.append(ratio_row(f"{what}: with metrics over without", shape, own, bare))
+    return rows
+
+
+def _first_token(engine: Engine, length: int) -> Callable[[], float]:
+    draw = random.Random(length)
+    prompt = [draw.randrange(10, LLAMA_8B["vocab_size"]) for _ in range(length)]
+    return lambda: engine.generate([prompt], 1)[0]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    rows: list[Row] = []
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+        for part in (idle, reporting):
+            with ProcessPoolExecutor(1, spawn) as process:  # which leaves the GPU free
+                rows += process.submit(part, Path(name), args.rounds).result()
+            report_rows(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Sparse prefill attention on CPU beside vLLM's own CPU_ATTN, for given sparsities.
+
+    python -m benchmarks.prefill_cpu --output results.csv
+
+The sparse time is everything the backend does for a layer: scoring K in the cache, selection,
+building the tile tables, regrouping Q and the output, and the kernel. Selection runs for real on
+the random data; the blocks then computed are drawn at random to hit the sparsity exactly.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
+
+from benchmarks.lists import random_blocks
+from benchmarks.table import (
+    Row,
+    layer_parser,
+    make_row,
+    ratio_row,
+    report_rows,
+    time_in_turns,
+)
+from vllm_afbs.backends.cpu.sparse import (
+    CacheFormat,
+    SparsePrefill,
+    dense_paged_attention,
+    split_cache,
+)
+from vllm_afbs.kernels import BlockGeometry, HeadThresholds, TileTables
+from vllm_afbs.kernels.query_blocks import PrefillRequest
+
+LENGTHS = (2048, 4096, 8192)
+SPARSITIES = (0.0, 0.5, 0.8)
+
+
+class Case:
+    """One layer's prefill of a whole prompt with random contents."""
+
+    def __init__(
+        self, length: int, num_heads: int, num_kv_heads: int, head_dim: int, cache: CacheFormat
+    ) -> None:
+        """Fills a paged cache in shuffled page order."""
+        num_pages = length // cache.page_size
+        self.cache = cache
+        self.scale = head_dim**-0.5
+        key = torch.randn(length, num_kv_heads, head_dim).to(cache.dtype)
+        self.query = torch.randn(length, num_heads, head_dim).to(cache.dtype)
+        self.output = torch.empty_like(self.query)
+        self.kv_cache = torch.zeros(
+            num_pages, num_kv_heads, cache.page_size, 2 * head_dim, dtype=cache.dtype
+        )
+        pages = torch.randperm(num_pages, dtype=torch.int32)
+        slots = pages.repeat_interleave(cache.page_size) * cache.page_size
+        slots += torch.arange(cache.page_size).repeat(num_pages)
+        ops.cpu_attn_reshape_and_cache(
+            key, torch.randn_like(key), *split_cache(self.kv_cache), slots.long(), cache.isa
+        )
+        geometry = BlockGeometry(length, length, cache.page_size, cache.page_size)
+        self.request, self.pages = PrefillRequest(0, 0, geometry), pages
+        thresholds = HeadThresholds(torch.full((num_heads,), 0.9), torch.zeros(num_heads))
+        self.sparse = SparsePrefill(thresholds, num_kv_heads, head_dim, self.scale, cache)
+
+    def dense(self) -> None:
+        """Runs CPU_ATTN on the whole prompt."""
+        length = len(self.query)
+        whole = TileTables(
+            torch.tensor([0, length], dtype=torch.int32),
+            torch.tensor([length], dtype=torch.int32),
+            self.pages[None],
+        )
+        dense_paged_attention(self.query, self.output, self.kv_cache, whole, self.scale, self.cache)
+
+    def select(self) -> torch.Tensor:
+        """Chooses blocks as the backend does."""
+        return self.sparse.select(self.query, self.kv_cache, self.request, self.pages)
+
+    def attend(self, keep: torch.Tensor) -> None:
+        """Selects, then attends to the given blocks instead of the selected ones."""
+        self.select()
+        tables = self.sparse.tables(keep, self.request, self.pages)
+        self.sparse.attend(self.query, self.output, self.kv_cache, self.request, tables)
+
+
+def measure(case: Case, rounds: int, generator: torch.Generator) -> list[Row]:
+    """Times dense and sparse in turns for one length."""
+    length, num_heads, head_dim = case.query.shape
+    functions: dict[str, Callable[[], object]] = {"dense": case.dense, "selector": case.select}
+    reached = {}
+    for sparsity in SPARSITIES:
+        keep = random_blocks(num_heads, case.request.geometry, sparsity, generator)
+        name = f"sparse {sparsity:.1f}"
+        reached[name] = 1 - int(keep.sum()) / (num_heads * case.request.geometry.num_visible)
+        functions[name] = functools.partial(case.attend, keep)
+    seconds = time_in_turns(functions, rounds)
+    shape = f"L{length}-H{num_heads}/{case.kv_cache.shape[1]}-D{head_dim}-{case.cache.isa}"
+    rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]
+    for name, sparsity in reached.items():
+        what = f"speedup at sparsity {sparsity:.3f}"
+        rows.append(ratio_row(what, shape, seconds["dense"], seconds[name]))
+    return rows
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = layer_parser(__doc__, 9, 3, 64)
+    parser.add_argument("--isa", default="vec", help="vLLM's CPU kernels: vec, vec16, amx, ...")
+    args = parser.parse_args()
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    cache = CacheFormat(args.isa, 128, torch.bfloat16)
+    rows: list[Row] = []
+    for length in LENGTHS:
+        case = Case(length, args.num_heads, args.num_kv_heads, args.head_dim, cache)
+        rows += measure(case, args.rounds, generator)
+    report_rows(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Sparse prefill attention on an NVIDIA GPU beside dense FlashAttention 3, for given densities.
+
+    python -m benchmarks.prefill_gpu --output results.csv
+
+Three ways on the same numbers: FlashAttention 3 dense, the same kernel over tiles, and our Triton
+kernel (at density 1 it is the dense Triton kernel). The sparse times are everything the backend
+does for a layer: packing and pooling Q, scoring K in the cache, selection, writing lists or block
+tables, attention, and unpacking (theta is off, as in nearly all tuned heads; what looking for
+guarded blocks adds is timed apart). Selection runs for real; the blocks then computed are drawn
+at random to hit the density exactly, or, with ``selected`` in the shape, are those it chose from
+structured keys.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lists import random_blocks, tile_tables
+from benchmarks.table import (
+    Row,
+    layer_parser,
+    make_row,
+    ratio_row,
+    report_rows,
+    time_in_turns,
+)
+from vllm_afbs import compat
+from vllm_afbs.backends.cuda.dispatch import WAYS, Measurement, Measurements, Way
+from vllm_afbs.backends.cuda.sparse import (
+    Layer,
+    SparsePrefill,
+    StepInputs,
+    TilePrefill,
+    TritonPrefill,
+)
+from vllm_afbs.kernels import BlockGeometry, HeadThresholds, build_tile_lists
+from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
+from vllm_afbs.kernels.selection import THETA_OFF
+
+LENGTHS = (8192, 32768, 65536, 131072)
+DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
+SELECTED_DENSITIES = (0.2, 0.1)
+PAGE_SIZE = BLOCK = 128
+HOST_CALLS = 20
+MAX_RELATIVE_L1 = 5e-3  # twice what either kernel shows against fp64 in bf16
+
+
+class Case:
+    """One layer's prefill of a whole prompt, pages shuffled.
+
+    Queries and keys are random, or, where ``structured``, wander from block to block, so that
+    near and recurring blocks attract each other as a real head's do.
+    """
+
+    def __init__(
+        self, length: int, num_heads: int, num_kv_heads: int, head_dim: int, structured: bool
+    ) -> None:
+        """Fills a cache of vLLM's default layout."""
+        num_pages = length // PAGE_SIZE
+        shape = (num_pages, PAGE_SIZE, num_kv_heads, 2 * head_dim)
+        cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        query = torch.randn(length, num_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+        self.pages = torch.randperm(num_pages, device="cuda").to(torch.int32)
+        if structured:
+            walk = torch.randn(num_pages, 1, num_kv_heads, head_dim, device="cuda").cumsum(0)
+            walk *= 0.9 / walk.std()
+            cache[self.pages.long(), :, :, :head_dim] += walk
+            by_head = walk.squeeze(1).repeat_interleave(num_heads // num_kv_heads, 1)
+            query += by_head.repeat_interleave(PAGE_SIZE, 0)
+        self._flash_attention = compat.flash_attention()
+        self.scale = head_dim**-0.5
+        self.geometry = BlockGeometry(length, length, BLOCK, BLOCK)
+        blocks = cut_query_blocks([PrefillRequest(0, 0, self.geometry)], torch.device("cuda"))
+        key, value = cache.split(head_dim, dim=-1)
+        self.step = StepInputs(query, key, value, self.pages[None], blocks)
+        self.starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+        self.output = torch.empty_like(query)
+        self.num_kept = torch.zeros(num_heads, dtype=torch.int64, device="cuda")
+        self.num_blocks = num_heads * blocks.num_visible
+
+    def ways(self, tau: float, has_guards: bool = False) -> dict[Way, SparsePrefill]:
+        """The backend's two ways of sparse prefill, of a layer whose heads have no guard or one."""
+        num_heads = self.step.query.shape[1]
+        thresholds = HeadThresholds(
+            torch.full((num_heads,), tau, device="cuda"),
+            torch.full((num_heads,), THETA_OFF, device="cuda"),
+            has_guards,
+        )
+        layer = Layer(thresholds, self.scale, 0.0)
+        return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
+
+    def dense(self) -> None:
+        """Runs FlashAttention 3 on the whole prompt, as vLLM's FLASH_ATTN does."""
+        length, starts = len(self.step.query), self.starts
+        self._flash_attention(
+            self.step.query, self.step.key_cache, self.step.value_cache, out=self.output,
+            cu_seqlens_q=starts, max_seqlen_q=length, seqused_k=starts[1:], max_seqlen_k=length,
+            softmax_scale=self.scale, causal=True, block_table=self.step.block_table,
+            fa_version=3,
+        )  # fmt: skip
+
+    def run(self, way: SparsePrefill, replaced: Any) -> None:
+        """Does all that a layer does; attends to other blocks than the chosen ones if given."""
+        chosen = way.choose(self.step, self.num_kept)
+        way.attend(self.step, chosen if replaced is None else replaced, self.output)
+
+    def calls(
+        self, ways: dict[Way, SparsePrefill], replaced: dict[Way, Any]
+    ) -> dict[Way, Callable[[], object]]:
+        """Everything that a layer does, in every way; see ``run``."""
+        calls: dict[Way, Callable[[], object]] = {"dense": self.dense}
+        for name, way in ways.items():
+            calls[name] = functools.partial(self.run, way, replaced.get(name))
+        return calls
+
+    def density(self, tau: float) -> float:
+        """Share of the blocks that selection keeps at this tau."""
+        self.num_kept.zero_()
+        self.ways(tau)["triton"].choose(self.step, self.num_kept)
+        return int(self.num_kept.sum()) / self.num_blocks
+
+    def tau_for(self, density: float) -> float:
+        """The tau at which selection keeps this share of the blocks, by bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.density(middle) < density else (low, middle)
+        return high
+
+    def random(self, density: float) -> tuple[float, dict[Way, Any]]:
+        """Random blocks: the density reached, and the blocks as each way takes them."""
+        num_heads = self.step.query.shape[1]
+        generator = torch.Generator("cuda").manual_seed(0)
+        keep = random_blocks(num_heads, self.geometry, 1 - density, generator)
+        lists = build_tile_lists(keep.flip(1))
+        packed, _ = self.ways(1.0)["tiles"].choose(self.step, self.num_kept)
+        tables = tile_tables(lists, self.step.blocks, self.step.key_cache, self.pages)
+        return int(keep.sum()) / self.num_blocks, {"tiles": (packed, tables), "triton": lists}
+
+
+def measure(
+    case: Case, tau: float, replaced: dict[Way, Any], shape: str, rounds: int
+) -> tuple[list[Row], dict[Way, float]]:
+    """Times every way in turns.
+
+    Args:
+        case: The prompt.
+        tau: What selection runs with.
+        replaced: Blocks to attend to by way, instead of the chosen ones; may be empty.
+        shape: For the rows.
+        rounds: Timed calls of each.
+
+    Returns:
+        The rows, and the median seconds by way.
+
+    Raises:
+        RuntimeError: The two sparse kernels do not agree.
+    """
+    ways = case.ways(tau)
+    functions: dict[str, Callable[[], object]] = dict(case.calls(ways, replaced).items())
+    guarded = case.ways(tau, has_guards=True)
+    for name, each in (("selection for tiles", ways), ("the same with guards", guarded)):
+        functions[name] = functools.partial(each["tiles"].choose, case.step, case.num_kept)
+    _check_agreement(case, functions)
+    seconds = time_in_turns(functions, rounds)
+    rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]
+    rows += [
+        ratio_row(f"{name}: speedup over dense FA3", shape, seconds["dense"], seconds[name])
+        for name in ways
+    ]
+    medians = {way: statistics.median(seconds[way]) for way in WAYS}
+    return rows, medians
+
+
+def measure_host(case: Case, rounds: int) -> tuple[list[Row], dict[Way, float]]:
+    """Times what issuing a layer takes the host, the device following on its own.
+
+    Returns:
+        The rows, and the median seconds by way.
+    """
+    functions = case.calls(case.ways(0.9), {})
+    seconds: dict[Way, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):  # few enough for the device's queue to take them all
+                function()
+            seconds[name].append((time.perf_counter() - start) / HOST_CALLS)
+    rows = [
+        make_row(f"{name}: host", "any", samples, "seconds") for name, samples in seconds.items()
+    ]
+    return rows, {name: statistics.median(samples) for name, samples in seconds.items()}
+
+
+def _check_agreement(case: Case, functions: dict[str, Callable[[], object]]) -> None:
+    functions["tiles"]()
+    by_tiles = case.output.clone()
+    case.output.zero_()
+    functions["triton"]()
+    error = float((case.output - by_tiles).abs().sum() / by_tiles.abs().sum())
+    if not error <= MAX_RELATIVE_L1:
+        raise RuntimeError(f"FA3 tiles and Triton differ by {error:.2e} (relative L1)")
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = layer_parser(__doc__, 32, 8, 128)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument(
+        "--dispatch", type=Path, help="JSON of the dispatcher, whose rows of this head size to set"
+    )
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    measured = []
+    for length in args.lengths:
+        shape = f"L{length}-H{args.num_heads}/{args.num_kv_heads}-D{args.head_dim}"
+        arguments = (length, args.num_heads, args.num_kv_heads, args.head_dim)
+        case = Case(*arguments, structured=False)
+        for density in DENSITIES:
+            reached, blocks = case.random(density)
+            name = f"{shape}-density{reached:.3f}"
+            more, medians = measure(case, 0.9, blocks, name, args.rounds)
+            rows += more
+            measured.append(Measurement(args.head_dim, args.num_heads, length, reached, medians))
+        if length == min(args.lengths):
+            more, host_seconds = measure_host(case, args.rounds)
+            rows += more
+        del case, blocks
+        case = Case(*arguments, structured=True)
+        for density in SELECTED_DENSITIES:
+            tau = case.tau_for(density)
+            name = f"{shape}-density{case.density(tau):.3f}-selected"
+            rows += measure(case, tau, {}, name, args.rounds)[0]
+        del case
+    report_rows(rows, args.output)
+    if args.dispatch:
+        Measurements.read(args.dispatch).updated(host_seconds, measured).write(args.dispatch)
+
+
+if __name__ == "__main__":
+    main()

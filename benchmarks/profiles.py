@@ -1,0 +1,56 @@
+"""Profiles that were not tuned but made up: one setting for every head."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_afbs.profile.schema import (
+    HeadProfile,
+    LayerProfile,
+    Measurement,
+    ModelFingerprint,
+    Profile,
+    TunerRun,
+)
+
+
+def uniform_profile(
+    model: ModelFingerprint,
+    tau: float,
+    sparsity: float,
+    lengths: Sequence[int],
+    theta: float = -1.0,
+    **fields: Any,
+) -> Profile:
+    """One setting for every head, claimed to have been measured.
+
+    Args:
+        model: The model it is for.
+        tau: Of every head.
+        sparsity: Claimed at every length; what the dispatcher goes by.
+        lengths: Claimed calibration lengths, shortest first.
+        theta: Of every head.
+        fields: Fields of the profile to set otherwise.
+    """
+    calibration = [Measurement(length=each, error=0.05, sparsity=sparsity) for each in lengths]
+    head = HeadProfile(tau=tau, theta=theta, calibration=calibration)
+    run = TunerRun(
+        version="made up",
+        created_at="1970-01-01T00:00:00Z",
+        seed=0,
+        tolerance=0.05,
+        lengths=list(lengths),
+        evaluations=0,
+        cost=0.0,
+        wall_seconds=0.0,
+    )
+    values: dict[str, Any] = {
+        "model_name": "made up",
+        "model": model,
+        "block_q": 128,
+        "block_k": 128,
+        "min_seq_len": lengths[0],
+        "max_seq_len": lengths[-1],
+        "layers": [LayerProfile(heads=[head] * model.num_heads)] * model.num_layers,
+        "tuner": run,
+    }
+    return Profile(**(values | fields))

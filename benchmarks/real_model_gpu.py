@@ -1,0 +1,85 @@
+"""A real model with its tuned profile in vLLM on an NVIDIA GPU, beside FLASH_ATTN.
+
+    python -m benchmarks.real_model_gpu --profile profile.json --output results.csv
+
+Times to first token, and how far the answers moved: the next-token distribution after the prompt
+and the greedy continuation, both against FLASH_ATTN's. The difference between FLASH_ATTN and afbs
+without a profile is what rounding alone does. The model is so small that dense attention is the
+faster on an H100, and the dispatcher takes it; what sparsity does to its answers shows where it is
+made to run sparse.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import Decode, Job, run_job
+from benchmarks.serving_gpu import rows_of
+from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.demo import divergence
+from vllm_afbs.demo.assets import prepare, read_token_ids
+
+NUM_ANSWER_TOKENS = 64
+PROMPT_TOKENS = 7936
+
+
+def prompts(model_dir: Path, text_file: Path, count: int) -> list[list[int]]:
+    """Consecutive stretches of a text, as token ids."""
+    token_ids = read_token_ids(model_dir, text_file)
+    if len(token_ids) < count * PROMPT_TOKENS:
+        raise ValueError(
+            f"{text_file}: {count * PROMPT_TOKENS} tokens expected, got {len(token_ids)}"
+        )
+    return [token_ids[i * PROMPT_TOKENS :][:PROMPT_TOKENS] for i in range(count)]
+
+
+def answer_rows(name: str, stock: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[Row]:
+    """How far an engine's answers lie from the stock engine's, over the prompts."""
+    pairs = list(zip(stock, own, strict=True))
+    tops = [(a["next_token"], b["next_token"]) for a, b in pairs]
+    kl = [divergence.kl_divergence(*each) for each in tops]
+    variation = [divergence.total_variation(*each) for each in tops]
+    rows = [
+        make_row(f"{name}: next token, KL to FLASH_ATTN", "all", kl, "nats"),
+        make_row(f"{name}: next token, total variation", "all", variation, "probability"),
+    ]
+    agreed = [divergence.agreement_length(a["token_ids"], b["token_ids"]) for a, b in pairs]
+    what = f"{name}: greedy tokens agreed, of {NUM_ANSWER_TOKENS}"
+    return [*rows, make_row(what, "all", agreed, "tokens")]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="by default the demo's SmolLM2-135M")
+    parser.add_argument("--text", type=Path, help="text of the prompts; by default the demo's")
+    parser.add_argument("--num-prompts", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    model, text = args.model, args.text
+    if model is None or text is None:
+        assets = prepare()
+        model, text = model or assets.model_dir, text or assets.prompt_file
+    chosen = prompts(model, text, args.num_prompts)
+    results: dict[str, dict[str, Any]] = {}
+    profile = str(args.profile.absolute())
+    for name, backend, served, way in (
+        ("FLASH_ATTN", "FLASH_ATTN", None, None),
+        ("afbs, no profile", "AFBS", None, None),
+        ("afbs, tuned", "AFBS", profile, None),
+        ("afbs, tuned, sparse in any case", "AFBS", profile, "tiles"),
+    ):
+        job = Job(
+            name, backend, str(model), False, 8192, chosen, args.rounds, way=way,
+            decodes=[Decode(1, 2048)], profile=served, num_answer_tokens=NUM_ANSWER_TOKENS,
+        )  # fmt: skip
+        results[name] = run_job(job)
+    rows = rows_of(results)
+    stock = results["FLASH_ATTN"]["answers"]
+    for name, result in list(results.items())[1:]:
+        rows += answer_rows(name, stock, result["answers"])
+    report_rows(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Time to first token and per token in vLLM on an NVIDIA GPU, afbs beside stock backends.
+
+    python -m benchmarks.serving_gpu --output results.csv
+
+The model has Llama-3.1-8B's shapes and random weights, whose attention has no structure: nearly
+every key block weighs the same, so a head's tau is the share of blocks that it keeps. One tau for
+all heads thus sets the density; nothing else differs from serving a tuned profile.
+"""
+
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import Decode, Job, run_job
+from benchmarks.profiles import uniform_profile
+from benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
+from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.profile.schema import ModelFingerprint
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 140000,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SHORT = (512, 1024, 2048, 4096)
+LONG = (8192, 32768, 65536, 131072)
+SPARSE_FROM = 8192
+DECODES = (Decode(1, 4096), Decode(8, 4096))
+
+
+def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> list[Job]:
+    """The engines to compare; the first is the baseline."""
+    from transformers import AutoConfig
+
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+    fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(folder))
+    draw = random.Random(0)
+    prompts = {
+        length: [draw.randrange(10, LLAMA_8B["vocab_size"]) for _ in range(length)]
+        for length in (*SHORT, *LONG)
+        if length <= longest
+    }
+    everything = list(prompts.values())
+
+    def job(name: str, backend: str, chosen: list[list[int]], **more: Any) -> Job:
+        return Job(name, backend, str(folder), True, longest + 256, chosen, rounds, **more)
+
+    short = [prompt for length, prompt in prompts.items() if length < SPARSE_FROM]
+    up_to_32k = [prompt for length, prompt in prompts.items() if SPARSE_FROM <= length <= 32768]
+    engines = [job("FLASH_ATTN", "FLASH_ATTN", everything, decodes=list(DECODES))]
+    for density in densities:
+        path = folder / f"tau{density}.json"
+        lengths = sorted({SPARSE_FROM, longest})
+        profile = uniform_profile(fingerprint, density, 1 - density, lengths)
+        write_atomically(path, profile.to_json())
+        name = f"afbs tau={density}"
+        engines.append(
+            job(name, "AFBS", everything, decodes=list(DECODES), profile=str(path))
+        )  # fmt: skip
+    engines.append(job("afbs, no profile", "AFBS", short, decodes=list(DECODES)))
+    engines.append(job("TRITON_ATTN", "TRITON_ATTN", up_to_32k))
+    return engines
+
+
+def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
+    """The figures, and each engine's ratio to the first."""
+    baseline = next(iter(results.values()))
+    rows = []
+    for name, result in results.items():
+        products = result["block_products"]
+        total = products["computed"] + products["skipped"]
+        if products["skipped"]:
+            density = products["computed"] / total
+            rows.append(make_row(f"{name}: density of long prefills", "all", [density], "ratio"))
+        for kind, key in (
+            ("time to first token", "first_token_seconds"),
+            ("time per token", "decode_seconds"),
+        ):
+            for shape, samples in result[key].items():
+                rows.append(make_row(f"{name}: {kind}", shape, samples, "seconds"))
+                if result is not baseline:
+                    what = f"{name}: {kind}, speedup over FLASH_ATTN"
+                    rows.append(ratio_row(what, shape, baseline[key][shape], samples))
+    return rows
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--longest", type=int, default=LONG[-1], help="longest prompt")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--engines", nargs="+", help="only these of the engines, by name")
+    args = parser.parse_args()
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for job in jobs(Path(folder), args.longest, args.rounds, args.densities):
+            if args.engines and job.name not in args.engines:
+                continue
+            results[job.name] = run_job(job)
+            # Written after each engine, so that what was measured outlives a failure.
+            report_rows(rows_of(results), args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The attention backends, one package a platform."""

@@ -1,0 +1,46 @@
+"""vLLM's CPU platform, taught to take ``--attention-backend afbs``."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms.cpu import CpuPlatform
+
+from vllm_afbs import compat
+from vllm_afbs.serving import admission
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class AfbsCpuPlatform(CpuPlatform):
+    """Differs from its parent only when the afbs backend is chosen."""
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """Names the backend's class.
+
+        Raises:
+            NotImplementedError: The afbs backend is chosen for an attention it cannot run.
+        """
+        if not compat.is_afbs(selected_backend):
+            return str(
+                super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+            )
+        for attribute, what in (
+            ("use_mla", "multi-head latent attention"),
+            ("use_sparse", "a model's own sparse attention"),
+        ):
+            if getattr(attn_selector_config, attribute):
+                raise NotImplementedError(f"--attention-backend afbs does not support {what}")
+        return compat.CPU_BACKEND_PATH
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Refuses a profile that does not fit, before anything is loaded.
+
+        Raises:
+            SystemExit: With one line; an exception would be buried in vLLM's traceback.
+        """
+        super().check_and_update_config(vllm_config)
+        admission.admit_or_exit(vllm_config)

@@ -1,0 +1,177 @@
+"""One layer's sparse prefill on CPU: score, select, attend tile by tile."""
+
+from dataclasses import dataclass
+
+import torch
+from vllm import _custom_ops as ops
+
+from vllm_afbs.backends.cpu.key_pages import key_page_reader
+from vllm_afbs.kernels import (
+    HeadThresholds,
+    TileTables,
+    build_tile_lists,
+    build_tile_tables,
+    score_blocks,
+    select_blocks,
+    tile_prefill,
+)
+from vllm_afbs.kernels.query_blocks import PrefillRequest
+
+MAX_DENSITY = 0.9
+"""Above this share of blocks kept, tiles and selection cost what they save: the parent runs."""
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How vLLM's CPU kernels lay out the cache that a layer reads.
+
+    Attributes:
+        isa: vLLM's name of the kernels in use.
+        page_size: Keys of a page.
+        dtype: Of queries and cache.
+    """
+
+    isa: str
+    page_size: int
+    dtype: torch.dtype
+
+
+class SparsePrefill:
+    """Selects and attends for one layer."""
+
+    def __init__(
+        self,
+        thresholds: HeadThresholds,
+        num_kv_heads: int,
+        head_dim: int,
+        softmax_scale: float,
+        cache_format: CacheFormat,
+    ) -> None:
+        """Prepares a layer.
+
+        Args:
+            thresholds: Of this rank's query heads.
+            num_kv_heads: KV heads of this rank.
+            head_dim: Size of a head.
+            softmax_scale: Factor of the scores.
+            cache_format: The cache's layout.
+        """
+        self._thresholds = thresholds
+        self._num_kv_heads = num_kv_heads
+        self._softmax_scale = softmax_scale
+        self._format = cache_format
+        self._reader = key_page_reader(
+            cache_format.isa, cache_format.page_size, head_dim, cache_format.dtype
+        )
+
+    def select(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        request: PrefillRequest,
+        pages: torch.Tensor,
+    ) -> torch.Tensor:
+        """Chooses a request's key blocks.
+
+        Args:
+            query: The step's queries, ``[num_tokens, num_heads, head_dim]``.
+            kv_cache: The layer's cache, this step's keys included,
+                ``[num_pages, num_kv_heads, page_size, 2 * head_dim]``.
+            request: The request.
+            pages: Its row of the block table.
+
+        Returns:
+            ``[num_heads, num_q_blocks, num_k_blocks]`` bool.
+        """
+        geometry = request.geometry
+        num_pages = -(-geometry.kv_len // self._format.page_size)
+        key = self._reader.read(split_cache(kv_cache)[0], pages[:num_pages])
+        scores = score_blocks(
+            query[request.rows], key.flatten(1, 2).transpose(0, 1), geometry, self._softmax_scale
+        )
+        return select_blocks(scores, self._thresholds, geometry)
+
+    def tables(
+        self, keep: torch.Tensor, request: PrefillRequest, pages: torch.Tensor
+    ) -> TileTables:
+        """Lays a request's kept blocks out as tiles."""
+        lists = build_tile_lists(keep)
+        return build_tile_tables(
+            lists, request.geometry, pages, self._format.page_size, self._num_kv_heads
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        kv_cache: torch.Tensor,
+        request: PrefillRequest,
+        tables: TileTables,
+    ) -> None:
+        """Attends to a request's kept blocks, into its rows of ``output``."""
+        num_pages, num_kv_heads, page_size, width = kv_cache.shape
+        one_head = kv_cache.view(num_pages * num_kv_heads, 1, page_size, width)
+
+        def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
+            dense_paged_attention(
+                query, output, one_head, tables, self._softmax_scale, self._format
+            )
+
+        tile_prefill(query[request.rows], output[request.rows], tables, dense)
+
+
+def dense_paged_attention(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    kv_cache: torch.Tensor,
+    tables: TileTables,
+    softmax_scale: float,
+    cache_format: CacheFormat,
+) -> None:
+    """Runs vLLM's dense causal CPU kernel, the one that CPU_ATTN runs.
+
+    Args:
+        query: ``[num_rows, num_heads, head_dim]``.
+        output: Like ``query``; written.
+        kv_cache: ``[num_pages, num_kv_heads, page_size, 2 * head_dim]``.
+        tables: The sequences.
+        softmax_scale: Factor of the scores.
+        cache_format: The cache's layout.
+    """
+    key_cache, value_cache = split_cache(kv_cache)
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(tables.seq_lens),
+        num_heads=query.shape[1],
+        num_kv_heads=kv_cache.shape[1],
+        head_dim=query.shape[2],
+        seq_lens=tables.seq_lens,
+        dtype=query.dtype,
+        query_start_loc=tables.query_start_loc,
+        causal=True,
+        sliding_window_size=-1,
+        isa=cache_format.isa,
+        enable_kv_split=True,
+    )
+    ops.cpu_attention_with_kv_cache(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=output,
+        query_start_loc=tables.query_start_loc,
+        seq_lens=tables.seq_lens,
+        scale=softmax_scale,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=-1,
+        block_table=tables.block_table,
+        softcap=0.0,
+        scheduler_metadata=schedule,
+        s_aux=None,
+    )
+
+
+def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as vLLM's kernels take them, ``[num_pages, num_kv_heads, page_size, head_dim]``."""
+    num_pages, num_kv_heads, page_size, width = kv_cache.shape
+    key, value = kv_cache.view(num_pages, num_kv_heads, 2 * page_size, width // 2).chunk(2, dim=2)
+    return key, value

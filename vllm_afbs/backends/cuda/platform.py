@@ -1,0 +1,24 @@
+"""vLLM's CUDA platform, which checks the profile before anything is loaded."""
+
+from typing import TYPE_CHECKING
+
+from vllm.platforms.cuda import CudaPlatform
+
+from vllm_afbs.serving import admission
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class AfbsCudaPlatform(CudaPlatform):  # type: ignore[misc, valid-type]
+    """Differs from its parent only when the afbs backend is chosen."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Refuses a profile that does not fit, before anything is loaded.
+
+        Raises:
+            SystemExit: With one line; an exception would be buried in vLLM's traceback.
+        """
+        super().check_and_update_config(vllm_config)
+        admission.admit_or_exit(vllm_config)

@@ -1,0 +1,96 @@
+"""Compiling a layer's kernels while the server starts.
+
+Triton compiles a kernel where it is first called, which would be inside the first long prompts;
+vLLM's own kernels are compiled before the server is ready, and its JIT monitor warns of any that
+are not, or fails (``--jit-monitor-mode``).
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from vllm_afbs.backends.cuda.sparse import SparsePrefill, StepInputs
+from vllm_afbs.kernels import BlockGeometry
+from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer's kernels are compiled for, besides whether it has guards.
+
+    Attributes:
+        num_heads: Query heads of this rank.
+        num_kv_heads: KV heads of this rank.
+        head_dim: Size of a head.
+        dtype: Of queries, keys and values.
+        page_size: Keys of a page.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    page_size: int
+    block_q: int
+    block_k: int
+
+
+def compile_kernels(
+    ways: Collection[SparsePrefill],
+    shape: LayerShape,
+    shortest: int,
+    longest: int,
+    device: torch.device,
+) -> None:
+    """Runs one query block at every length for which kernels differ.
+
+    Args:
+        ways: Of a layer.
+        shape: The layer's.
+        shortest: Tokens of the shortest context that may run sparse.
+        longest: Of the longest.
+        device: Where.
+    """
+    num_kept = torch.zeros(shape.num_heads, dtype=torch.int64, device=device)
+    for kv_len in lengths_to_compile(shortest, longest, shape.block_k):
+        step = _step(shape, kv_len, device)
+        for prefill in ways:
+            prefill.attend(step, prefill.choose(step, num_kept), torch.empty_like(step.query))
+
+
+def lengths_to_compile(shortest: int, longest: int, block_k: int) -> Iterator[int]:
+    """One context for each kernel: selection's rows are rounded up to a power of two of blocks.
+
+    Args:
+        shortest: As in ``compile_kernels``.
+        longest: Likewise.
+        block_k: Keys of a key block.
+    """
+    row, last = (
+        triton.next_power_of_2(triton.cdiv(length, block_k)) for length in (shortest, longest)
+    )
+    while row <= last:
+        yield row * block_k
+        row *= 2
+
+
+def _step(shape: LayerShape, kv_len: int, device: torch.device) -> StepInputs:
+    """A query block behind a context all of whose pages are one, of zeros."""
+    geometry = BlockGeometry(min(shape.block_q, kv_len), kv_len, shape.block_q, shape.block_k)
+    query = torch.zeros(
+        geometry.q_len, shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device
+    )
+    page = query.new_zeros(1, shape.num_kv_heads, shape.page_size, 2 * shape.head_dim)
+    key_cache, value_cache = page.transpose(1, 2).split(shape.head_dim, dim=-1)
+    num_pages = triton.cdiv(kv_len, shape.page_size)
+    return StepInputs(
+        query,
+        key_cache,
+        value_cache,
+        torch.zeros(1, num_pages, dtype=torch.int32, device=device),
+        cut_query_blocks([PrefillRequest(0, 0, geometry)], device),
+    )

@@ -1,0 +1,1 @@
+"""What a running server tells, and the switch that turns sparse attention off."""

@@ -1,0 +1,145 @@
+"""Routes under ``/afbs`` on vLLM's own API server: what it serves and does, and the kill switch.
+
+Reading is as open as ``/metrics`` is; changing is not (``access``).
+"""
+
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
+
+from vllm_afbs import compat
+from vllm_afbs.observability import kill_switch, status
+from vllm_afbs.observability.access import authorise
+from vllm_afbs.serving import admission
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from starlette.datastructures import State
+
+_PAGE = Path(__file__).with_name("status.html").read_text(encoding="utf-8")
+_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
+)
+"""The page loads nothing from anywhere, and asks only the server that it came from."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the routes know of the server they belong to; ``app.state.afbs``.
+
+    Attributes:
+        api_keys: Any of them lets a client change what the server does; empty if none is set.
+        profile: The served profile; None if every layer runs dense.
+        backend: Whether the server runs our attention backend.
+        per_head: Whether heads are counted one by one.
+    """
+
+    api_keys: list[str] = field(repr=False)
+    profile: status.ServedProfile | None
+    backend: bool
+    per_head: bool
+
+
+def _server(request: Request) -> Server:
+    server: Server = request.app.state.afbs
+    return server
+
+
+def _profile(server: Annotated[Server, Depends(_server)]) -> status.ServedProfile:
+    if server.profile is None:
+        raise HTTPException(HTTPStatus.NOT_FOUND, "This server serves no profile.")
+    return server.profile
+
+
+class Refusal(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+_NO_PROFILE: dict[int | str, dict[str, Any]] = {404: {"model": Refusal}}
+_GUARDED: dict[str, Any] = {
+    "dependencies": [Depends(authorise)],
+    "responses": {401: {"model": Refusal}, 403: {"model": Refusal}},
+}
+router = APIRouter(prefix="/afbs", tags=["vllm-afbs"])
+
+
+@router.get("/", response_class=HTMLResponse)
+def get_page() -> HTMLResponse:
+    """Shows status and layers to a person, and keeps them up to date."""
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
+
+
+@router.get("/profile", responses=_NO_PROFILE)
+def get_profile(
+    profile: Annotated[status.ServedProfile, Depends(_profile)],
+) -> status.ServedProfile:
+    """The served profile, whole."""
+    return profile
+
+
+@router.get("/status")
+def get_status(server: Annotated[Server, Depends(_server)]) -> status.Status:
+    """What the server has done since it started, over all its workers."""
+    return status.read_status(server.profile, server.backend)
+
+
+@router.get("/layers", responses=_NO_PROFILE)
+def get_layers(
+    server: Annotated[Server, Depends(_server)],
+    profile: Annotated[status.ServedProfile, Depends(_profile)],
+) -> list[status.Layer]:
+    """What each layer was tuned to, and what it does."""
+    return status.read_layers(profile.profile, server.per_head)
+
+
+@router.post("/disable", **_GUARDED)
+def disable() -> status.SwitchState:
+    """Makes every prefill dense, in all workers from their next step on."""
+    kill_switch.set_enabled(False)
+    return status.switch_state()
+
+
+@router.post("/enable", **_GUARDED)
+def enable() -> status.SwitchState:
+    """Lets layers run sparse again."""
+    kill_switch.set_enabled(True)
+    return status.switch_state()
+
+
+class RoutesPlugin:
+    """The ``vllm.endpoint_plugins`` entry point; vLLM loads it where ``VLLM_PLUGINS`` names it."""
+
+    name = "afbs"
+    required_tasks: tuple[Any, ...] | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds the routes."""
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: "State", args: "Namespace") -> None:
+        """Notes what the routes need to know of the server.
+
+        Args:
+            engine_client: vLLM's engine; None in a server that has none.
+            state: The app's state; ``afbs`` is set.
+            args: The server's command line.
+        """
+        api_keys = compat.api_keys(args)
+        state.afbs = Server(api_keys, profile=None, backend=False, per_head=False)
+        if engine_client is None:
+            return
+        config = engine_client.vllm_config
+        if compat.is_afbs(config.attention_config.backend):
+            profile = admission.admitted_profile(config)
+            per_head = admission.read_settings(config).per_head_metrics
+            served = status.ServedProfile.of(profile) if profile else None
+            state.afbs = Server(api_keys, served, backend=True, per_head=per_head)

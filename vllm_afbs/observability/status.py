@@ -1,0 +1,221 @@
+"""What a running server does, as data: the profile's promises beside the workers' counters."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import datetime
+from importlib.metadata import version
+
+from prometheus_client import Metric
+from pydantic import BaseModel, Field
+
+from vllm_afbs.observability import kill_switch, metrics
+from vllm_afbs.profile.schema import HeadProfile, Profile, mean_calibration
+
+Labels = frozenset[tuple[str, str]]
+
+
+class Products(BaseModel):
+    """Block products (QK^T and PV) since the server started."""
+
+    computed: int
+    skipped: int
+    sparsity: float | None = Field(
+        description="skipped / (computed + skipped); null: nothing was counted yet."
+    )
+
+
+class Head(BaseModel):
+    """One query head."""
+
+    head: int
+    tau: float = Field(description="Share of the blocks' estimated mass to keep; 1: dense.")
+    theta: float = Field(description="Blocks less self-similar than this are computed.")
+    calibrated_sparsity: float = Field(description="At the longest calibrated length.")
+    live: Products | None = Field(description="null: per_head_metrics is off.")
+
+
+class Layer(BaseModel):
+    """One decoder layer."""
+
+    layer: int
+    sparse: bool = Field(description="false: the profile leaves the layer dense.")
+    tolerance: float = Field(description="Relative L1 allowed per head.")
+    calibrated_sparsity: float = Field(description="Mean over heads at the longest length.")
+    live: Products
+    samples: int = Field(description="Steps that were also computed dense and compared.")
+    sampled_error: float | None = Field(description="Mean relative L1 of them; null: none yet.")
+    heads: list[Head]
+
+
+class ServedProfile(BaseModel):
+    """The profile that workers serve."""
+
+    profile_id: str
+    profile: Profile
+
+    @classmethod
+    def of(cls, profile: Profile) -> "ServedProfile":
+        """Takes a profile with its digest, which is computed here and not at every look."""
+        return cls(profile_id=profile.profile_id, profile=profile)
+
+
+class SwitchState(BaseModel):
+    """The kill switch."""
+
+    enabled: bool = Field(description="Whether layers may run sparse.")
+    disabled_since: datetime | None = Field(description="UTC; null: enabled.")
+
+
+class Status(SwitchState):
+    """The server at a glance. Seconds and tokens are sums over layers and tensor-parallel ranks."""
+
+    version: str
+    backend: bool = Field(description="Whether the server runs --attention-backend afbs.")
+    profile_id: str | None = Field(description="null: no profile, every layer runs dense.")
+    model_name: str | None
+    live: Products
+    sparse_tokens: int = Field(description="Prefill tokens whose attention ran sparse.")
+    dense_tokens: int
+    sparse_seconds: float = Field(description="Attention that ran sparse, selection included.")
+    dense_seconds: float
+    selector_seconds: float
+    saved_seconds: float = Field(description="Estimated: dense attention's time less the sparse.")
+    samples: int
+    sampled_error: float | None = Field(description="Mean relative L1 of sampled steps.")
+    fallbacks: dict[str, int] = Field(description="Prefills that layers left dense, by reason.")
+
+
+class Counters:
+    """The workers' counters at one moment."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        """Takes what ``metrics.read`` gives."""
+        self._samples: dict[str, dict[Labels, float]] = defaultdict(dict)
+        for family in families:
+            for sample in family.samples:
+                self._samples[sample.name][frozenset(sample.labels.items())] = sample.value
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sample with exactly these labels; 0 if there is none yet."""
+        return self._samples[name].get(frozenset(labels.items()), 0.0)
+
+    def by(self, name: str, label: str) -> dict[str, float]:
+        """Sums over all other labels, by the value of one."""
+        sums: dict[str, float] = defaultdict(float)
+        for labels, value in self._samples[name].items():
+            sums[dict(labels)[label]] += value
+        return sums
+
+    def products(self, metric: metrics.Counter, **labels: str) -> Products:
+        """Block products of a layer, or of a head."""
+        name = f"{metric.name}_total"
+        return _products(*(self.value(name, outcome=each, **labels) for each in _OUTCOMES))
+
+    def all_products(self) -> Products:
+        """Block products of all layers."""
+        sums = self.by(f"{metrics.BLOCK_PRODUCTS.name}_total", "outcome")
+        return _products(*(sums[outcome] for outcome in _OUTCOMES))
+
+
+_OUTCOMES = ("computed", "skipped")
+
+
+def _products(computed: float, skipped: float) -> Products:
+    done = computed + skipped
+    return Products(
+        computed=round(computed), skipped=round(skipped), sparsity=skipped / done if done else None
+    )
+
+
+def switch_state() -> SwitchState:
+    """The kill switch as workers see it."""
+    since = kill_switch.disabled_since()
+    return SwitchState(enabled=since is None, disabled_since=since)
+
+
+def read_status(served: ServedProfile | None, backend: bool) -> Status:
+    """Sums up what the server has done.
+
+    Args:
+        served: The served profile.
+        backend: Whether the server runs our attention backend.
+    """
+    counters = Counters(metrics.read())
+    tokens = counters.by(f"{metrics.PREFILL_TOKENS.name}_total", "path")
+    seconds = counters.by(f"{metrics.PREFILL_ATTENTION_SECONDS.name}_sum", "path")
+    estimate = counters.value(f"{metrics.DENSE_ESTIMATE_SECONDS.name}_total")
+    fallbacks = counters.by(f"{metrics.DENSE_FALLBACKS.name}_total", "reason")
+    error_sums = counters.by(f"{metrics.SAMPLED_ERROR.name}_sum", "layer")
+    samples = counters.by(f"{metrics.SAMPLED_ERROR.name}_count", "layer")
+    state = switch_state()
+    return Status(
+        enabled=state.enabled,
+        disabled_since=state.disabled_since,
+        version=version("vllm-afbs"),
+        backend=backend,
+        profile_id=served.profile_id if served else None,
+        model_name=served.profile.model_name if served else None,
+        live=counters.all_products(),
+        sparse_tokens=round(tokens["sparse"]),
+        dense_tokens=round(tokens["dense"]),
+        sparse_seconds=seconds["sparse"],
+        dense_seconds=seconds["dense"],
+        selector_seconds=counters.value(f"{metrics.SELECTOR_SECONDS.name}_sum"),
+        saved_seconds=estimate - seconds["sparse"],
+        samples=round(sum(samples.values())),
+        sampled_error=_mean(sum(error_sums.values()), sum(samples.values())),
+        fallbacks={reason: round(count) for reason, count in fallbacks.items()},
+    )
+
+
+def read_layers(profile: Profile, per_head: bool) -> list[Layer]:
+    """Tells what each layer was tuned to and what it does.
+
+    Args:
+        profile: The served profile.
+        per_head: Whether heads are counted one by one.
+    """
+    counters = Counters(metrics.read())
+    layers = []
+    for index, tuned in enumerate(profile.layers):
+        name, layer = metrics.SAMPLED_ERROR.name, str(index)
+        samples = counters.value(f"{name}_count", layer=layer)
+        layers.append(
+            Layer(
+                layer=index,
+                sparse=tuned.is_sparse,
+                tolerance=profile.tolerance_of(index),
+                calibrated_sparsity=_calibrated(tuned.heads),
+                live=counters.products(metrics.BLOCK_PRODUCTS, layer=layer),
+                samples=round(samples),
+                sampled_error=_mean(counters.value(f"{name}_sum", layer=layer), samples),
+                heads=[
+                    _head(counters if per_head else None, index, number, head)
+                    for number, head in enumerate(tuned.heads)
+                ],
+            )
+        )
+    return layers
+
+
+def _head(counters: Counters | None, layer: int, number: int, tuned: HeadProfile) -> Head:
+    live = None
+    if counters is not None:
+        metric = metrics.HEAD_BLOCK_PRODUCTS
+        live = counters.products(metric, layer=str(layer), head=str(number))
+    return Head(
+        head=number,
+        tau=tuned.tau,
+        theta=tuned.theta,
+        calibrated_sparsity=_calibrated([tuned]),
+        live=live,
+    )
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _calibrated(heads: list[HeadProfile]) -> float:
+    calibration = mean_calibration(heads)
+    return calibration[-1][1] if calibration else 0.0

@@ -1,0 +1,118 @@
+"""Reading a profile, refusing what is none, and writing files whole or not at all."""
+
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vllm_afbs.profile.schema import SCHEMA_VERSION, Profile, ProfileError
+
+MAX_BYTES = 64 * 2**20
+"""Of a profile's file; that of a model of 70B parameters has about 3 MB."""
+
+
+def load_profile(path: str | os.PathLike[str]) -> Profile:
+    """Reads and checks a profile.
+
+    Raises:
+        ProfileError: Unreadable, no file of a sensible size, or ``parse_profile`` refuses it; the
+            message is one line that names the file and the field.
+    """
+    try:
+        content = _read(path)
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot read the profile: {error.strerror}") from None
+    except ValueError as error:
+        raise ProfileError(f"{path}: cannot read the profile: {error}") from None
+    return parse_profile(content, str(path))
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    # Without blocking: opening a pipe waits for somebody to write into it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("a regular file expected")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"at most {MAX_BYTES} bytes expected")
+    return content
+
+
+def parse_profile(content: bytes, source: str) -> Profile:
+    """Checks a profile.
+
+    Args:
+        content: The file's bytes.
+        source: Where they came from, for the message.
+
+    Raises:
+        ProfileError: Not JSON in UTF-8, of another schema version, or a field is wrong.
+    """
+    try:
+        text = content.decode()
+        data = json.loads(text, object_pairs_hook=_unique)
+    except UnicodeDecodeError:
+        raise ProfileError(f"{source}: cannot read the profile: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise ProfileError(f"{source}: not valid JSON: {error}") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ProfileError(f"{source}: schema_version: {SCHEMA_VERSION} expected, got {version!r}")
+    try:
+        # Strictly: a text is not a number, and true is not 1.
+        profile = Profile.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        prefix = f"{field}: " if field else ""
+        raise ProfileError(f"{source}: {prefix}{first['msg']}") from None
+    try:
+        json.dumps(data, allow_nan=False)
+    except ValueError:
+        raise ProfileError(f"{source}: model.rope or tuner.settings: NaN or Infinity") from None
+    return profile
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file whole or not at all: a reader sees the old text or the new.
+
+    Raises:
+        OSError: The directory cannot be written or the disk is full; its ``filename`` is ``path``,
+            which is untouched.
+    """
+    try:
+        _replace(Path(path).resolve(), text)  # of a link, the file it points to is replaced
+    except OSError as error:
+        # A write does not say which file it was for, and other calls name the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _replace(target: Path, text: str) -> None:
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a profile is read by whoever may read its directory.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

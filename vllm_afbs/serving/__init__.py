@@ -1,0 +1,1 @@
+"""From vLLM's configuration to what each layer and each step runs."""
