@@ -9,7 +9,7 @@ LOCAL_BLOCKS = 2
 """Keys up to a row that are always kept, its own included, in query blocks' worths.
 
 Scores see the mass of what is near, not that predicting the next word rests on it: with the
-diagonal alone, perplexity grew two to four times as much (README, "What it costs in quality").
+diagonal alone, perplexity grew two to four times as much (docs/benchmarks.md).
 """
 
 

@@ -6,7 +6,7 @@ The rule is SpargeAttn's (arXiv 2502.18137, section 3) with two changes:
   gives it, as there; the other half is what the softmax over the keys themselves gives to its keys
   together. The mean hides a key that stands out from its block, and a mean query overrates such a
   key; each half has what the other lacks, and for the same error heads skip nearly as much as with
-  exact masses (README, "Which scores select"). It takes one product of the pooled queries and all
+  exact masses (docs/benchmarks.md). It takes one product of the pooled queries and all
   keys, ``1 / block_q`` of what dense attention multiplies to score.
 - A block is scored by the keys that the query block's last row sees, and K is taken as it is, not
   less its mean over the sequence (which changes neither softmax). So selection is the same for

@@ -3,7 +3,8 @@
 A *tile* is one query block of one query head. To the platform's dense kernel each tile is a
 sequence of its own with one head, whose block table lists only the kept KV pages, in order. The
 diagonal pages come last, so bottom-right causal masking does the rest, and nothing of the kernel
-changes. Measured: 1/density on CPU, 0.62-0.97 of it with FlashAttention 3 at 128K on an H100.
+changes. Measured, as a share of the ideal speed-up 1 / density: 0.77 to 1.00 on a CPU, and 0.62 to
+0.98 with FlashAttention 3 at 128K on an H100 (docs/benchmarks.md).
 """
 
 from collections.abc import Callable

@@ -192,7 +192,7 @@ def test_a_canary_shares_the_service_and_nothing_else(manifests: Path) -> None:
 
 
 def test_the_operators_rules_are_the_same_rules() -> None:
-    """What deploy/README.md's command applies; no schema of the operator's is at hand."""
+    """What docs/operations.md's command applies; no schema of the operator's is at hand."""
     head = (KUBERNETES / "monitoring/prometheusrule-head.yaml").read_text("utf-8")
     rules = RULES.read_text("utf-8")
     indented = run("sed", "s/^/  /", RULES)

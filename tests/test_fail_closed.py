@@ -1,7 +1,7 @@
 """Whatever sparse prefill cannot do, or was not calibrated for, runs dense or is refused.
 
-The table of conditions is deploy/README.md's, "What runs dense, what is refused". Here is a row for
-each that is a layer's or a server's, on vLLM's own implementations and layers;
+docs/operations.md, "What runs dense, what is refused", has the table of conditions. Here is a row
+for each that is a layer's or a server's, on vLLM's own implementations and layers;
 ``test_fail_closed_steps.py`` has those of steps, ``test_refused.py`` those that stop a server.
 """
 

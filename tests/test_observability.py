@@ -59,7 +59,7 @@ def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
 
 
 def test_the_operators_page_explains_every_alert_and_every_reason_that_rules_name() -> None:
-    page = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    page = (DEPLOY.parent / "docs/operations.md").read_text(encoding="utf-8")
     alerts = set(rules("alert"))
     assert alerts == set(re.findall(r"^\| `(VllmAfbs\w+)`", page, re.MULTILINE))
     named = {

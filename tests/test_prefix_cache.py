@@ -1,6 +1,6 @@
 """What keeps keys and values of two profiles apart in vLLM's prefix caches, and what does not.
 
-deploy/README.md, "Caches and profiles", says so to operators.
+docs/operations.md, "Caches and profiles", says so to operators.
 """
 
 from vllm.sampling_params import SamplingParams

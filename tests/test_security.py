@@ -1,6 +1,6 @@
 """Names out of files are text wherever they are shown, and keys are shown nowhere.
 
-Who may change what is in ``test_routes.py``; deploy/README.md has the threat model.
+Who may change what is in ``test_routes.py``; docs/operations.md has the threat model.
 """
 
 import json

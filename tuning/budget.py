@@ -9,7 +9,7 @@ times as much in one as in another. So, after all layers were tuned to one toler
    their sum is there.
 2. *Levels*: what a layer would skip at other tolerances is read off the slopes of stage 2.
 3. *Allocation* (``allocation``): the tolerances that leave the fewest block products for the
-   damage. Kernel time is a line in these (README, "Prefill attention of one layer"), so they are
+   damage. Kernel time is a line in these (docs/benchmarks.md), so they are
    what is to be least.
 4. *Measurement*: the layers are refined and validated with their tolerances, and the whole model is
    run on held-out text. If it misses the goal, the budget is moved by as much, and 3 repeated.

@@ -71,7 +71,7 @@ def _is_it_on() -> list[Panel]:
         panel(
             number("unknown"), "Kill switch",
             "Whether sparse attention is allowed. How to turn it, without a restart: "
-            "deploy/README.md, Roll back.",
+            "docs/operations.md, Roll back.",
             NO_METRIC,
             query(f"min by (instance) ({ours('enabled')})", "{{instance}}"),
             span=6, height=5,
@@ -263,7 +263,7 @@ def _why_did_it_fall_back() -> list[Panel]:
             stacked(), "Fallbacks by reason",
             "Prefills that a layer left to vLLM's dense attention, per second. short_query, "
             "short_context and dense_is_faster are the dispatcher's normal work; "
-            "deploy/README.md says what each of the others asks for.",
+            "docs/operations.md says what each of the others asks for.",
             no_fallback, query(rate(counter, "reason"), "{{reason}}"),
             unit="cps", span=16,
         ),

@@ -38,7 +38,7 @@ class DenseCost:
 
     The machine's own dense prefills say what a block product takes. As long as it ran none that is
     comparable, the sparse ones do, by the blocks that they computed; tiles are a little slower
-    than dense attention block by block (README, measured results), so the estimate is then a
+    than dense attention block by block (docs/benchmarks.md), so the estimate is then a
     little high.
     """
 
