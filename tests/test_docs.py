@@ -199,6 +199,21 @@ def test_programs_list_the_options_that_their_source_has(module: str) -> None:
     assert options_by_help(module) == options_by_source(module)
 
 
+@pytest.mark.parametrize(
+    ("module", "page"),
+    [
+        ("vllm_afbs.tune", "tuning.md"),
+        ("vllm_afbs.evaluate", "evaluation.md"),
+        ("vllm_afbs.demo", "contributing.md"),
+    ],
+)
+def test_options_are_all_explained(module: str, page: str) -> None:
+    text = (CHECKOUT / "docs" / page).read_text(encoding="utf-8")
+    assert options_by_help(module) == {
+        option for option in options_by_help(module) if re.search(rf"{option}\b(?!-)", text)
+    }
+
+
 def test_make_targets_exist() -> None:
     makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
