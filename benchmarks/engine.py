@@ -58,6 +58,7 @@ class Job:
         way: Way of sparse prefill to take wherever the profile is sparse; the dispatcher's if None.
         settings: What ``additional_config`` says of afbs.
         speculative: vLLM's ``speculative_config``; None to decode token by token.
+        page_size: Tokens of a page of the KV cache; the backend's own default if None.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Job:
     way: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     speculative: dict[str, Any] | None = None
+    page_size: int | None = None
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -129,6 +131,7 @@ class Engine:
             max_num_seqs=max(*decode_sizes, len(job.prompts)),
             enable_prefix_caching=False,
             attention_config={"backend": job.backend},
+            block_size=job.page_size,
             speculative_config=job.speculative,
             additional_config={"afbs": job.settings} if job.settings else {},
             # Prefills run eagerly, decodes from graphs; nothing waits for a compiler.

@@ -56,7 +56,7 @@ def prefill(figure: Figure, rows: Rows) -> None:
     axes.axhline(1.0, color="0.8", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="share of block products computed")
     axes.set(ylabel="speed-up over dense FlashAttention 3, selection included")
-    axes.set_title("One layer's prefill, 32/8 heads, head size 128, H100")
+    axes.set_title(f"One layer's prefill, 32/8 heads, head size 128, {rows[0]['device']}")
     axes.legend(fontsize="small", ncols=2)
 
 
@@ -71,7 +71,7 @@ def serving(figure: Figure, rows: Rows) -> None:
     for engine, points in curves.items():
         axes.plot(*zip(*sorted(points), strict=True), marker=".", label=engine)
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="seconds to first token")
-    axes.set_title("vLLM 0.26.0, Llama-3.1-8B shapes, one H100")
+    axes.set_title(f"vLLM, Llama-3.1-8B shapes, one {rows[0]['device']}")
     axes.legend(fontsize="small")
 
 

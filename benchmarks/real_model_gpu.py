@@ -9,27 +9,38 @@ faster on an H100, and the dispatcher takes it; what sparsity does to its answer
 made to run sparse.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Decode, Job, run_job
-from benchmarks.serving_gpu import rows_of
+from benchmarks.serving_gpu import BASELINES, rows_of
 from benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo import divergence
 from vllm_afbs.demo.assets import prepare, read_token_ids
 
 NUM_ANSWER_TOKENS = 64
-PROMPT_TOKENS = 7936
+DEFAULT_LENGTHS = [7936]
 
 
-def prompts(model_dir: Path, text_file: Path, count: int) -> list[list[int]]:
-    """Consecutive stretches of a text, as token ids."""
+def prompts(
+    model_dir: Path, text_file: Path, lengths: Sequence[int], count: int
+) -> list[list[int]]:
+    """Consecutive stretches of a text, as token ids: ``count`` of each length.
+
+    Raises:
+        ValueError: The text is too short.
+    """
     token_ids = read_token_ids(model_dir, text_file)
-    if len(token_ids) < count * PROMPT_TOKENS:
-        raise ValueError(
-            f"{text_file}: {count * PROMPT_TOKENS} tokens expected, got {len(token_ids)}"
-        )
-    return [token_ids[i * PROMPT_TOKENS :][:PROMPT_TOKENS] for i in range(count)]
+    needed = count * sum(lengths)
+    if len(token_ids) < needed:
+        raise ValueError(f"{text_file}: at least {needed} tokens expected, got {len(token_ids)}")
+    chosen, start = [], 0
+    for length in lengths:
+        for _ in range(count):
+            chosen.append(token_ids[start : start + length])
+            start += length
+    return chosen
 
 
 def answer_rows(name: str, stock: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[Row]:
@@ -53,27 +64,34 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="by default the demo's SmolLM2-135M")
     parser.add_argument("--text", type=Path, help="text of the prompts; by default the demo's")
-    parser.add_argument("--num-prompts", type=int, default=2)
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=DEFAULT_LENGTHS, help="tokens of the prompts"
+    )
+    parser.add_argument("--num-prompts", type=int, default=2, help="of each length")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     model, text = args.model, args.text
     if model is None or text is None:
         assets = prepare()
         model, text = model or assets.model_dir, text or assets.prompt_file
-    chosen = prompts(model, text, args.num_prompts)
+    chosen = prompts(model, text, args.lengths, args.num_prompts)
+    longest = max(args.lengths)
     results: dict[str, dict[str, Any]] = {}
     profile = str(args.profile.absolute())
-    for name, backend, served, way in (
-        ("FLASH_ATTN", "FLASH_ATTN", None, None),
-        ("afbs, no profile", "AFBS", None, None),
-        ("afbs, tuned", "AFBS", profile, None),
-        ("afbs, tuned, sparse in any case", "AFBS", profile, "tiles"),
+    stock_engines = [(name, "FLASH_ATTN", size, None, None) for name, size in BASELINES.items()]
+    for name, backend, page_size, served, way in (
+        *stock_engines,
+        ("afbs, no profile", "AFBS", None, None, None),
+        ("afbs, tuned", "AFBS", None, profile, None),
+        ("afbs, tuned, sparse in any case", "AFBS", None, profile, "tiles"),
     ):
         job = Job(
-            name, backend, str(model), False, 8192, chosen, args.rounds, way=way,
-            decodes=[Decode(1, 2048)], profile=served, num_answer_tokens=NUM_ANSWER_TOKENS,
+            name, backend, str(model), False, longest + NUM_ANSWER_TOKENS, chosen, args.rounds,
+            way=way, decodes=[Decode(1, 2048)], profile=served, page_size=page_size,
+            num_answer_tokens=NUM_ANSWER_TOKENS,
         )  # fmt: skip
         results[name] = run_job(job)
+        report_rows(rows_of(results), args.output)  # outlives a failure of a later engine
     rows = rows_of(results)
     stock = results["FLASH_ATTN"]["answers"]
     for name, result in list(results.items())[1:]:
