@@ -20,7 +20,7 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu import backend as cpu
 from vllm_afbs.backends.cuda import backend as cuda
-from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.files import write_atomically
 from vllm_afbs.serving import admission, batch, eligibility
 from vllm_afbs.serving import reasons as all_reasons
 from vllm_afbs.serving.reasons import Reason

@@ -16,9 +16,11 @@ import pytest
 
 from tests.full_disk import room_for
 from tests.profiles import uniform_profile
+from vllm_afbs.files import write_atomically
 from vllm_afbs.profile import file as profile_file
-from vllm_afbs.profile.file import load_profile, parse_profile, write_atomically
-from vllm_afbs.profile.schema import Profile, ProfileError
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.file import load_profile, parse_profile
+from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning import journal
 
 VALID = uniform_profile().to_json().rstrip().encode()

@@ -17,8 +17,9 @@ from vllm_afbs import compat
 from vllm_afbs.backends.cpu.platform import AfbsCpuPlatform
 from vllm_afbs.backends.cuda.backend import AfbsCUDABackend
 from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, vllm_command
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint, ProfileError
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.serving import admission
 
 

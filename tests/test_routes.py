@@ -21,9 +21,9 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tests.profiles import uniform_profile
 from vllm_afbs.demo.server import HOST, free_port
+from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import kill_switch, metrics
 from vllm_afbs.observability.routes import RoutesPlugin
-from vllm_afbs.profile.file import write_atomically
 from vllm_afbs.profile.schema import Profile
 
 CHROMIUM = shutil.which("chromium")

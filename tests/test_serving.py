@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.profiles import uniform_profile
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import Profile, ProfileError
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import admission
 from vllm_afbs.serving.batch import sort_requests
 

@@ -1,18 +1,17 @@
-"""Reading a profile, refusing what is none, and writing files whole or not at all."""
+"""Reads a profile from a file and refuses anything that is not a valid one."""
 
 import json
 import os
 import stat
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_afbs.profile.schema import SCHEMA_VERSION, Profile, ProfileError
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.schema import SCHEMA_VERSION, Profile
 
 MAX_BYTES = 64 * 2**20
-"""Of a profile's file; that of a model of 70B parameters has about 3 MB."""
+"""Largest file that is read. The profile of a 70B model has about 3 MB."""
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
@@ -84,35 +83,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} is there twice")
     return found
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file whole or not at all: a reader sees the old text or the new.
-
-    Raises:
-        OSError: The directory cannot be written or the disk is full; its ``filename`` is ``path``,
-            which is untouched.
-    """
-    try:
-        _replace(Path(path).resolve(), text)  # of a link, the file it points to is replaced
-    except OSError as error:
-        # A write does not say which file it was for, and other calls name the temporary one.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _replace(target: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a profile is read by whoever may read its directory.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.profile.schema import ModelFingerprint, Profile, ProfileError, mean_calibration
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.schema import Profile, mean_calibration
 from vllm_afbs.serving import eligibility, reasons
 from vllm_afbs.serving.reasons import Reason
 

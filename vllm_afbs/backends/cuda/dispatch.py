@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.files import write_atomically
 
 Way = Literal["dense", "tiles", "triton"]
 WAYS: tuple[Way, ...] = get_args(Way)
