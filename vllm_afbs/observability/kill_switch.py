@@ -45,7 +45,7 @@ def disabled_since() -> datetime | None:
         return None
 
 
-class Switch:
+class KillSwitch:
     """A worker's view of the switch."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec
@@ -174,7 +174,7 @@ SAMPLED_ERROR = Histogram(
 )
 DENSE_FALLBACKS = Counter(
     "vllm_afbs_dense_fallbacks",
-    "Prefills that a layer left to the dense parent, by reason.",
+    "Prefills that a layer left to vLLM's dense backend, by reason.",
     ("reason",),
 )
 PREFILL_ATTENTION_SECONDS = Histogram(
@@ -196,13 +196,6 @@ PROFILE_INFO = Gauge(
     "1, labelled with the served profile.",
     ("profile_id", "model", "tolerance", "created_at"),
 )
-
-
-def count_fallbacks(reasons: Mapping[str, int]) -> None:
-    """Adds the prefills that a layer left to the dense parent in one step."""
-    for reason, count in reasons.items():
-        if count:
-            DENSE_FALLBACKS.inc(count, reason)
 
 
 def count_tokens(path: str, count: int) -> None:

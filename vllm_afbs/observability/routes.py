@@ -16,6 +16,7 @@ from vllm_afbs import compat
 from vllm_afbs.observability import kill_switch, status
 from vllm_afbs.observability.access import authorise
 from vllm_afbs.serving import admission
+from vllm_afbs.serving.settings import read_settings
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -140,6 +141,6 @@ class RoutesPlugin:
         config = engine_client.vllm_config
         if compat.is_afbs(config.attention_config.backend):
             profile = admission.admitted_profile(config)
-            per_head = admission.read_settings(config).per_head_metrics
+            per_head = read_settings(config).per_head_metrics
             served = status.ServedProfile.of(profile) if profile else None
             state.afbs = Server(api_keys, served, backend=True, per_head=per_head)

@@ -6,8 +6,9 @@ import torch
 
 from vllm_afbs.observability import metrics
 from vllm_afbs.observability.error_sampling import is_sampled, relative_l1
-from vllm_afbs.serving.admission import LayerPlan, Settings
 from vllm_afbs.serving.batch import Step
+from vllm_afbs.serving.plan import LayerPlan
+from vllm_afbs.serving.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class HostMeter:
             # The other requests run dense either way, so their time counts on both sides.
             others_seconds = work.ended - work.attended
             metrics.DENSE_ESTIMATE_SECONDS.inc(self._cost.estimate(num_blocks) + others_seconds)
-        elif not work.step.others and work.plan.dense_reason in (None, "profile_dense"):
+        elif not work.step.dense_indices and work.plan.dense_reason in (None, "profile_dense"):
             # Others would add time without blocks, and a layer with a window computes fewer.
             self._cost.learn_dense(seconds, num_blocks)
 
@@ -123,5 +124,5 @@ class HostMeter:
         """
         error = float(relative_l1(output, reference, step.long_prefills))
         metrics.SAMPLED_ERROR.observe(error, str(plan.layer))
-        if not step.others:
+        if not step.dense_indices:
             self._cost.learn_dense(seconds, len(plan.heads) * step.num_visible)

@@ -14,7 +14,8 @@ import torch
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.observability import metrics
 from vllm_afbs.observability.error_sampling import is_sampled, relative_l1
-from vllm_afbs.serving.admission import LayerPlan, Settings
+from vllm_afbs.serving.plan import LayerPlan
+from vllm_afbs.serving.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class LayerShape:
 
 
 def compile_kernels(
-    ways: Collection[SparsePrefill],
+    prefills: Collection[SparsePrefill],
     shape: LayerShape,
     shortest: int,
     longest: int,
@@ -49,7 +49,7 @@ def compile_kernels(
     """Runs one query block at every length for which kernels differ.
 
     Args:
-        ways: Of a layer.
+        prefills: Of a layer.
         shape: The layer's.
         shortest: Tokens of the shortest context that may run sparse.
         longest: Of the longest.
@@ -58,7 +58,7 @@ def compile_kernels(
     num_kept = torch.zeros(shape.num_heads, dtype=torch.int64, device=device)
     for kv_len in lengths_to_compile(shortest, longest, shape.block_k):
         step = _step(shape, kv_len, device)
-        for prefill in ways:
+        for prefill in prefills:
             prefill.attend(step, prefill.choose(step, num_kept), torch.empty_like(step.query))
 
 
