@@ -102,7 +102,7 @@ def test_an_unknown_version_is_one_line(installed: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(vllm, "__version__", installed)
     notice = compat.unknown_version()
     assert notice is not None
-    assert notice.startswith(f"vLLM {installed} is new to vllm-afbs, which knows 0.26.0, 0.32.0,")
+    assert notice.startswith(f"vllm-afbs does not know vLLM {installed}, only 0.26.0, 0.32.0,")
     assert "\n" not in notice
 
 

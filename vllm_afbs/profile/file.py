@@ -18,8 +18,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     """Reads and checks a profile.
 
     Raises:
-        ProfileError: Unreadable, no file of a sensible size, or ``parse_profile`` refuses it; the
-            message is one line that names the file and the field.
+        ProfileError: The file cannot be read, is not a regular file, is too large, or
+            ``parse_profile`` refuses it. The message is one line and names the file and the field.
     """
     try:
         content = _read(path)
@@ -31,7 +31,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
-    # Without blocking: opening a pipe waits for somebody to write into it.
+    # Non-blocking, because opening a pipe would wait for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("a regular file expected")
@@ -46,10 +46,11 @@ def parse_profile(content: bytes, source: str) -> Profile:
 
     Args:
         content: The file's bytes.
-        source: Where they came from, for the message.
+        source: The file's name, for messages.
 
     Raises:
-        ProfileError: Not JSON in UTF-8, of another schema version, or a field is wrong.
+        ProfileError: The content is not JSON in UTF-8, has another schema version, or has a wrong
+            field.
     """
     try:
         text = content.decode()
@@ -62,7 +63,7 @@ def parse_profile(content: bytes, source: str) -> Profile:
     if version != SCHEMA_VERSION:
         raise ProfileError(f"{source}: schema_version: {SCHEMA_VERSION} expected, got {version!r}")
     try:
-        # Strictly: a text is not a number, and true is not 1.
+        # Strict: "1" is not a number, and true is not 1.
         profile = Profile.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -81,5 +82,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} appears twice in one object")
     return found

@@ -9,7 +9,7 @@ from vllm_afbs.profile.record import Record
 
 
 class ModelFingerprint(Record):
-    """What must be equal between the tuned and the served model."""
+    """The parts of a model's configuration that must be equal in the tuned and the served model."""
 
     architecture: str
     num_layers: Annotated[int, Field(gt=0)]
@@ -20,10 +20,10 @@ class ModelFingerprint(Record):
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelFingerprint":
-        """Reads the fingerprint off a Hugging Face configuration.
+        """Reads the fingerprint from a Hugging Face configuration.
 
         Args:
-            config: A ``PretrainedConfig``; of a multimodal one the text part counts.
+            config: A ``PretrainedConfig``. Of a multimodal model, its text part is read.
 
         Raises:
             ProfileError: The configuration lacks a field that every supported decoder has.

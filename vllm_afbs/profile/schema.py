@@ -1,7 +1,7 @@
 """The profile: what the tuner found for one model, as validated data.
 
-A profile is JSON that a person can read. It is checked completely before a server uses it, and
-one that does not fit the model is refused with the field that differs.
+A profile is readable JSON. It is checked completely before a server uses it. A profile of another
+model is refused with a message that names the field that differs.
 """
 
 import hashlib
@@ -15,10 +15,11 @@ from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.record import Record
 
 SCHEMA_VERSION = 2
-"""2: thresholds of the selector that scores single keys, too; those of 1 mean something else."""
+"""Version 2 has thresholds for a selector that also scores single keys. In version 1 the same
+numbers had another meaning."""
 
 MIN_LAYER_SPARSITY = 0.1
-"""A layer tuned to less than this runs in the dense parent: selection would not pay."""
+"""Layers tuned to a lower sparsity run dense: selection would cost more than it saves."""
 
 
 class Measurement(Record):
@@ -73,7 +74,7 @@ class LayerProfile(Record):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it was tuned to enough sparsity to be served sparse."""
+        """Whether the layer was tuned to enough sparsity to run sparse."""
         calibration = mean_calibration(self.heads)
         return bool(calibration) and calibration[-1][1] >= MIN_LAYER_SPARSITY
 
@@ -87,7 +88,7 @@ class TextSource(Record):
 
 
 class WholeModel(Record):
-    """The whole model on held-out text at the longest length, against itself run dense."""
+    """The whole model, sparse against dense, on held-out text at the longest length."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(description="Mean over heads.")
     kl: Annotated[float, Field(ge=0)] = Field(
@@ -98,7 +99,7 @@ class WholeModel(Record):
 
 
 class BudgetRun(Record):
-    """How tolerances were divided among layers for a goal of the whole model's."""
+    """How tolerances were divided among layers to reach a goal for the whole model."""
 
     goal: Literal["sparsity", "perplexity"]
     target: Annotated[float, Field(gt=0)] = Field(
@@ -166,7 +167,7 @@ class Profile(Record):
 
     @property
     def num_tuned_heads(self) -> int:
-        """Heads of the layers that were tuned: the others were not measured."""
+        """Number of heads in tuned layers; heads of other layers were not measured."""
         return sum(bool(head.calibration) for layer in self.layers for head in layer.heads)
 
     @property
@@ -175,7 +176,7 @@ class Profile(Record):
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def tolerance_of(self, layer: int) -> float:
-        """Relative L1 that was allowed per head of a layer."""
+        """Relative L1 error that the tuner allowed for each head of a layer."""
         return self.layers[layer].tolerance or self.tuner.tolerance
 
     def to_json(self) -> str:

@@ -90,12 +90,12 @@ def plan_layers(
     rank, num_ranks = compat.tensor_parallel_rank(), compat.tensor_parallel_size()
     layers = compat.attention_layers(vllm_config, layer_names)
     indices = compat.layer_indices(vllm_config)
-    whole_server = eligibility.server_limits(vllm_config)
+    whole_server = eligibility.server_obstacles(vllm_config)
     plans = {}
     for name, layer in layers.items():
         unsupported: Reason | None = None
         if profile is not None:
-            place = eligibility.place_limits(layer, indices.get(name), profile, num_ranks)
+            place = eligibility.place_obstacles(layer, indices.get(name), profile, num_ranks)
             unsupported = eligibility.first_true(whole_server | place)
             unsupported = unsupported or layer.impl.unsupported_feature(page_size, profile)
         index = indices.get(name, UNKNOWN_LAYER)

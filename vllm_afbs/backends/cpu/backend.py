@@ -127,7 +127,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
         """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
-            eligibility.layer_limits(self, page_size, profile)
+            eligibility.layer_obstacles(self, page_size, profile)
             | {
                 "sliding_window": self.sliding_window != -1,
                 "softcap": bool(self.logits_soft_cap),

@@ -90,7 +90,7 @@ class ServedLayer:
     Attributes:
         plan: The thresholds of the layer, or why it runs dense.
         slot: The layer's place among those of the builder, and in its meter.
-        prefills: The layer's sparse prefill with each kernel; empty if the layer runs dense.
+        prefills: The layer's sparse prefill by kernel; empty if the layer runs dense.
         meter: Where the layer reports its work; shared by all layers of a builder.
     """
 
@@ -197,7 +197,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
         """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
-            eligibility.layer_limits(self, page_size, profile)
+            eligibility.layer_obstacles(self, page_size, profile)
             | {
                 "sliding_window": tuple(self.sliding_window) != (-1, -1),
                 "flash_attention_version": self.vllm_flash_attn_version != 3,
