@@ -106,6 +106,25 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     assert where == device
 
 
+def test_without_a_profile_attention_is_flash_attentions_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tests.layers import make_impl
+    from vllm_afbs.backends.cuda import backend
+    from vllm_afbs.serving.plan import plan_layer
+
+    monkeypatch.setattr(backend.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
+    impl = make_impl("cuda")
+    assert impl.forward.__func__ is backend.AfbsCUDAImpl.forward
+    plans = [(impl, plan_layer(None, 0, 4, 0, None))]
+    monkeypatch.setattr(backend, "plan_layers", lambda *_: iter(plans))
+    config: Any = SimpleNamespace(additional_config={}, speculative_config=None)
+    backend.AfbsCUDAMetadataBuilder(
+        SimpleNamespace(block_size=64), ["a"], config, torch.device("cpu")
+    )
+    assert impl.forward.__func__ is backend.FlashAttentionImpl.forward
+
+
 STEPS = [[(257, 1000)], [(640, 640), (129, 1537)], [(1024, 1024)], [(131, 385)]]
 """Chunks, batches and whole prompts whose numbers are multiples of 16 or not."""
 
