@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.serving.admission import PROFILE_VARIABLE
+from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -211,7 +211,7 @@ class Engine:
 def _dispatch_to(way: str) -> None:
     from vllm_afbs.backends.cuda import backend
 
-    vars(backend)["fastest_way"] = lambda *_: way
+    vars(backend)["fastest_kernel"] = lambda *_: way
 
 
 def _draw_weights(model: Any) -> None:

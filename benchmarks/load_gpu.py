@@ -24,9 +24,9 @@ from benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.demo.client import scrape, total
 from vllm_afbs.demo.server import running_server
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint
-from vllm_afbs.serving.admission import PROFILE_VARIABLE
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.serving.settings import PROFILE_VARIABLE
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.windows import load_tokenizer
 

@@ -30,9 +30,9 @@ from benchmarks.engine import ENVIRONMENT, Engine, Job
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import DECODES, LLAMA_8B, SHORT, SPARSE_FROM
 from benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint
-from vllm_afbs.serving.admission import PROFILE_VARIABLE
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 TAU = 0.2
 SPARSE = (SPARSE_FROM, 32768)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.dispatch_measurements import update_measurements, write_measurements
 from benchmarks.lists import random_blocks, tile_tables
 from benchmarks.table import (
     Row,
@@ -30,7 +31,12 @@ from benchmarks.table import (
     time_in_turns,
 )
 from vllm_afbs import compat
-from vllm_afbs.backends.cuda.dispatch import WAYS, Measurement, Measurements, Way
+from vllm_afbs.backends.cuda.dispatch import (
+    KERNEL_CHOICES,
+    KernelChoice,
+    Measurement,
+    Measurements,
+)
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
     SparsePrefill,
@@ -83,7 +89,7 @@ class Case:
         self.num_kept = torch.zeros(num_heads, dtype=torch.int64, device="cuda")
         self.num_blocks = num_heads * blocks.num_visible
 
-    def ways(self, tau: float, has_guards: bool = False) -> dict[Way, SparsePrefill]:
+    def ways(self, tau: float, has_guards: bool = False) -> dict[KernelChoice, SparsePrefill]:
         """The backend's two ways of sparse prefill, of a layer whose heads have no guard or one."""
         num_heads = self.step.query.shape[1]
         thresholds = HeadThresholds(
@@ -110,10 +116,10 @@ class Case:
         way.attend(self.step, chosen if replaced is None else replaced, self.output)
 
     def calls(
-        self, ways: dict[Way, SparsePrefill], replaced: dict[Way, Any]
-    ) -> dict[Way, Callable[[], object]]:
+        self, ways: dict[KernelChoice, SparsePrefill], replaced: dict[KernelChoice, Any]
+    ) -> dict[KernelChoice, Callable[[], object]]:
         """Everything that a layer does, in every way; see ``run``."""
-        calls: dict[Way, Callable[[], object]] = {"dense": self.dense}
+        calls: dict[KernelChoice, Callable[[], object]] = {"dense": self.dense}
         for name, way in ways.items():
             calls[name] = functools.partial(self.run, way, replaced.get(name))
         return calls
@@ -132,7 +138,7 @@ class Case:
             low, high = (middle, high) if self.density(middle) < density else (low, middle)
         return high
 
-    def random(self, density: float) -> tuple[float, dict[Way, Any]]:
+    def random(self, density: float) -> tuple[float, dict[KernelChoice, Any]]:
         """Random blocks: the density reached, and the blocks as each way takes them."""
         num_heads = self.step.query.shape[1]
         generator = torch.Generator("cuda").manual_seed(0)
@@ -144,8 +150,8 @@ class Case:
 
 
 def measure(
-    case: Case, tau: float, replaced: dict[Way, Any], shape: str, rounds: int
-) -> tuple[list[Row], dict[Way, float]]:
+    case: Case, tau: float, replaced: dict[KernelChoice, Any], shape: str, rounds: int
+) -> tuple[list[Row], dict[KernelChoice, float]]:
     """Times every way in turns.
 
     Args:
@@ -173,18 +179,18 @@ def measure(
         ratio_row(f"{name}: speedup over dense FA3", shape, seconds["dense"], seconds[name])
         for name in ways
     ]
-    medians = {way: statistics.median(seconds[way]) for way in WAYS}
+    medians = {way: statistics.median(seconds[way]) for way in KERNEL_CHOICES}
     return rows, medians
 
 
-def measure_host(case: Case, rounds: int) -> tuple[list[Row], dict[Way, float]]:
+def measure_host(case: Case, rounds: int) -> tuple[list[Row], dict[KernelChoice, float]]:
     """Times what issuing a layer takes the host, the device following on its own.
 
     Returns:
         The rows, and the median seconds by way.
     """
     functions = case.calls(case.ways(0.9), {})
-    seconds: dict[Way, list[float]] = {name: [] for name in functions}
+    seconds: dict[KernelChoice, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             torch.cuda.synchronize()
@@ -241,7 +247,8 @@ def main() -> None:
         del case
     report_rows(rows, args.output)
     if args.dispatch:
-        Measurements.read(args.dispatch).updated(host_seconds, measured).write(args.dispatch)
+        known = Measurements.read(args.dispatch)
+        write_measurements(args.dispatch, update_measurements(known, host_seconds, measured))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_afbs.profile.schema import (
-    HeadProfile,
-    LayerProfile,
-    Measurement,
-    ModelFingerprint,
-    Profile,
-    TunerRun,
-)
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, Profile, TunerRun
 
 
 def uniform_profile(

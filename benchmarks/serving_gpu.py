@@ -20,8 +20,8 @@ from typing import Any
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.profiles import uniform_profile
 from benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -17,9 +17,9 @@ import triton
 from benchmarks.lists import random_blocks
 from benchmarks.prefill_gpu import BLOCK, Case
 from benchmarks.table import Row, benchmark_parser, make_row, report_rows, time_in_turns
+from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import TileLists, build_tile_lists
 from vllm_afbs.kernels.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
-from vllm_afbs.profile.file import write_atomically
 
 HEAD_DIMS = (64, 96, 128, 256)
 LENGTH = 16384

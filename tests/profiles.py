@@ -3,7 +3,8 @@
 from typing import Any
 
 from benchmarks import profiles
-from vllm_afbs.profile.schema import ModelFingerprint, Profile
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.schema import Profile
 
 SMALL_MODEL = ModelFingerprint(
     architecture="LlamaForCausalLM",

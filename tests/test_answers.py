@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoTokenizer
 from tests.profiles import uniform_profile
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 pytestmark = pytest.mark.machine
 

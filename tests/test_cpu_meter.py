@@ -14,7 +14,7 @@ from vllm.v1.attention.backends import cpu_attn
 
 from tests.cpu_problems import HEAD_DIM, fill_cache
 from tests.problems import SCALE, make_problem, relative_l1
-from vllm_afbs.backends.cpu.backend import AfbsCPUImpl, AfbsCPUMetadata
+from vllm_afbs.backends.cpu.backend import AfbsCPUImpl, AfbsCPUMetadata, ServedLayer
 from vllm_afbs.backends.cpu.meter import DenseCost, HostMeter, LayerWork
 from vllm_afbs.backends.cpu.sparse import CacheFormat
 from vllm_afbs.demo.client import Counters, parse_counters
@@ -22,8 +22,9 @@ from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.observability.error_sampling import relative_l1 as sampled_l1
-from vllm_afbs.serving.admission import LayerPlan, Settings
-from vllm_afbs.serving.batch import Others, Step
+from vllm_afbs.serving.batch import DenseRequests, Step
+from vllm_afbs.serving.plan import LayerPlan
+from vllm_afbs.serving.settings import Settings
 
 Q_LEN, KV_LEN, SHORT_LEN, PAGE_SIZE = 640, 1000, 30, 128
 LAYER, HEADS = 5, range(6, 12)
@@ -62,7 +63,8 @@ def metadata_of(q_lens: list[int], kv_lens: list[int], pages: torch.Tensor, **ou
         dtype=torch.float32, query_start_loc=starts, causal=True, sliding_window_size=-1,
         isa=FORMAT.isa, enable_kv_split=True,
     )  # fmt: skip
-    return AfbsCPUMetadata(
+    kind: Any = AfbsCPUMetadata if ours else cpu_attn.CPUAttentionMetadata
+    return kind(
         num_actual_tokens=sum(q_lens), max_query_len=max(q_lens), query_start_loc=starts,
         max_seq_len=max(kv_lens), seq_lens=seq_lens,
         block_table=pages.to(torch.int32).expand(len(q_lens), -1).contiguous(),
@@ -78,16 +80,17 @@ def test_a_mixed_step_is_counted_and_sampled(
     cache = fill_cache(problem, FORMAT).nan_to_num_(0.0)
     impl = make_layer(monkeypatch)
     plan = LayerPlan(LAYER, HEADS, problem.thresholds, None)
-    impl.configure(plan, FORMAT, HostMeter(Settings(per_head_metrics=True, sample_rate=1.0)))
+    meter = HostMeter(Settings(per_head_metrics=True, sample_rate=1.0))
+    impl.serve(ServedLayer(plan, impl.sparse_prefill(plan, FORMAT), meter))
 
     # A short prompt in front, over the first of the same keys.
     step = Step([PrefillRequest(SHORT_LEN, 1, problem.geometry)], [0])
     step.dense_reasons["short_query"] += 1
-    step = Step(step.long_prefills, step.others, step.dense_reasons, SHORT_LEN)
+    step = Step(step.long_prefills, step.dense_indices, step.dense_reasons, SHORT_LEN)
     short = metadata_of([SHORT_LEN], [SHORT_LEN], problem.pages)
     metadata = metadata_of(
         [SHORT_LEN, Q_LEN], [SHORT_LEN, KV_LEN], problem.pages, step=step,
-        others=Others(torch.arange(SHORT_LEN), short),
+        dense_requests=DenseRequests(torch.arange(SHORT_LEN), short),
     )  # fmt: skip
     query = torch.cat([torch.randn(SHORT_LEN, *problem.query.shape[1:]), problem.query])
     output = torch.full_like(query, torch.nan)

@@ -1,4 +1,4 @@
-"""Which way the measurements in the repository choose."""
+"""Which kernel the dispatcher chooses by the measurements in the repository."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,22 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.dispatch_measurements import update_measurements, write_measurements
 from vllm_afbs.backends.cuda import dispatch
 from vllm_afbs.backends.cuda.dispatch import (
-    WAYS,
+    KERNEL_CHOICES,
+    KernelChoice,
     Measurement,
     Measurements,
-    Way,
-    fastest_way,
+    fastest_kernel,
     measurements,
 )
 
 
 def row(head_dim: int, kv_len: int, density: float, *seconds: float) -> Measurement:
-    return Measurement(head_dim, 4, kv_len, density, dict(zip(WAYS, seconds, strict=True)))
+    return Measurement(
+        head_dim, 4, kv_len, density, dict(zip(KERNEL_CHOICES, seconds, strict=True))
+    )
 
 
-HOST_SECONDS: dict[Way, float] = {"dense": 0.1, "tiles": 0.3, "triton": 0.2}
+HOST_SECONDS: dict[KernelChoice, float] = {"dense": 0.1, "tiles": 0.3, "triton": 0.2}
 MADE_UP = Measurements(
     HOST_SECONDS,
     (
@@ -46,7 +49,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("made_up")
 @pytest.mark.parametrize(
-    ("head_dim", "kv_len", "density", "way"),
+    ("head_dim", "kv_len", "density", "kernel"),
     [
         (64, 8192, 1.0, "dense"),
         (64, 8192, 0.2, "triton"),
@@ -58,13 +61,15 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (256, 1_000_000, 1.0, "dense"),
     ],
 )
-def test_nearest_measurements_choose(head_dim: int, kv_len: int, density: float, way: Way) -> None:
-    assert fastest_way(head_dim, kv_len, density, 4 * kv_len**2 // 2) == way
+def test_nearest_measurements_choose(
+    head_dim: int, kv_len: int, density: float, kernel: KernelChoice
+) -> None:
+    assert fastest_kernel(head_dim, kv_len, density, 4 * kv_len**2 // 2) == kernel
 
 
 @pytest.mark.usefixtures("made_up")
 @pytest.mark.parametrize(
-    ("share", "density", "way"),
+    ("share", "density", "kernel"),
     [
         (1.0, 0.5, "tiles"),  # 0.6 + 0.3 against 1.0 + 0.1
         (0.4, 0.5, "dense"),  # 0.24 + 0.3 against 0.4 + 0.1
@@ -72,14 +77,16 @@ def test_nearest_measurements_choose(head_dim: int, kv_len: int, density: float,
         (0.1, 0.1, "dense"),  # 0.01 + 0.2 against 0.1 + 0.1
     ],
 )
-def test_small_work_is_not_worth_the_host(share: float, density: float, way: Way) -> None:
+def test_small_work_is_not_worth_the_host(
+    share: float, density: float, kernel: KernelChoice
+) -> None:
     """A few heads, or a short chunk of a long prompt: the host takes as long as for many."""
-    assert fastest_way(128, 8192, density, round(share * 4 * 8192**2 / 2)) == way
+    assert fastest_kernel(128, 8192, density, round(share * 4 * 8192**2 / 2)) == kernel
 
 
 def test_repository_holds_what_the_dispatcher_needs() -> None:
     known = measurements()
-    assert known.host_seconds.keys() == set(WAYS)
+    assert known.host_seconds.keys() == set(KERNEL_CHOICES)
     assert known.host_seconds["dense"] < known.host_seconds["triton"]
     by_shape = itertools.groupby(known.rows, key=lambda row: (row.head_dim, row.kv_len))
     for _, rows in by_shape:
@@ -100,15 +107,15 @@ def test_repository_holds_what_the_dispatcher_needs() -> None:
 def test_repository_measurements_tell_small_models_from_large(
     num_heads: int, head_dim: int, kv_len: int, density: float, dense: bool
 ) -> None:
-    way = fastest_way(head_dim, kv_len, density, num_heads * kv_len**2 // 2)
-    assert (way == "dense") is dense
+    kernel = fastest_kernel(head_dim, kv_len, density, num_heads * kv_len**2 // 2)
+    assert (kernel == "dense") is dense
 
 
 def test_updating_replaces_only_the_measured_head_sizes(tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
-    MADE_UP.write(path)
+    write_measurements(path, MADE_UP)
     assert Measurements.read(path) == MADE_UP
     new = row(64, 32768, 0.5, 1.0, 2.0, 3.0)
-    updated = MADE_UP.updated(HOST_SECONDS | {"tiles": 0.4}, [new])
+    updated = update_measurements(MADE_UP, HOST_SECONDS | {"tiles": 0.4}, [new])
     assert updated.rows == (*MADE_UP.rows[2:], new)
     assert updated.host_seconds["tiles"] == 0.4

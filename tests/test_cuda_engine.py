@@ -10,11 +10,11 @@ from benchmarks.engine import Decode, Job, run_job
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.demo.divergence import total_variation
+from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.observability import metrics
 from vllm_afbs.observability.status import Counters
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 NUM_LAYERS, NUM_HEADS = 2, 8
 PROMPT_LENS = (20000, 300, 9000, 40)

@@ -14,7 +14,9 @@ from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
 from vllm_afbs.observability import metrics
 from vllm_afbs.observability.status import Counters
-from vllm_afbs.serving.admission import LayerPlan, Settings
+from vllm_afbs.serving.batch import DenseRequests
+from vllm_afbs.serving.plan import LayerPlan
+from vllm_afbs.serving.settings import Settings
 
 NUM_HEADS, HEAD_DIM, SHORT_LEN = 2, 64, 30
 LONG = BlockGeometry(600, 9000, 128, 128)
@@ -43,7 +45,7 @@ class MadeUpEvent:
         pass
 
 
-class MadeUpWay:
+class MadeUpPrefill:
     """Keeps a block of the first head and two of the second, and is a tenth off."""
 
     def choose(self, step: Any, num_kept: torch.Tensor) -> None:
@@ -52,6 +54,23 @@ class MadeUpWay:
     def attend(self, step: Any, chosen: None, output: torch.Tensor) -> None:
         for request in step.blocks.requests:
             output[request.rows] = 0.9
+
+
+@pytest.fixture(autouse=True)
+def dense_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
+    """Calls of vLLM's dense attention, which is made up: the metadata and number of rows."""
+    runs = []
+
+    def forward(
+        self: Any, layer: Any, query: torch.Tensor, key: Any, value: Any, kv_cache: torch.Tensor,
+        metadata: Any, output: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        assert query.shape == output.shape
+        runs.append((metadata, len(query)))
+        return output.fill_(1.0)
+
+    monkeypatch.setattr(backend.FlashAttentionImpl, "forward", forward)
+    return runs
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -66,13 +85,18 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def make_layer(slot: int, the_meter: meter.DeviceMeter) -> Any:
     layer = object.__new__(backend.AfbsCUDAImpl)
     layer.num_heads, layer.head_size = NUM_HEADS, HEAD_DIM
-    layer._plan, layer._slot, layer._meter = PLANS[slot], slot, the_meter
-    layer._ways = {"tiles": MadeUpWay()} if PLANS[slot].dense_reason is None else {}
+    prefills: Any = {"tiles": MadeUpPrefill()} if PLANS[slot].dense_reason is None else {}
+    layer.serve(backend.ServedLayer(PLANS[slot], slot, prefills, the_meter))
     return layer
 
 
-def dense(query: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
-    output.fill_(1.0)
+def attend(layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, **ours: Any) -> torch.Tensor:
+    """Runs a step in a layer, all of whose pages are one. Rows that nothing writes are NaN."""
+    block_table = torch.zeros(2, LONG.num_k_blocks, dtype=torch.int32, device=query.device)
+    metadata: Any = SimpleNamespace(block_table=block_table, **ours)
+    output = torch.full_like(query, torch.nan)
+    layer._attend_prefills(None, query, None, None, kv_cache, metadata, output)
+    return output
 
 
 def reported(count: float, num_layers: int = len(PLANS)) -> Counters:
@@ -89,22 +113,29 @@ def reported(count: float, num_layers: int = len(PLANS)) -> Counters:
 
 
 def test_layers_report_what_the_device_did(
-    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: torch.device,
+    dense_runs: list[tuple[Any, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    monkeypatch.setattr(backend, "fastest_way", lambda *_: "tiles")
+    monkeypatch.setattr(backend, "fastest_kernel", lambda *_: "tiles")
     settings = Settings(per_head_metrics=True, sample_rate=1.0)
     the_meter = meter.DeviceMeter(PLANS, settings, device)
     layers = [make_layer(slot, the_meter) for slot in range(len(PLANS))]
     # A short prompt in front; in the second step the long one is alone.
     for first_row in (SHORT_LEN, 0):
         blocks = cut_query_blocks([PrefillRequest(first_row, 1, LONG)], device)
-        others = SimpleNamespace(attend=lambda *_: None) if first_row else None
-        metadata = SimpleNamespace(blocks=blocks, others=others, block_table=None)
+        short_rows = torch.arange(first_row, device=device)
+        short = DenseRequests(short_rows, "the short prompt's") if first_row else None
         query = torch.zeros(first_row + LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
         kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
         for layer in layers:
-            layer._attend_long(query, kv_cache, metadata, torch.zeros_like(query), dense)
+            output = attend(layer, query, kv_cache, blocks=blocks, dense_requests=short)
+            assert (output[:first_row] == 1.0).all()
+            assert (output[first_row:] == (0.9 if layer is layers[0] else 1.0)).all()
+    short_runs = [rows for metadata, rows in dense_runs if metadata == "the short prompt's"]
+    assert short_runs == [SHORT_LEN]  # the second layer runs the whole step dense
 
     counters = reported(4)
     num_visible = LONG.num_visible
@@ -146,16 +177,15 @@ def test_steps_are_reported_although_the_last_layer_reports_elsewhere(
 ) -> None:
     """A drafter's layer in the model's group of layers gets a builder and a meter of its own."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    monkeypatch.setattr(backend, "fastest_way", lambda *_: "tiles")
+    monkeypatch.setattr(backend, "fastest_kernel", lambda *_: "tiles")
     the_meter = meter.DeviceMeter(PLANS, Settings(), device)
     layer = make_layer(0, the_meter)
     blocks = cut_query_blocks([PrefillRequest(0, 1, LONG)], device)
-    metadata = SimpleNamespace(blocks=blocks, others=None, block_table=None)
     query = torch.zeros(LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
     kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
     num_steps = 5
     for _ in range(num_steps):
-        layer._attend_long(query, kv_cache, metadata, torch.zeros_like(query), dense)
+        attend(layer, query, kv_cache, blocks=blocks, dense_requests=None)
     assert the_meter._step == []
     # The first step shows that the layer is the last; the second one's blocks go with it.
     counters = reported(num_steps - 1, num_layers=1)

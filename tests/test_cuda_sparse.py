@@ -78,7 +78,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
 ) -> None:
     from tests.layers import make_impl
     from vllm_afbs.backends.cuda import backend
-    from vllm_afbs.serving.admission import plan_layer
+    from vllm_afbs.serving.plan import plan_layer
 
     compiled = []
     monkeypatch.setattr(backend, "compile_kernels", lambda *arguments: compiled.append(arguments))
@@ -88,7 +88,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     monkeypatch.setattr(backend.admission, "admitted_profile", lambda _: profile)
     plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "sinks"))]
     impls = [make_impl("cuda") for _ in plans]
-    monkeypatch.setattr(backend.admission, "plan_layers", lambda *_: zip(impls, plans, strict=True))
+    monkeypatch.setattr(backend, "plan_layers", lambda *_: zip(impls, plans, strict=True))
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=4096),
         additional_config={},
@@ -96,15 +96,33 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     )
     spec, device = SimpleNamespace(block_size=64), torch.device("cpu")
     backend.AfbsCUDAMetadataBuilder(spec, ["a", "b"], config, device)
-    (ways, shape, *lengths, where), (no_ways, *_) = compiled
-    assert len(ways) == 2
-    assert not no_ways  # the other layer is dense
+    ((prefills, shape, *lengths, where),) = compiled  # the other layer is dense
+    assert len(prefills) == 2
     assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (4, 2, SMALL_MODEL.head_dim)
     assert (shape.dtype, shape.page_size) == (torch.bfloat16, 64)
     assert (shape.block_q, shape.block_k) == (profile.block_q, profile.block_k)
     # Calibrated to 8192, which this server does not reach.
     assert lengths == [profile.min_seq_len, 4096]
     assert where == device
+
+
+def test_without_a_profile_attention_is_flash_attentions_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tests.layers import make_impl
+    from vllm_afbs.backends.cuda import backend
+    from vllm_afbs.serving.plan import plan_layer
+
+    monkeypatch.setattr(backend.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
+    impl = make_impl("cuda")
+    assert impl.forward.__func__ is backend.AfbsCUDAImpl.forward
+    plans = [(impl, plan_layer(None, 0, 4, 0, None))]
+    monkeypatch.setattr(backend, "plan_layers", lambda *_: iter(plans))
+    config: Any = SimpleNamespace(additional_config={}, speculative_config=None)
+    backend.AfbsCUDAMetadataBuilder(
+        SimpleNamespace(block_size=64), ["a"], config, torch.device("cpu")
+    )
+    assert impl.forward.__func__ is backend.FlashAttentionImpl.forward
 
 
 STEPS = [[(257, 1000)], [(640, 640), (129, 1537)], [(1024, 1024)], [(131, 385)]]

@@ -13,7 +13,7 @@ from vllm_afbs.demo import __main__ as demo
 from vllm_afbs.demo import report
 from vllm_afbs.demo.client import Completion, Counters, growth, parse_counters
 from vllm_afbs.demo.comparison import Arm, Outcome, arms, shift
-from vllm_afbs.observability import metrics
+from vllm_afbs.observability import fallbacks, metrics
 
 
 class FakeMetrics:
@@ -88,7 +88,7 @@ def test_figures_are_read_from_what_our_workers_write(
     metrics.count_products(layer=3, num_kept=[1], num_blocks=4)
     metrics.PREFILL_ATTENTION_SECONDS.observe(0.5, "sparse")
     metrics.SELECTOR_SECONDS.observe(0.125)
-    metrics.count_fallbacks({"short_context": 2})
+    fallbacks.count({"short_context": 2})
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(tmp_path / "metrics"))
     counters = parse_counters(generate_latest(registry).decode())

@@ -22,9 +22,9 @@ from vllm_afbs.evaluate.matching import settle
 from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.evaluate.prompts import make_prompts
 from vllm_afbs.evaluate.retrieval import KINDS, Maker
+from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
-from vllm_afbs.profile.file import write_atomically
 from vllm_afbs.profile.schema import Profile, TextSource
 from vllm_afbs.tuning.end_to_end import EndToEnd
 from vllm_afbs.tuning.masked import masked_attention

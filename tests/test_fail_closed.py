@@ -20,8 +20,8 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu import backend as cpu
 from vllm_afbs.backends.cuda import backend as cuda
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.serving import admission, batch, eligibility
+from vllm_afbs.files import write_atomically
+from vllm_afbs.serving import admission, batch, eligibility, plan
 from vllm_afbs.serving import reasons as all_reasons
 from vllm_afbs.serving.reasons import Reason
 
@@ -51,7 +51,9 @@ def reasons(
     monkeypatch.setattr(compat, "tensor_parallel_rank", lambda: rank)
     monkeypatch.setattr(compat, "tensor_parallel_size", lambda: num_ranks)
     names = list(config.compilation_config.static_forward_context)
-    return [plan.dense_reason for _, plan in admission.plan_layers(config, names, PAGE_SIZE)]
+    profile = admission.admitted_profile(config)
+    plans = plan.plan_layers(config, profile, names, PAGE_SIZE)
+    return [each.dense_reason for _, each in plans]
 
 
 def name_of(index: int) -> str:
@@ -271,14 +273,14 @@ def test_layers_are_logged_once_by_reason(
 
 
 def test_a_layer_that_was_not_tuned_is_dense() -> None:
-    plan = admission.plan_layer(uniform_profile(tau=1.0), 0, 4, 0, None)
-    assert plan.dense_reason == "profile_dense"
+    tuned_dense = plan.plan_layer(uniform_profile(tau=1.0), 0, 4, 0, None)
+    assert tuned_dense.dense_reason == "profile_dense"
 
 
 def test_every_reason_is_given_and_tested() -> None:
     """Mypy sees that no other is given."""
     assert tuple(all_reasons.KINDS) == get_args(Reason)
-    code = [Path(module.__file__ or "") for module in (eligibility, admission, batch, cpu, cuda)]
+    code = [Path(module.__file__ or "") for module in (eligibility, plan, batch, cpu, cuda)]
     here = Path(__file__)
     tests = [here, here.with_name("test_fail_closed_steps.py"), here.with_name("test_server.py")]
     for texts in (code, tests):

@@ -16,8 +16,7 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu.backend import AfbsCPUMetadata
 from vllm_afbs.backends.cuda.backend import AfbsCUDAMetadata, AfbsCUDAMetadataBuilder
-from vllm_afbs.observability import metrics
-from vllm_afbs.serving import reasons
+from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.serving.batch import Step, sort_requests
 from vllm_afbs.serving.reasons import Reason
 
@@ -34,7 +33,7 @@ MASKS: list[tuple[type[Any], dict[str, Any], bool]] = [
     (CPUAttentionMetadata, CPU_FIELDS | {"encoder_cache": SOME}, False),
     (CPUAttentionMetadata, CPU_FIELDS | {"use_sdpa_prefill": True}, False),
     (CPUAttentionMetadata, CPU_FIELDS | {"sdpa_attn_masks": [None]}, False),
-    (AfbsCPUMetadata, CPU_FIELDS | {"causal": False}, False),
+    (AfbsCPUMetadata, CPU_FIELDS | {"causal": False, "step": Step()}, False),
     (FlashAttentionMetadata, CUDA_FIELDS, True),
     (FlashAttentionMetadata, CUDA_FIELDS | {"max_num_splits": 32}, True),
     (FlashAttentionMetadata, CUDA_FIELDS | {"scheduler_metadata": SOME}, True),
@@ -125,13 +124,13 @@ def test_drafted_tokens_count_as_decode_rows() -> None:
     assert compat.num_decode_rows(config) == 6
 
 
-def test_a_quantised_output_is_left_to_the_parent(
+def test_a_quantised_output_is_left_to_vllms_dense_backend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parents of today refuse it themselves, and so it reaches them."""
+    """Today's dense backends refuse it themselves, so the request must reach them."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     counted: Counter[str] = Counter()
-    monkeypatch.setattr(metrics, "count_fallbacks", counted.update)
+    monkeypatch.setattr(fallbacks, "count", counted.update)
     rows = torch.zeros(2000, 4, 32)
     step = one_prefill(2000, 3000)
     on_cpu = AfbsCPUMetadata(**CPU_FIELDS, step=step)
@@ -153,10 +152,10 @@ def test_reasons_seen_in_steps_are_logged_once_and_counted_always(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    reasons._log_first.cache_clear()
+    fallbacks._log_first.cache_clear()
     for _ in range(3):
-        reasons.count({"long_context": 2, "short_query": 1, "attention_mask": 0})
-        reasons.count({"output_quantization": 1, "lora": 1})
+        fallbacks.count({"long_context": 2, "short_query": 1, "attention_mask": 0})
+        fallbacks.count({"output_quantization": 1, "lora": 1})
     changing, fixed = logged
     assert "long_context" in changing
     assert "output_quantization" in fixed

@@ -16,9 +16,9 @@ from tests.profiles import uniform_profile
 from vllm_afbs.observability import metrics
 
 WORKER = """
-from vllm_afbs.observability import metrics
+from vllm_afbs.observability import fallbacks, metrics
 metrics.count_products(3, [4, 6], 20, range(2, 4))
-metrics.count_fallbacks({"short_context": 2, "dense_is_faster": 0})
+fallbacks.count({"short_context": 2, "dense_is_faster": 0})
 for seconds in (0.002, 0.02, 20.0):
     metrics.PREFILL_ATTENTION_SECONDS.observe(seconds, "sparse")
 """

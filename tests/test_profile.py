@@ -8,8 +8,10 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.profiles import SMALL_MODEL, uniform_profile
-from vllm_afbs.profile.file import load_profile, write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint, ProfileError
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.file import load_profile
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 
 @pytest.fixture

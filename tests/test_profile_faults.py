@@ -16,9 +16,11 @@ import pytest
 
 from tests.full_disk import room_for
 from tests.profiles import uniform_profile
+from vllm_afbs.files import write_atomically
 from vllm_afbs.profile import file as profile_file
-from vllm_afbs.profile.file import load_profile, parse_profile, write_atomically
-from vllm_afbs.profile.schema import Profile, ProfileError
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.file import load_profile, parse_profile
+from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning import journal
 
 VALID = uniform_profile().to_json().rstrip().encode()
@@ -163,7 +165,7 @@ ROPE = ["model", "rope", "rope_theta"]
         (in_field(TAU, "1e999"), "layers.0.heads.0.tau: "),
         (in_field(TAU, '"0.5"'), "layers.0.heads.0.tau: "),
         (in_field(TAU, "true"), "layers.0.heads.0.tau: "),
-        (in_field(TAU, '0.5, "tau": 0.9'), "'tau' is there twice"),
+        (in_field(TAU, '0.5, "tau": 0.9'), "'tau' appears twice in one object"),
         (in_field(TAU, '0.5, "a\\nb": 0.9'), r"layers.0.heads.0.a\nb: "),
         (in_field(["schema_version"], '"1\\n2"'), "schema_version: 2 expected, got "),
         (in_field(["min_seq_len"], "9" * 5000), "not valid JSON"),

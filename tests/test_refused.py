@@ -17,8 +17,9 @@ from vllm_afbs import compat
 from vllm_afbs.backends.cpu.platform import AfbsCpuPlatform
 from vllm_afbs.backends.cuda.backend import AfbsCUDABackend
 from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, vllm_command
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint, ProfileError
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.serving import admission
 
 
@@ -101,7 +102,7 @@ def test_an_unknown_version_is_one_line(installed: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(vllm, "__version__", installed)
     notice = compat.unknown_version()
     assert notice is not None
-    assert notice.startswith(f"vLLM {installed} is new to vllm-afbs, which knows 0.26.0, 0.32.0,")
+    assert notice.startswith(f"vllm-afbs does not know vLLM {installed}, only 0.26.0, 0.32.0,")
     assert "\n" not in notice
 
 

@@ -21,9 +21,9 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tests.profiles import uniform_profile
 from vllm_afbs.demo.server import HOST, free_port
-from vllm_afbs.observability import kill_switch, metrics
+from vllm_afbs.files import write_atomically
+from vllm_afbs.observability import fallbacks, kill_switch, metrics
 from vllm_afbs.observability.routes import RoutesPlugin
-from vllm_afbs.profile.file import write_atomically
 from vllm_afbs.profile.schema import Profile
 
 CHROMIUM = shutil.which("chromium")
@@ -148,7 +148,7 @@ def count_something() -> None:
     metrics.count_products(1, [1, 2, 3, 4], 10, range(4))
     metrics.count_tokens("sparse", 300)
     metrics.count_tokens("dense", 100)
-    metrics.count_fallbacks({"short_context": 3})
+    fallbacks.count({"short_context": 3})
     metrics.PREFILL_ATTENTION_SECONDS.observe(2.0, "sparse")
     metrics.DENSE_ESTIMATE_SECONDS.inc(5.0)
     metrics.SAMPLED_ERROR.observe(0.02, "1")

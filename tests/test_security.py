@@ -15,8 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.profiles import uniform_profile
 from tests.test_routes import client_of, make_app
+from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import metrics
-from vllm_afbs.profile.file import load_profile, write_atomically
+from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import Profile, TextSource
 from vllm_afbs.tuning.console import print_summary
 from vllm_afbs.tuning.report import write_report

@@ -22,9 +22,10 @@ from vllm_afbs.evaluate.in_process import InProcess, Runner
 from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.evaluate.predictor import end_tokens
 from vllm_afbs.evaluate.server import Served
+from vllm_afbs.files import write_atomically
 from vllm_afbs.observability.metrics import DIRECTORY_VARIABLE
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import ModelFingerprint, Profile
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning.model import InputError, open_model
 
 pytestmark = pytest.mark.machine

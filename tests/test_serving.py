@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from tests.profiles import uniform_profile
-from vllm_afbs.profile.file import write_atomically
-from vllm_afbs.profile.schema import Profile, ProfileError
-from vllm_afbs.serving import admission
+from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving import admission, settings
 from vllm_afbs.serving.batch import sort_requests
+from vllm_afbs.serving.plan import plan_layer
 
 
 def test_requests_are_sorted_by_what_the_profile_covers() -> None:
@@ -19,7 +21,7 @@ def test_requests_are_sorted_by_what_the_profile_covers() -> None:
     seq_lens = torch.tensor([3000, 4000, 500, 2500, 9000], dtype=torch.int32)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), q_lens.cumsum(0)])
     step = sort_requests(starts, seq_lens, uniform_profile())
-    assert step.others == [0, 1, 2, 4]
+    assert step.dense_indices == [0, 1, 2, 4]
     assert dict(step.dense_reasons) == {"short_query": 1, "short_context": 1, "long_context": 1}
     assert step.num_dense_tokens == 100 + 500 + 300
     assert step.num_long_tokens == 2000
@@ -41,7 +43,7 @@ def test_switched_off_every_prefill_is_dense(profile: Profile | None) -> None:
     starts = torch.tensor([0, 1, 101, 2101])  # decode, short chunk, long prefill
     seq_lens = torch.tensor([3000, 4000, 2500])
     step = sort_requests(starts, seq_lens, profile, enabled=False)
-    assert step.others == [0, 1, 2]
+    assert step.dense_indices == [0, 1, 2]
     assert not step.long_prefills
     assert dict(step.dense_reasons) == {"disabled": 2}
     assert step.num_dense_tokens == 2100
@@ -49,7 +51,7 @@ def test_switched_off_every_prefill_is_dense(profile: Profile | None) -> None:
 
 def test_a_request_that_only_pads_the_batch_is_left_out() -> None:
     step = sort_requests(torch.tensor([0, 9, 9]), torch.tensor([9, 0]), uniform_profile())
-    assert step.others == [0]
+    assert step.dense_indices == [0]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_a_layer_runs_dense_with_its_reason(
     tau: float, sparsity: float, unsupported: str | None, reason: str | None
 ) -> None:
     profile = uniform_profile(tau=tau, sparsity=sparsity)
-    plan = admission.plan_layer(profile, 1, 2, 1, unsupported)
+    plan = plan_layer(profile, 1, 2, 1, unsupported)
     assert plan.dense_reason == reason
     assert (plan.thresholds is None) == (reason is not None)
 
@@ -78,7 +80,7 @@ def test_a_rank_takes_its_heads() -> None:
     ]
     layers = [profile.layers[0].model_copy(update={"heads": heads}), profile.layers[1]]
     profile = profile.model_copy(update={"layers": layers})
-    plan = admission.plan_layer(profile, 0, 2, 1, None)
+    plan = plan_layer(profile, 0, 2, 1, None)
     assert plan.thresholds is not None
     torch.testing.assert_close(plan.thresholds.theta, torch.tensor([0.2, 0.3]))
     assert list(plan.heads) == [2, 3]
@@ -89,13 +91,13 @@ def _config(**additional: Any) -> Any:
 
 
 def test_additional_config_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(admission.PROFILE_VARIABLE, "environment.json")
-    assert admission.configured_profile(_config()) == "environment.json"
-    assert admission.configured_profile(_config(afbs={"profile": "c.json"})) == "c.json"
+    monkeypatch.setenv(settings.PROFILE_VARIABLE, "environment.json")
+    assert settings.configured_profile(_config()) == "environment.json"
+    assert settings.configured_profile(_config(afbs={"profile": "c.json"})) == "c.json"
 
 
 @pytest.mark.parametrize(
-    ("settings", "field"),
+    ("given", "field"),
     [
         ("c.json", "afbs: "),
         ({"profil": "c.json"}, "afbs.profil: "),
@@ -105,9 +107,9 @@ def test_additional_config_wins_over_the_environment(monkeypatch: pytest.MonkeyP
         ({"sample_rate": float("nan")}, "afbs.sample_rate: "),
     ],
 )
-def test_malformed_additional_config_is_refused(settings: Any, field: str) -> None:
+def test_malformed_additional_config_is_refused(given: Any, field: str) -> None:
     with pytest.raises(ProfileError, match=f"^--additional-config: {field}"):
-        admission.read_settings(_config(afbs=settings))
+        settings.read_settings(_config(afbs=given))
 
 
 def test_a_profile_swapped_after_start_up_is_refused(tmp_path: Any) -> None:

@@ -19,7 +19,7 @@ from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, WholeModel
-from vllm_afbs.serving.admission import plan_layer
+from vllm_afbs.serving.plan import plan_layer
 from vllm_afbs.tuning.allocation import Levels
 from vllm_afbs.tuning.budget import _mean_sparsity, _thresholds
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions

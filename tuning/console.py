@@ -15,7 +15,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from vllm_afbs.profile.schema import HeadProfile, Profile, printable
+from vllm_afbs.files import printable
+from vllm_afbs.profile.schema import HeadProfile, Profile
 
 
 class ProgressBar:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.profile.schema import ModelFingerprint, ProfileError
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHT_FILES = "*.safetensors"

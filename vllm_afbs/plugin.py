@@ -1,7 +1,7 @@
-"""Entry point: what vLLM calls when it finds vllm-afbs installed.
+"""The entry point that vLLM calls where vllm-afbs is installed.
 
-vLLM resolves its platform first thing in every process, spawned workers included and before they
-unpickle their configuration, so this is where the backend's name and the metrics are registered.
+Every process of vLLM resolves its platform first, and a spawned worker does so before it unpickles
+its configuration. The backend's name and the metrics are therefore registered here.
 """
 
 from vllm_afbs import compat
@@ -12,8 +12,8 @@ def platform() -> str | None:
     """The ``vllm.platform_plugins`` entry point.
 
     Returns:
-        The qualified name of our platform on vLLM's CPU and CUDA builds; None elsewhere, which
-        leaves the platform to vLLM.
+        The qualified name of our platform on vLLM's CPU and CUDA builds. None on other builds,
+        where vLLM then chooses the platform itself.
     """
     from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 

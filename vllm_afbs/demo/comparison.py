@@ -9,7 +9,7 @@ from statistics import fmean
 from vllm_afbs.demo import client, divergence
 from vllm_afbs.demo.client import Completion, Counters, matching
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
-from vllm_afbs.serving.admission import PROFILE_VARIABLE
+from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 MAX_MODEL_LEN = 8192
 SERVED_NAME = "demo"

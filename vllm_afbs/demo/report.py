@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_afbs.demo.comparison import Outcome, shift
-from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.files import write_atomically
 
 BAR_CELLS = 30
 SECONDS = ("ttft_seconds", "attention_seconds", "selector_seconds", "total_seconds")

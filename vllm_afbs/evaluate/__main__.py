@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{options.output}: another ending expected for --output, as .json")
     if reason := unusable_output(options.output):
         return _refuse(reason)
-    from vllm_afbs.profile.schema import ProfileError
+    from vllm_afbs.profile.errors import ProfileError
     from vllm_afbs.tuning.model import InputError, one_line
 
     try:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.table import Row, make_row, write_rows
 from vllm_afbs.evaluate.comparison import PERPLEXITY, RETRIEVAL, Comparison, worst
-from vllm_afbs.profile.file import write_atomically
+from vllm_afbs.files import write_atomically
 
 
 def rows_of(comparisons: Sequence[Comparison], shape: str) -> list[Row]:

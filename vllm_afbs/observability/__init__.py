@@ -1,1 +1,1 @@
-"""What a running server tells, and the switch that turns sparse attention off."""
+"""The metrics and status of a running server, and the switch that turns sparse attention off."""

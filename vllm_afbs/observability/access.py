@@ -1,7 +1,7 @@
-"""Who may change what a server does: whoever has its API key or, where there is none, this machine.
+"""Who may change what a server does: clients with its API key or, without one, this machine.
 
-vLLM's own middleware guards ``/v1`` and its like, not the routes of plugins, so they guard
-themselves.
+vLLM's own middleware guards ``/v1`` and a few other routes. It does not guard the routes of
+plugins, so ours check for themselves.
 """
 
 import hashlib
@@ -15,23 +15,23 @@ from fastapi import Depends, HTTPException, Request, status
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
-"""A proxy adds these for the one it speaks for, and anybody may send them. uvicorn takes the
-address from them where FORWARDED_ALLOW_IPS lets it, so with one of them it proves nothing."""
+"""Proxies add these headers, and anybody can send them. uvicorn may take the client's address from
+them (FORWARDED_ALLOW_IPS), so a request that has one of them does not prove where it comes from."""
 
 Credentials = Annotated[
     HTTPAuthorizationCredentials | None,
-    Depends(HTTPBearer(auto_error=False, description="vLLM's API key, where one is set.")),
+    Depends(HTTPBearer(auto_error=False, description="vLLM's API key, if one is set.")),
 ]
 
 
 def authorise(request: Request, credentials: Credentials) -> None:
-    """Lets a request pass that may change what the server does; a FastAPI dependency.
+    """Refuses a request that may not change what the server does; a FastAPI dependency.
 
     The server's keys are read from ``request.app.state.afbs.api_keys``.
 
     Raises:
-        HTTPException: 401 without the server's API key; 403 where it has none and the request
-            does not come from this machine.
+        HTTPException: 401 if the server has API keys and the request has none of them. 403 if the
+            server has no key and the request does not come from this machine.
     """
     keys = request.app.state.afbs.api_keys
     if keys:
@@ -49,7 +49,7 @@ def authorise(request: Request, credentials: Credentials) -> None:
 
 
 def _is_key(token: str, keys: Sequence[str]) -> bool:
-    """Compares with every key, in a time that tells nothing about them."""
+    """Compares with every key, in a time that does not depend on the keys."""
     digest = _digest(token)
     matches = [secrets.compare_digest(digest, _digest(key)) for key in keys]
     return any(matches)
@@ -64,8 +64,8 @@ def _is_local(request: Request) -> bool:
         return False
     if any(name in request.headers for name in _FORWARDED):
         return False
-    # A page from elsewhere, open in a browser on this machine, comes from this machine too: its
-    # origin gives it away or, if its name was made to point here, the host it asks for.
+    # Requests of a foreign page in a browser on this machine come from this machine too. Their
+    # origin reveals them or, if the page's name was made to resolve to this machine, their host.
     names = [request.url.hostname]
     if (origin := request.headers.get("origin")) is not None:
         names.append(urlsplit(origin).hostname)

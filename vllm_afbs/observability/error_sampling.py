@@ -1,4 +1,4 @@
-"""Sampled quality: now and then a sparse layer is computed dense as well, and compared."""
+"""Sampled errors: some sparse steps of a layer are also computed dense, and compared."""
 
 import random
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from vllm_afbs.kernels.query_blocks import PrefillRequest
 
 
 def is_sampled(sample_rate: float) -> bool:
-    """Draws whether a layer's sparse step is compared.
+    """Draws at random whether a layer's sparse step is compared.
 
-    Drawn rather than counted: the chunks of a prompt come in a rhythm, and counting would always
-    meet the same one.
+    The chunks of prompts arrive in a regular order. Taking every nth step could therefore always
+    take the same chunk.
     """
     return random.random() < sample_rate
 
@@ -20,14 +20,14 @@ def is_sampled(sample_rate: float) -> bool:
 def relative_l1(
     output: torch.Tensor, reference: torch.Tensor, requests: Sequence[PrefillRequest]
 ) -> torch.Tensor:
-    """Error of a step's sparse attention, over the rows of its long prefills and all heads.
+    """Relative L1 error of a step's sparse attention, over its long prefills and all heads.
 
-    Nothing waits for the device, and nothing as large as an output is allocated: a server's
-    memory is full of KV cache.
+    This does not wait for the device. It allocates nothing of the size of an output, because the
+    KV cache fills the memory of a server.
 
     Args:
-        output: Sparse, ``[num_tokens, num_heads, head_dim]``.
-        reference: Dense, like ``output``; overwritten.
+        output: The sparse output, ``[num_tokens, num_heads, head_dim]``.
+        reference: The dense output, like ``output``; it is overwritten.
         requests: The long prefills.
 
     Returns:
@@ -44,6 +44,6 @@ def relative_l1(
 
 
 def _absolute_sum(rows: torch.Tensor) -> torch.Tensor:
-    # On the CPU a norm over everything adds up one by one, and fp32 then loses what comes late.
+    # On the CPU, one norm over all elements sums them one by one, and fp32 loses the late ones.
     by_row: torch.Tensor = torch.linalg.vector_norm(rows, 1, dim=-1, dtype=torch.float32)
     return by_row.sum()

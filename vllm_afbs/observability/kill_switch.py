@@ -1,9 +1,9 @@
-"""The kill switch: one file that tells every worker of a server to run dense.
+"""The kill switch: a file whose existence tells every worker of a server to run dense.
 
-It lies in the directory of the metrics, which all processes of a server share, and its being there
-means off. A worker looks once per step that has a prefill, which takes it microseconds, so a change
-holds from the next step on, and one that is restarted finds the switch as it was left. Nothing has
-to be sent: ``touch`` and ``rm`` do what the routes do.
+The file lies in the directory of the metrics, which all processes of a server share. A worker looks
+for it once in each step that has a prefill, which takes microseconds. A change therefore takes
+effect from the next step on, and a restarted worker finds the switch as it was left. Creating the
+file with ``touch`` and deleting it with ``rm`` do the same as the routes.
 """
 
 import logging
@@ -18,15 +18,15 @@ FILE_NAME = "afbs-disabled"
 
 
 def switch_file() -> Path:
-    """The file of this server."""
+    """The path of this server's file."""
     return Path(metrics.directory()) / FILE_NAME
 
 
 def set_enabled(enabled: bool) -> None:
-    """Lets all workers of this server run sparse, or none.
+    """Allows sparse attention in all workers of this server, or forbids it.
 
     Raises:
-        OSError: The directory cannot be written; nothing changed.
+        OSError: The directory cannot be written. The switch is unchanged.
     """
     file = switch_file()
     if enabled:
@@ -38,24 +38,24 @@ def set_enabled(enabled: bool) -> None:
 
 
 def disabled_since() -> datetime | None:
-    """When sparse attention was switched off; None if it is not."""
+    """When sparse attention was switched off; None if it is on."""
     try:
         return datetime.fromtimestamp(switch_file().stat().st_mtime, UTC)
     except FileNotFoundError:
         return None
 
 
-class Switch:
+class KillSwitch:
     """A worker's view of the switch."""
 
     def __init__(self) -> None:
-        """Looks at it once, so that the metric is there before the first prefill."""
+        """Looks at it once, so that the metric exists before the first prefill."""
         self._file = switch_file()
         self._known = True
         metrics.ENABLED.set(float(self.is_enabled()))
 
     def is_enabled(self) -> bool:
-        """Whether layers may run sparse now; a change is logged and shown on ``/metrics``."""
+        """Whether layers may run sparse now. Logs changes and shows them on ``/metrics``."""
         enabled = not self._file.exists()
         if enabled != self._known:
             self._known = enabled

@@ -1,15 +1,15 @@
-"""Metrics: written by the workers, shown on the API server's ``/metrics``.
+"""The metrics: workers write them, and the API server shows them on ``/metrics``.
 
-Attention runs in worker processes and ``/metrics`` in another. A worker writes its numbers into
-files of prometheus-client's multi-process format, in one of two directories:
+Attention runs in worker processes, and ``/metrics`` is served by another. A worker writes its
+numbers into files of prometheus-client's multi-process format, in one of two directories:
 
-* ``PROMETHEUS_MULTIPROC_DIR`` where it is set (vLLM sets it for several API servers): vLLM's own
+* ``PROMETHEUS_MULTIPROC_DIR`` if it is set, as vLLM does for several API servers. vLLM's own
   collector reads every file there.
-* otherwise ``VLLM_AFBS_METRICS_DIR``, which the first process of a server names and its workers
-  inherit; a collector that ``publish`` registers reads it.
+* ``VLLM_AFBS_METRICS_DIR`` otherwise. The first process of a server sets it, and workers inherit
+  it. A collector that ``publish`` registers reads it.
 
-A directory that an operator named outlives its server; what dead processes left in it is taken away
-when the next server starts. Where the disk is full, numbers are lost, not the server.
+A directory that an operator names outlives its server. The next server to start removes the files
+of dead processes from it. If the disk is full, numbers are lost but the server goes on.
 """
 
 import atexit
@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec
@@ -39,13 +39,13 @@ logger = logging.getLogger("vllm.afbs")
 
 DIRECTORY_VARIABLE = "VLLM_AFBS_METRICS_DIR"
 _STARTED_VARIABLE = "VLLM_AFBS_METRICS_STARTED"
-"""Set by the first process of a server, so that those it starts do not take themselves for it."""
+"""The first process of a server sets this. Its children then know that they are not the first."""
 _Given = ParamSpec("_Given")
 _LOCK = threading.Lock()
 _FILE_SUFFIX = "_afbs"
-"""The process may have files of prometheus-client's own there, so ours are named apart."""
-_INITIAL_BYTES = 1 << 20  # of a file, as prometheus-client makes them
-_ENTRY_BYTES = 32  # at most, beside an entry's key
+"""Tells our files from those that prometheus-client itself may write for the same process."""
+_INITIAL_BYTES = 1 << 20  # size of a new file, the same as prometheus-client's
+_ENTRY_BYTES = 32  # most bytes of an entry besides its key
 SECONDS_BUCKETS = (
     1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, float("inf"),
 )  # fmt: skip
@@ -55,10 +55,10 @@ ERROR_BUCKETS = (
 
 
 def _reporting(report: Callable[_Given, None]) -> Callable[_Given, None]:
-    """Makes a report one thread's at a time; where the disk is full it is lost, and logged once.
+    """Lets one thread report at a time. If the disk is full, loses the report and logs that once.
 
-    On CUDA a thread reports what the device has finished, and a file that is opened twice would be
-    written over itself.
+    On CUDA, a thread of its own reports what the device has finished. Two threads could open the
+    same file twice and overwrite each other's numbers.
     """
 
     @functools.wraps(report)
@@ -93,11 +93,11 @@ class _Metric:
 
 
 class Counter(_Metric):
-    """A number that only grows; workers' numbers are added up."""
+    """A number that only grows. ``/metrics`` shows the sum over all workers."""
 
     @_reporting
     def inc(self, amount: float, *labels: str) -> None:
-        """Adds to the counter of these label values."""
+        """Adds to the counter with these label values."""
         _add(_file("counter"), self._key("_total", labels), amount)
 
 
@@ -120,9 +120,9 @@ class Histogram(_Metric):
 
     @functools.cache  # noqa: B019 - metrics live as long as the process
     def _bucket_keys(self, file: MmapedDict, labels: tuple[str, ...]) -> list[str]:
-        """The buckets' keys, all in the file from the first observation on.
+        """The keys of the buckets, after entering all of them into the file.
 
-        Prometheus takes no quantile of a histogram whose infinite bucket is missing.
+        Prometheus computes no quantile of a histogram without an infinite bucket.
         """
         bounds = map(floatToGoString, self.buckets)
         keys = [self._key("_bucket", labels, le=bound) for bound in bounds]
@@ -133,17 +133,18 @@ class Histogram(_Metric):
 
 @dataclass(frozen=True)
 class Gauge(_Metric):
-    """A state.
+    """A number that can rise and fall.
 
     Attributes:
-        mode: Which process's value is shown: the ``max``, or the ``mostrecent``.
+        mode: Which process's value is shown: ``max`` for the largest one, ``mostrecent`` for the
+            one that was set last.
     """
 
     mode: str = "max"
 
     @_reporting
     def set(self, value: float, *labels: str) -> None:
-        """Replaces the value of these label values."""
+        """Sets the gauge with these label values."""
         _write(_file(f"gauge_{self.mode}"), self._key("", labels), value, time.time())
 
 
@@ -174,7 +175,7 @@ SAMPLED_ERROR = Histogram(
 )
 DENSE_FALLBACKS = Counter(
     "vllm_afbs_dense_fallbacks",
-    "Prefills that a layer left to the dense parent, by reason.",
+    "Prefills that a layer left to vLLM's dense backend, by reason.",
     ("reason",),
 )
 PREFILL_ATTENTION_SECONDS = Histogram(
@@ -198,15 +199,8 @@ PROFILE_INFO = Gauge(
 )
 
 
-def count_fallbacks(reasons: Mapping[str, int]) -> None:
-    """Adds the prefills that a layer left to the dense parent in one step."""
-    for reason, count in reasons.items():
-        if count:
-            DENSE_FALLBACKS.inc(count, reason)
-
-
 def count_tokens(path: str, count: int) -> None:
-    """Adds query tokens of prefills whose attention took a path."""
+    """Adds query tokens of prefills whose attention took one path, ``sparse`` or ``dense``."""
     if count:
         PREFILL_TOKENS.inc(count, path)
 
@@ -218,9 +212,9 @@ def count_products(
 
     Args:
         layer: Index of the decoder layer.
-        num_kept: Blocks computed, by query head; each is a product QK^T and a product PV.
-        num_blocks: Blocks that dense causal attention computes for one head.
-        heads: Names of the heads; None to count the layer as a whole only.
+        num_kept: Number of computed blocks by query head. Each has a product QK^T and a product PV.
+        num_blocks: Number of blocks that dense causal attention computes for one head.
+        heads: Indices of the heads; None to count only the layer as a whole.
     """
     if not num_blocks:
         return
@@ -246,14 +240,14 @@ def report_profile(profile: Profile | None) -> None:
 
 
 def publish() -> None:
-    """Names the directory for this process and its children, and shows it on ``/metrics``.
+    """Names the directory for this process and its children, and shows its metrics.
 
-    In a directory that was named already, the first process of a server removes what processes that
-    are no more have left. Repeated calls change nothing.
+    If the directory has a name already, the first process of a server removes the files of dead
+    processes from it. Repeated calls change nothing.
     """
     if DIRECTORY_VARIABLE not in os.environ:
-        # Named here, made by the first worker that writes: most processes that import vLLM never
-        # serve. The random part keeps others from making it first.
+        # Most processes that import vLLM never serve, so the first worker that writes makes the
+        # directory. Its random name keeps other users from making it before.
         directory = Path(tempfile.gettempdir()) / f"vllm-afbs-{secrets.token_hex(8)}"
         os.environ[DIRECTORY_VARIABLE] = str(directory)
         atexit.register(_remove_if_owner, directory, os.getpid())
@@ -265,17 +259,17 @@ def publish() -> None:
 
 
 def directory() -> str:
-    """Where all processes of this server leave files for each other; made by the first one."""
+    """Where all processes of this server share files. The first process that writes makes it."""
     return os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ[DIRECTORY_VARIABLE]
 
 
 def read() -> list[Metric]:
-    """Adds up our metrics over all processes of this server."""
+    """Merges our metrics of all processes of this server."""
     return list(MultiProcessCollector.merge([str(file) for file in _files()]))
 
 
 class _DirectoryCollector(Collector):
-    """Shows what the workers of this server wrote."""
+    """Shows the metrics that the workers of this server wrote."""
 
     def collect(self) -> Iterable[Metric]:
         return read()
@@ -285,7 +279,7 @@ class _DirectoryCollector(Collector):
 
 
 def _remove_if_owner(directory: Path, pid: int) -> None:
-    if os.getpid() == pid:  # a forked worker runs its parent's exit handlers too
+    if os.getpid() == pid:  # a forked worker also runs its parent's exit handlers
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -294,10 +288,10 @@ def _files() -> Iterator[Path]:
 
 
 def _remove_files_of_the_dead() -> None:
-    """Without it ``profile_loaded`` and its like would tell of servers that have ended."""
+    """Removes files of dead processes: their gauges would tell of servers that have ended."""
     for file in _files():
         pid = int(file.stem.rsplit("-", 1)[1])
-        # In a container numbers come again: a file of this process's is an earlier one's.
+        # Containers reuse process ids, so a file with this process's id is from an earlier process.
         if pid == os.getpid() or not _is_running(pid):
             file.unlink(missing_ok=True)
 
@@ -307,7 +301,7 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's process
         return True
     return True
 
@@ -320,7 +314,7 @@ def _file(kind: str) -> MmapedDict:
 def _open(path: str, kind: str, pid: int) -> MmapedDict:
     Path(path).mkdir(mode=0o700, exist_ok=True)
     name = Path(path) / f"{kind}{_FILE_SUFFIX}-{pid}.db"
-    partial = name.with_suffix(".partial")  # or a reader could meet it empty
+    partial = name.with_suffix(".partial")  # a reader must not find it empty
     with partial.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, _INITIAL_BYTES)
     partial.replace(name)
@@ -333,10 +327,10 @@ def _add(file: MmapedDict, key: str, amount: float) -> None:
 
 
 def _write(file: MmapedDict, key: str, value: float, timestamp: float) -> None:
-    """Writes a number when there is room for it.
+    """Writes a number, after making sure that there is room for it.
 
-    A write to a memory map that finds the disk full ends the process (SIGBUS), and a file that
-    prometheus-client makes or doubles has holes.
+    prometheus-client makes and grows files without allocating their blocks. If the disk is full,
+    a write to the memory map of such a file ends the process (SIGBUS).
     """
     needed = file._used + len(key.encode()) + _ENTRY_BYTES
     if key not in file._positions and needed > file._capacity:

@@ -1,6 +1,6 @@
-"""Routes under ``/afbs`` on vLLM's own API server: what it serves and does, and the kill switch.
+"""Routes under ``/afbs`` on vLLM's own API server: its profile, its status and the kill switch.
 
-Reading is as open as ``/metrics`` is; changing is not (``access``).
+Anybody who can read ``/metrics`` can read these. Changing something is restricted; see ``access``.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from vllm_afbs import compat
 from vllm_afbs.observability import kill_switch, status
 from vllm_afbs.observability.access import authorise
 from vllm_afbs.serving import admission
+from vllm_afbs.serving.settings import read_settings
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -27,18 +28,18 @@ _POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 )
-"""The page loads nothing from anywhere, and asks only the server that it came from."""
+"""The page loads nothing from other servers and sends requests only to its own."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """What the routes know of the server they belong to; ``app.state.afbs``.
+    """What the routes know about their server. It is kept in ``app.state.afbs``.
 
     Attributes:
-        api_keys: Any of them lets a client change what the server does; empty if none is set.
+        api_keys: Keys with which a client may change what the server does; empty if none is set.
         profile: The served profile; None if every layer runs dense.
         backend: Whether the server runs our attention backend.
-        per_head: Whether heads are counted one by one.
+        per_head: Whether block products are also counted for each head.
     """
 
     api_keys: list[str] = field(repr=False)
@@ -74,7 +75,7 @@ router = APIRouter(prefix="/afbs", tags=["vllm-afbs"])
 
 @router.get("/", response_class=HTMLResponse)
 def get_page() -> HTMLResponse:
-    """Shows status and layers to a person, and keeps them up to date."""
+    """The page that shows the status and the layers, and keeps them up to date."""
     return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
 
 
@@ -82,7 +83,7 @@ def get_page() -> HTMLResponse:
 def get_profile(
     profile: Annotated[status.ServedProfile, Depends(_profile)],
 ) -> status.ServedProfile:
-    """The served profile, whole."""
+    """The whole served profile."""
     return profile
 
 
@@ -97,13 +98,13 @@ def get_layers(
     server: Annotated[Server, Depends(_server)],
     profile: Annotated[status.ServedProfile, Depends(_profile)],
 ) -> list[status.Layer]:
-    """What each layer was tuned to, and what it does."""
+    """What each layer was tuned to, and what it has done since the server started."""
     return status.read_layers(profile.profile, server.per_head)
 
 
 @router.post("/disable", **_GUARDED)
 def disable() -> status.SwitchState:
-    """Makes every prefill dense, in all workers from their next step on."""
+    """Makes all workers run every prefill dense from their next step on."""
     kill_switch.set_enabled(False)
     return status.switch_state()
 
@@ -116,7 +117,7 @@ def enable() -> status.SwitchState:
 
 
 class RoutesPlugin:
-    """The ``vllm.endpoint_plugins`` entry point; vLLM loads it where ``VLLM_PLUGINS`` names it."""
+    """The ``vllm.endpoint_plugins`` entry point. vLLM loads it if ``VLLM_PLUGINS`` names it."""
 
     name = "afbs"
     required_tasks: tuple[Any, ...] | None = None
@@ -126,12 +127,12 @@ class RoutesPlugin:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: "State", args: "Namespace") -> None:
-        """Notes what the routes need to know of the server.
+        """Stores what the routes need to know about the server.
 
         Args:
-            engine_client: vLLM's engine; None in a server that has none.
-            state: The app's state; ``afbs`` is set.
-            args: The server's command line.
+            engine_client: vLLM's engine; None in a server without one.
+            state: The app's state, whose ``afbs`` is set.
+            args: The server's parsed command line.
         """
         api_keys = compat.api_keys(args)
         state.afbs = Server(api_keys, profile=None, backend=False, per_head=False)
@@ -140,6 +141,6 @@ class RoutesPlugin:
         config = engine_client.vllm_config
         if compat.is_afbs(config.attention_config.backend):
             profile = admission.admitted_profile(config)
-            per_head = admission.read_settings(config).per_head_metrics
+            per_head = read_settings(config).per_head_metrics
             served = status.ServedProfile.of(profile) if profile else None
             state.afbs = Server(api_keys, served, backend=True, per_head=per_head)

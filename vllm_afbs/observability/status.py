@@ -1,4 +1,4 @@
-"""What a running server does, as data: the profile's promises beside the workers' counters."""
+"""The status of a running server as data: what it was tuned to beside what it has done."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -55,7 +55,7 @@ class ServedProfile(BaseModel):
 
     @classmethod
     def of(cls, profile: Profile) -> "ServedProfile":
-        """Takes a profile with its digest, which is computed here and not at every look."""
+        """Takes a profile and computes its digest once, rather than for every request."""
         return cls(profile_id=profile.profile_id, profile=profile)
 
 
@@ -67,7 +67,7 @@ class SwitchState(BaseModel):
 
 
 class Status(SwitchState):
-    """The server at a glance. Seconds and tokens are sums over layers and tensor-parallel ranks."""
+    """The whole server. Seconds and tokens are sums over layers and tensor-parallel ranks."""
 
     version: str
     backend: bool = Field(description="Whether the server runs --attention-backend afbs.")
@@ -79,7 +79,9 @@ class Status(SwitchState):
     sparse_seconds: float = Field(description="Attention that ran sparse, selection included.")
     dense_seconds: float
     selector_seconds: float
-    saved_seconds: float = Field(description="Estimated: dense attention's time less the sparse.")
+    saved_seconds: float = Field(
+        description="Estimated: time of dense attention minus that of sparse."
+    )
     samples: int
     sampled_error: float | None = Field(description="Mean relative L1 of sampled steps.")
     fallbacks: dict[str, int] = Field(description="Prefills that layers left dense, by reason.")
@@ -89,7 +91,7 @@ class Counters:
     """The workers' counters at one moment."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
-        """Takes what ``metrics.read`` gives."""
+        """Takes the metrics that ``metrics.read`` returns."""
         self._samples: dict[str, dict[Labels, float]] = defaultdict(dict)
         for family in families:
             for sample in family.samples:
@@ -100,14 +102,14 @@ class Counters:
         return self._samples[name].get(frozenset(labels.items()), 0.0)
 
     def by(self, name: str, label: str) -> dict[str, float]:
-        """Sums over all other labels, by the value of one."""
+        """Sums over all other labels, by the values of one label."""
         sums: dict[str, float] = defaultdict(float)
         for labels, value in self._samples[name].items():
             sums[dict(labels)[label]] += value
         return sums
 
     def products(self, metric: metrics.Counter, **labels: str) -> Products:
-        """Block products of a layer, or of a head."""
+        """Block products of one layer or one head."""
         name = f"{metric.name}_total"
         return _products(*(self.value(name, outcome=each, **labels) for each in _OUTCOMES))
 
@@ -134,7 +136,7 @@ def switch_state() -> SwitchState:
 
 
 def read_status(served: ServedProfile | None, backend: bool) -> Status:
-    """Sums up what the server has done.
+    """Reads what the server has done since it started.
 
     Args:
         served: The served profile.
@@ -169,11 +171,11 @@ def read_status(served: ServedProfile | None, backend: bool) -> Status:
 
 
 def read_layers(profile: Profile, per_head: bool) -> list[Layer]:
-    """Tells what each layer was tuned to and what it does.
+    """Reads what each layer was tuned to, and what it has done since the server started.
 
     Args:
         profile: The served profile.
-        per_head: Whether heads are counted one by one.
+        per_head: Whether block products are also counted for each head.
     """
     counters = Counters(metrics.read())
     layers = []

@@ -1,26 +1,25 @@
-"""Reading a profile, refusing what is none, and writing files whole or not at all."""
+"""Reads a profile from a file and refuses anything that is not a valid one."""
 
 import json
 import os
 import stat
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_afbs.profile.schema import SCHEMA_VERSION, Profile, ProfileError
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.schema import SCHEMA_VERSION, Profile
 
 MAX_BYTES = 64 * 2**20
-"""Of a profile's file; that of a model of 70B parameters has about 3 MB."""
+"""Largest file that is read. The profile of a 70B model has about 3 MB."""
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
     """Reads and checks a profile.
 
     Raises:
-        ProfileError: Unreadable, no file of a sensible size, or ``parse_profile`` refuses it; the
-            message is one line that names the file and the field.
+        ProfileError: The file cannot be read, is not a regular file, is too large, or
+            ``parse_profile`` refuses it. The message is one line and names the file and the field.
     """
     try:
         content = _read(path)
@@ -32,7 +31,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
-    # Without blocking: opening a pipe waits for somebody to write into it.
+    # Non-blocking, because opening a pipe would wait for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("a regular file expected")
@@ -47,10 +46,11 @@ def parse_profile(content: bytes, source: str) -> Profile:
 
     Args:
         content: The file's bytes.
-        source: Where they came from, for the message.
+        source: The file's name, for messages.
 
     Raises:
-        ProfileError: Not JSON in UTF-8, of another schema version, or a field is wrong.
+        ProfileError: The content is not JSON in UTF-8, has another schema version, or has a wrong
+            field.
     """
     try:
         text = content.decode()
@@ -63,7 +63,7 @@ def parse_profile(content: bytes, source: str) -> Profile:
     if version != SCHEMA_VERSION:
         raise ProfileError(f"{source}: schema_version: {SCHEMA_VERSION} expected, got {version!r}")
     try:
-        # Strictly: a text is not a number, and true is not 1.
+        # Strict: "1" is not a number, and true is not 1.
         profile = Profile.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -82,37 +82,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} appears twice in one object")
     return found
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file whole or not at all: a reader sees the old text or the new.
-
-    Raises:
-        OSError: The directory cannot be written or the disk is full; its ``filename`` is ``path``,
-            which is untouched.
-    """
-    try:
-        _replace(Path(path).resolve(), text)  # of a link, the file it points to is replaced
-    except OSError as error:
-        # A write does not say which file it was for, and other calls name the temporary one.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _replace(target: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a profile is read by whoever may read its directory.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

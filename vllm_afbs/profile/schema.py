@@ -1,103 +1,28 @@
 """The profile: what the tuner found for one model, as validated data.
 
-A profile is JSON that a person can read. It is checked completely before a server uses it, and
-one that does not fit the model is refused with the field that differs.
+A profile is readable JSON. It is checked completely before a server uses it. A profile of another
+model is refused with a message that names the field that differs.
 """
 
 import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.record import Record
 
 SCHEMA_VERSION = 2
-"""2: thresholds of the selector that scores single keys, too; those of 1 mean something else."""
+"""Version 2 has thresholds for a selector that also scores single keys. In version 1 the same
+numbers had another meaning."""
 
 MIN_LAYER_SPARSITY = 0.1
-"""A layer tuned to less than this runs in the dense parent: selection would not pay."""
-
-_MAX_MESSAGE = 1000
+"""Layers tuned to a lower sparsity run dense: selection would cost more than it saves."""
 
 
-class ProfileError(ValueError):
-    """A profile that must not be served; the message is one line for the user.
-
-    What a message quotes comes from files, so it is escaped and cut short here.
-    """
-
-    def __init__(self, message: str) -> None:
-        """Makes one line of a message."""
-        line = printable(message[: _MAX_MESSAGE + 1])
-        super().__init__(line if len(line) <= _MAX_MESSAGE else f"{line[:_MAX_MESSAGE]}...")
-
-
-def printable(text: str) -> str:
-    """The text on one line: what a terminal would obey is escaped as in Python."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
-
-
-class _Record(BaseModel):
-    # Unknown fields are refused: a mistyped name must not silently become a default.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelFingerprint(_Record):
-    """What must be equal between the tuned and the served model."""
-
-    architecture: str
-    num_layers: Annotated[int, Field(gt=0)]
-    num_heads: Annotated[int, Field(gt=0)]
-    num_kv_heads: Annotated[int, Field(gt=0)]
-    head_dim: Annotated[int, Field(gt=0)]
-    rope: dict[str, Any] = Field(description="The rotary embedding's parameters, as configured.")
-
-    @classmethod
-    def from_config(cls, config: Any) -> "ModelFingerprint":
-        """Reads the fingerprint off a Hugging Face configuration.
-
-        Args:
-            config: A ``PretrainedConfig``; of a multimodal one the text part counts.
-
-        Raises:
-            ProfileError: The configuration lacks a field that every supported decoder has.
-        """
-        text = config.get_text_config()
-        try:
-            num_heads = int(text.num_attention_heads)
-            return cls(
-                architecture=(config.architectures or [type(config).__name__])[0],
-                num_layers=int(text.num_hidden_layers),
-                num_heads=num_heads,
-                num_kv_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
-                head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
-                rope=_rope_parameters(text),
-            )
-        except AttributeError as error:
-            raise ProfileError(
-                f"config.json: {error.name!r} expected: not a supported decoder model"
-            ) from None
-
-    def difference(self, other: "ModelFingerprint") -> str | None:
-        """Names the first field that differs, with both values; None if all are equal."""
-        for field in type(self).model_fields:
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs:
-                return f"model.{field} is {mine!r} in the profile and {theirs!r} in the model"
-        return None
-
-
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    parameters = getattr(config, "rope_parameters", None)
-    if not parameters:
-        theta = getattr(config, "rope_theta", None)
-        parameters = {"rope_theta": theta, **(getattr(config, "rope_scaling", None) or {})}
-    return {name: value for name, value in sorted(parameters.items()) if value is not None}
-
-
-class Measurement(_Record):
+class Measurement(Record):
     """Error and sparsity of one head at one length."""
 
     length: Annotated[int, Field(gt=0)]
@@ -107,7 +32,7 @@ class Measurement(_Record):
     )
 
 
-class HeadProfile(_Record):
+class HeadProfile(Record):
     """The thresholds of one query head."""
 
     tau: Annotated[float, Field(gt=0, le=1)] = Field(description="1 keeps every block: dense.")
@@ -139,7 +64,7 @@ def mean_calibration(heads: Sequence[HeadProfile]) -> tuple[tuple[int, float], .
     return tuple((length, total / len(heads)) for length, total in sorted(by_length.items()))
 
 
-class LayerProfile(_Record):
+class LayerProfile(Record):
     """The query heads of one layer, in the model's order."""
 
     heads: list[HeadProfile]
@@ -149,12 +74,12 @@ class LayerProfile(_Record):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it was tuned to enough sparsity to be served sparse."""
+        """Whether the layer was tuned to enough sparsity to run sparse."""
         calibration = mean_calibration(self.heads)
         return bool(calibration) and calibration[-1][1] >= MIN_LAYER_SPARSITY
 
 
-class TextSource(_Record):
+class TextSource(Record):
     """A text that the thresholds were tuned or validated on."""
 
     name: str
@@ -162,8 +87,8 @@ class TextSource(_Record):
     num_tokens: Annotated[int, Field(gt=0)]
 
 
-class WholeModel(_Record):
-    """The whole model on held-out text at the longest length, against itself run dense."""
+class WholeModel(Record):
+    """The whole model, sparse against dense, on held-out text at the longest length."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(description="Mean over heads.")
     kl: Annotated[float, Field(ge=0)] = Field(
@@ -173,8 +98,8 @@ class WholeModel(_Record):
     dense_perplexity: Annotated[float, Field(ge=1)]
 
 
-class BudgetRun(_Record):
-    """How tolerances were divided among layers for a goal of the whole model's."""
+class BudgetRun(Record):
+    """How tolerances were divided among layers to reach a goal for the whole model."""
 
     goal: Literal["sparsity", "perplexity"]
     target: Annotated[float, Field(gt=0)] = Field(
@@ -184,7 +109,7 @@ class BudgetRun(_Record):
     allocated: WholeModel = Field(description="With each layer's own.")
 
 
-class TunerRun(_Record):
+class TunerRun(Record):
     """How the profile was made, and what it cost."""
 
     version: str
@@ -193,7 +118,7 @@ class TunerRun(_Record):
     tolerance: Annotated[float, Field(gt=0)] = Field(description="Relative L1 allowed per head.")
     lengths: Annotated[list[int], Field(min_length=1)]
     budget: BudgetRun | None = None
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
     evaluations: Annotated[int, Field(ge=0)] = Field(
         description="(head, thresholds, length, rows) scored against dense, cached or not."
     )
@@ -205,7 +130,7 @@ class TunerRun(_Record):
     )
 
 
-class Profile(_Record):
+class Profile(Record):
     """Thresholds for every layer and head of one model."""
 
     schema_version: Literal[2] = 2
@@ -220,7 +145,7 @@ class Profile(_Record):
         description="Longest calibrated context; longer ones run dense."
     )
     layers: list[LayerProfile]
-    calibration_texts: list[TextSource] = []
+    calibration_texts: list[TextSource] = Field(default=[])
     tuner: TunerRun
 
     @model_validator(mode="after")
@@ -242,7 +167,7 @@ class Profile(_Record):
 
     @property
     def num_tuned_heads(self) -> int:
-        """Heads of the layers that were tuned: the others were not measured."""
+        """Number of heads in tuned layers; heads of other layers were not measured."""
         return sum(bool(head.calibration) for layer in self.layers for head in layer.heads)
 
     @property
@@ -251,7 +176,7 @@ class Profile(_Record):
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def tolerance_of(self, layer: int) -> float:
-        """Relative L1 that was allowed per head of a layer."""
+        """Relative L1 error that the tuner allowed for each head of a layer."""
         return self.layers[layer].tolerance or self.tuner.tolerance
 
     def to_json(self) -> str:

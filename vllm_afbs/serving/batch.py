@@ -1,8 +1,7 @@
-"""Which requests of a step are long prefills, and why the others are not."""
+"""Sorts a step's requests into long prefills, which may run sparse, and dense requests."""
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +22,13 @@ class Step:
 
     Attributes:
         long_prefills: Requests that may run sparse.
-        others: Indices of all other requests that have rows.
-        dense_reasons: How many prefills among the others have each reason to run dense.
-        num_dense_tokens: Query tokens of these prefills.
+        dense_indices: Indices of all other requests that have rows: prefills and decodes.
+        dense_reasons: Number of dense prefills by the reason why they run dense.
+        num_dense_tokens: Query tokens of the dense prefills.
     """
 
     long_prefills: list[PrefillRequest] = field(default_factory=list)
-    others: list[int] = field(default_factory=list)
+    dense_indices: list[int] = field(default_factory=list)
     dense_reasons: Counter[Reason] = field(default_factory=Counter)
     num_dense_tokens: int = 0
 
@@ -55,33 +54,16 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Others:
-    """The requests of a step that do not run sparse while others do.
+class DenseRequests:
+    """The requests of a step that vLLM's dense backend runs while the others run sparse.
 
     Attributes:
-        rows: Their rows among the step's tokens.
-        metadata: The parent backend's, as if the step held only these.
+        rows: Indices of their rows among the step's tokens, ``[num_rows]``, int64.
+        metadata: The dense backend's metadata of a step that holds only these requests.
     """
 
     rows: torch.Tensor
     metadata: Any
-
-    def attend(
-        self,
-        dense: Callable[[torch.Tensor, Any, torch.Tensor], object],
-        query: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """Runs the parent on their rows alone.
-
-        Args:
-            dense: The parent's attention, called with query, metadata and output.
-            query: The step's, ``[num_tokens, num_heads, head_dim]``.
-            output: Like ``query``; their rows are written.
-        """
-        part = output.new_empty(len(self.rows), *output.shape[1:])
-        dense(query[self.rows], self.metadata, part)
-        output[self.rows] = part
 
 
 def sort_requests(
@@ -92,16 +74,16 @@ def sort_requests(
     enabled: bool = True,
     num_decode_rows: int = 1,
 ) -> Step:
-    """Tells long prefills from everything else.
+    """Sorts a step's requests into long prefills and dense requests.
 
     Args:
         query_start_loc: ``[num_reqs + 1]``, int32, on the CPU.
-        seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU; None if vLLM does not tell.
-        profile: The served profile; without one nothing runs sparse.
-        plain_causal: Whether the step's mask is causal and nothing else; no other runs sparse.
-        enabled: Whether the kill switch lets anything run sparse.
-        num_decode_rows: Rows that a decode may have: one, and those of drafted tokens. Their
-            context lengths are only bounds.
+        seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU; None if vLLM gives none.
+        profile: The served profile; None runs everything dense.
+        plain_causal: Whether the step's mask is plainly causal; with any other, all runs dense.
+        enabled: Whether the kill switch allows sparse attention.
+        num_decode_rows: Most rows of a decode: one, plus one for each drafted token. The context
+            lengths of decodes are only upper bounds.
     """
     starts = query_start_loc.tolist()
     kv_lens = [0] * len(starts) if seq_lens is None else seq_lens.tolist()
@@ -116,14 +98,14 @@ def sort_requests(
     for request, (start, stop) in enumerate(itertools.pairwise(starts)):
         kv_len = kv_lens[request]
         q_len = stop - start
-        if q_len == 0:  # pads a batch for a CUDA graph
+        if q_len == 0:  # padding for a CUDA graph
             continue
         reason = step_reason or _dense_reason(q_len, kv_len, profile, num_decode_rows)
         if reason is None and profile is not None:
             geometry = BlockGeometry(q_len, kv_len, profile.block_q, profile.block_k)
             step.long_prefills.append(PrefillRequest(start, request, geometry))
             continue
-        step.others.append(request)
+        step.dense_indices.append(request)
         if q_len > 1 and reason is not None:
             step.dense_reasons[reason] += 1
             num_dense_tokens += q_len
@@ -135,7 +117,8 @@ def _dense_reason(
 ) -> Reason | None:
     if profile is None:
         return "no_profile"
-    # Shorter ones are decodes, speculative verifications and chunks' ends: a tile each.
+    # Shorter queries are decodes, speculative verifications and the ends of chunks. Each would
+    # be a single tile.
     if q_len < profile.block_q or q_len <= num_decode_rows:
         return "short_query"
     if kv_len < profile.min_seq_len:
@@ -155,7 +138,8 @@ def restrict(
         requests: Indices of the requests to keep; at least one.
 
     Returns:
-        Their rows among the step's tokens, and the metadata as if the step held only these.
+        The rows of these requests among the step's tokens, and the metadata of a step that holds
+        only these requests.
     """
     device = common.seq_lens.device
     starts = common.query_start_loc_cpu.tolist()

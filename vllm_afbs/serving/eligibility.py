@@ -1,8 +1,8 @@
-"""What sparse prefill cannot do, and how a server, a layer or its place in the model asks for it.
+"""Decides whether a server, a layer or its place in the model allows sparse prefill.
 
-Sparse attention approximates causal softmax attention over the whole context and nothing else. So
-what is not known to be that is dense: what vLLM may add to a layer counts as unsupported until
-somebody has read it.
+Sparse prefill approximates causal softmax attention over the whole context and nothing else. A
+layer that is not known to compute exactly that runs dense, so whatever a later vLLM adds to layers
+counts as unsupported until we have read it.
 """
 
 import inspect
@@ -28,8 +28,8 @@ KNOWN_ARGUMENTS = frozenset(
         "sinks",
     }
 )
-"""Arguments of vLLM's implementations that sparse prefill does as asked, or looks at in
-``layer_limits`` or a backend's own limits."""
+"""Arguments of vLLM's implementations that sparse prefill honours, or that ``layer_obstacles`` or
+the backend's ``unsupported_feature`` checks."""
 
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -37,15 +37,15 @@ PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 def unknown_arguments(
     constructor: Callable[..., None], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[str]:
-    """Names what a layer is given beyond the arguments that we know.
+    """Names the arguments of a layer that we do not know.
 
     Args:
-        constructor: The parent's bound ``__init__``.
-        args: What it was called with.
-        kwargs: What it was called with by name.
+        constructor: The bound ``__init__`` of vLLM's implementation.
+        args: The positional arguments that it was called with.
+        kwargs: The keyword arguments that it was called with.
 
     Returns:
-        Names of arguments that are not among ``KNOWN_ARGUMENTS`` and not at their default.
+        Names of arguments that are not in ``KNOWN_ARGUMENTS`` and not at their default.
     """
     signature = inspect.signature(constructor)
     given: dict[str, Any] = {}
@@ -57,21 +57,21 @@ def unknown_arguments(
     return [name for name in given if name not in KNOWN_ARGUMENTS]
 
 
-def server_limits(vllm_config: Any) -> dict[Reason, bool]:
-    """What keeps every layer of a server dense."""
+def server_obstacles(vllm_config: Any) -> dict[Reason, bool]:
+    """The conditions that make every layer of a server dense, each with whether it holds."""
     return {
-        # The result of a row may depend on how a prompt was cut and on what ran beside it.
+        # A row's result may depend on its prompt's chunks and on the rest of the batch.
         "batch_invariant": compat.is_batch_invariant(),
-        # An adapter changes queries and keys; the profile's errors were measured without it.
+        # An adapter changes queries and keys. The profile was tuned without it.
         "lora": vllm_config.lora_config is not None,
-        # The thresholds are allocated while the KV cache is; whether such tensors are restored on
-        # waking up differs between versions of vLLM.
+        # The thresholds are allocated together with the KV cache. Versions of vLLM differ in
+        # whether they restore such tensors after sleep.
         "sleep_mode": compat.may_sleep(vllm_config),
     }
 
 
-def layer_limits(impl: Any, page_size: int, profile: Profile | None) -> dict[Reason, bool]:
-    """What no platform's sparse prefill can do, and whether this layer asks for it."""
+def layer_obstacles(impl: Any, page_size: int, profile: Profile | None) -> dict[Reason, bool]:
+    """The conditions that no sparse prefill supports, each with whether this layer has it."""
     return {
         "attention_type": impl.attn_type != "decoder",
         "kv_sharing": impl.kv_sharing_target_layer_name is not None,
@@ -84,20 +84,20 @@ def layer_limits(impl: Any, page_size: int, profile: Profile | None) -> dict[Rea
     }
 
 
-def place_limits(
+def place_obstacles(
     layer: Any, index: int | None, profile: Profile, tensor_parallel_size: int
 ) -> dict[Reason, bool]:
-    """What keeps a layer from having a place in the profile.
+    """The conditions under which a layer is not one of the profile's, each with whether it holds.
 
     Args:
         layer: vLLM's attention layer.
-        index: Of the decoder layer it is alone in; None if it is in none, or not alone.
+        index: Index of the decoder layer whose only attention it is; None if there is none.
         profile: The served profile.
-        tensor_parallel_size: Ranks that the model's heads are split among.
+        tensor_parallel_size: Number of ranks that share the model's heads.
     """
     impl, model = layer.impl, profile.model
     heads = impl.num_heads * tensor_parallel_size, impl.num_kv_heads, impl.head_size
-    # With fewer KV heads than ranks, each rank has a copy of one.
+    # If there are fewer KV heads than ranks, each rank has a copy of one.
     num_kv_heads = max(1, model.num_kv_heads // tensor_parallel_size)
     return {
         "attention_type": not compat.is_plain_attention(layer),
@@ -107,5 +107,5 @@ def place_limits(
 
 
 def first_true(conditions: Mapping[Reason, bool]) -> Reason | None:
-    """Name of the first condition that holds, None if none does."""
+    """The first condition that holds; None if none does."""
     return next((name for name, holds in conditions.items() if holds), None)

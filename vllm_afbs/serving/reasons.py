@@ -1,21 +1,18 @@
-"""Why a prefill runs dense: every reason that there is, counted each time and logged once.
+"""Every reason why a prefill runs dense.
 
-The operator's page and the Prometheus rules name the same reasons, of the same kinds; a test
-compares them with this list, and mypy every use with ``Reason``.
+The operator's page and the Prometheus rules list the same reasons with the same kinds. A test
+compares them with this list, and mypy checks every use against ``Reason``.
 """
 
-import functools
-import logging
-from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from vllm_afbs.observability import metrics
-
-logger = logging.getLogger("vllm.afbs")
-
 Kind = Literal["chosen", "changing", "fixed"]
-"""Chosen: by the dispatcher, the profile or the operator. Fixed: what a layer is or how the server
-was started, so true of all its prefills or of none. Changing: of the requests."""
+"""Where a reason comes from.
+
+Chosen: the dispatcher, the profile or the operator decided it. Changing: it depends on the request.
+Fixed: it follows from the layer or from how the server was started, so it holds for all prefills of
+a layer or for none.
+"""
 
 Reason = Literal[
     "short_query",
@@ -76,40 +73,3 @@ KINDS: dict[Reason, Kind] = {
     "unknown_layer": "fixed",
     "unknown_argument": "fixed",
 }
-
-_SEEN_IN_STEPS = {reason for reason, kind in KINDS.items() if kind == "changing"}
-# Fixed, but a layer is not told before it runs.
-_SEEN_IN_STEPS.add("output_quantization")
-
-
-def count(reasons: Mapping[Reason, int]) -> None:
-    """Adds the prefills that a layer left to the dense parent in one step.
-
-    The first of a reason that no plan of a layer can know is logged; others are with the plan.
-    """
-    metrics.count_fallbacks({str(reason): number for reason, number in reasons.items()})
-    for reason, number in reasons.items():
-        if number and reason in _SEEN_IN_STEPS:
-            _log_first(reason)
-
-
-@functools.cache
-def _log_first(reason: Reason) -> None:
-    logger.warning("A prefill runs dense: %s. Others of this reason are only counted.", reason)
-
-
-def log_layers(reasons: Iterable[tuple[str, Reason | None]]) -> None:
-    """Logs which layers run dense for good, one line for each reason.
-
-    Args:
-        reasons: Names of layers, each with its reason; None if it may run sparse.
-    """
-    layers: dict[Reason, list[str]] = {}
-    for name, reason in reasons:
-        if reason is not None and reason != "no_profile":  # said once, when it was looked for
-            layers.setdefault(reason, []).append(name)
-    for reason, names in layers.items():
-        level = logging.WARNING if KINDS[reason] == "fixed" else logging.INFO
-        logger.log(
-            level, "%d layers run dense: %s (%s to %s).", len(names), reason, names[0], names[-1]
-        )

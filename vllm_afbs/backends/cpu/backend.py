@@ -1,7 +1,7 @@
-"""The attention backend on CPU: long prefills run sparse, all else in vLLM's own CPU_ATTN."""
+"""The attention backend on the CPU: long prefills run sparse, the rest in vLLM's CPU_ATTN."""
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,25 +16,26 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu.meter import HostMeter, LayerWork
 from vllm_afbs.backends.cpu.sparse import MAX_DENSITY, CacheFormat, SparsePrefill
+from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
 from vllm_afbs.kernels import TileTables
-from vllm_afbs.observability import metrics
-from vllm_afbs.observability.kill_switch import Switch
+from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission, eligibility, reasons
-from vllm_afbs.serving.admission import LayerPlan
-from vllm_afbs.serving.batch import Others, Step, restrict, sort_requests
+from vllm_afbs.serving import admission, eligibility
+from vllm_afbs.serving.batch import DenseRequests, Step, restrict
+from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
+from vllm_afbs.serving.settings import read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
 class AfbsCPUBackend(CPUAttentionBackend):
-    """CPU_ATTN with sparse prefill; cache layout and decode are the parent's."""
+    """CPU_ATTN with sparse prefill; the cache layout and decoding are CPU_ATTN's own."""
 
     @staticmethod
     def get_name() -> str:
-        """The name behind ``--attention-backend``."""
+        """The name for ``--attention-backend``."""
         return compat.BACKEND_NAME
 
     @staticmethod
@@ -44,25 +45,41 @@ class AfbsCPUBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> type["AfbsCPUMetadataBuilder"]:
-        """The step's metadata builder."""
+        """The builder of a step's metadata."""
         return AfbsCPUMetadataBuilder
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AfbsCPUMetadata(CPUAttentionMetadata):
-    """The parent's metadata and the step's requests sorted into long prefills and others.
+    """CPU_ATTN's metadata of a whole step, and the step's requests sorted.
 
     Attributes:
         step: The sorted requests.
-        others: The other requests; None if there are none or no long prefill.
+        dense_requests: The requests that run dense while long prefills run sparse; None if all
+            requests run the same way.
     """
 
-    step: Step = field(default_factory=Step)
-    others: Others | None = None
+    step: Step
+    dense_requests: DenseRequests | None = None
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """What the metadata builder gives a layer before its first step.
+
+    Attributes:
+        plan: The thresholds of the layer, or why it runs dense.
+        sparse: Its sparse prefill; None if the layer runs dense.
+        meter: Where the layer reports its work; shared by all layers of a builder.
+    """
+
+    plan: LayerPlan
+    sparse: SparsePrefill | None
+    meter: HostMeter
 
 
 class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Builds the parent's metadata and tells each layer what its profile says."""
+    """Builds the metadata of each step, and gives each layer what it serves."""
 
     def __init__(
         self,
@@ -71,16 +88,15 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         vllm_config: "VllmConfig",
         device: torch.device,
     ) -> None:
-        """Reads the admitted profile and hands each layer its plan."""
+        """Gives each layer what it serves by the admitted profile; arguments are vLLM's."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.profile = admission.admitted_profile(vllm_config)
-        metrics.report_profile(self.profile)
-        self._switch = Switch()
-        self._num_decode_rows = compat.num_decode_rows(vllm_config)
-        meter = HostMeter(admission.read_settings(vllm_config))
+        profile = admission.admitted_profile(vllm_config)
+        metrics.report_profile(profile)
+        self._sorter = StepSorter(vllm_config, profile)
+        meter = HostMeter(read_settings(vllm_config))
         cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)
-        for impl, plan in admission.plan_layers(vllm_config, layer_names, self.block_size):
-            impl.configure(plan, cache_format, meter)
+        for impl, plan in plan_layers(vllm_config, profile, layer_names, self.block_size):
+            impl.serve(ServedLayer(plan, impl.sparse_prefill(plan, cache_format), meter))
 
     def build(
         self,
@@ -88,55 +104,47 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> AfbsCPUMetadata:
-        """Builds a step's metadata; see the parent."""
+        """Builds a step's metadata; arguments are vLLM's."""
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        step = sort_requests(
-            common_attn_metadata.query_start_loc_cpu,
-            whole.seq_lens,
-            self.profile,
-            plain_causal=compat.is_plain_causal(whole),
-            enabled=whole.max_query_len == 1 or self._switch.is_enabled(),
-            num_decode_rows=self._num_decode_rows,
-        )
-        metadata = AfbsCPUMetadata(
-            **{item.name: getattr(whole, item.name) for item in fields(whole)}, step=step
-        )
-        if step.long_prefills and step.others:
-            rows, common = restrict(common_attn_metadata, step.others)
-            metadata.others = Others(rows, super().build(0, common, fast_build))
+        step = self._sorter.sort(common_attn_metadata, whole.seq_lens, whole)
+        metadata = extend_metadata(AfbsCPUMetadata, whole, step=step)
+        if step.long_prefills and step.dense_indices:
+            rows, common = restrict(common_attn_metadata, step.dense_indices)
+            metadata.dense_requests = DenseRequests(rows, super().build(0, common, fast_build))
         return metadata
 
 
 class AfbsCPUImpl(CPUAttentionBackendImpl):
     """One layer's attention."""
 
-    _plan: LayerPlan
-    _meter: HostMeter
-    _sparse: SparsePrefill | None
+    _served: ServedLayer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Notes what vLLM asks for; arguments are the parent's."""
+        """Notes which arguments we do not know; arguments are vLLM's."""
         super().__init__(*args, **kwargs)
         self.unknown_arguments = eligibility.unknown_arguments(super().__init__, args, kwargs)
 
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
-        """Names what keeps this layer from running sparse whatever its thresholds; or None."""
+        """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
-            eligibility.layer_limits(self, page_size, profile)
+            eligibility.layer_obstacles(self, page_size, profile)
             | {
                 "sliding_window": self.sliding_window != -1,
                 "softcap": bool(self.logits_soft_cap),
             }
         )
 
-    def configure(self, plan: LayerPlan, cache_format: CacheFormat, meter: HostMeter) -> None:
-        """Takes the layer's plan; the metadata builder calls this before the first step."""
-        self._plan, self._meter = plan, meter
-        self._sparse = None
-        if plan.thresholds is not None:
-            self._sparse = SparsePrefill(
-                plan.thresholds, self.num_kv_heads, self.head_size, self.scale, cache_format
-            )
+    def sparse_prefill(self, plan: LayerPlan, cache_format: CacheFormat) -> SparsePrefill | None:
+        """Prepares this layer's sparse prefill; None if its plan is dense."""
+        if plan.thresholds is None:
+            return None
+        return SparsePrefill(
+            plan.thresholds, self.num_kv_heads, self.head_size, self.scale, cache_format
+        )
+
+    def serve(self, served: ServedLayer) -> None:
+        """Takes what the layer serves; the metadata builder calls this before the first step."""
+        self._served = served
 
     def forward(
         self,
@@ -150,82 +158,80 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends; shapes and arguments are the parent's."""
-        parent = super().forward
+        """Attends; shapes and arguments are vLLM's."""
+        # vLLM warms up without metadata.
+        if isinstance(attn_metadata, AfbsCPUMetadata) and attn_metadata.step.has_prefill:
+            if output_scale is None and output_block_scale is None:
+                self._attend_prefills(layer, query, key, value, kv_cache, attn_metadata, output)
+                return output
+            fallbacks.count({"output_quantization": attn_metadata.step.num_prefills})
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output,
+            output_scale, output_block_scale,
+        )  # fmt: skip
 
-        def dense(
-            query: torch.Tensor, metadata: CPUAttentionMetadata | None, output: torch.Tensor
-        ) -> torch.Tensor:
-            return parent(
-                layer, query, key, value, kv_cache, metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
-
-        # In vLLM's warm-up there is no metadata, and nothing to attend to.
-        if not isinstance(attn_metadata, AfbsCPUMetadata) or not attn_metadata.step.has_prefill:
-            return dense(query, attn_metadata, output)
-
-        step = attn_metadata.step
-        if output_scale is not None or output_block_scale is not None:
-            reasons.count({"output_quantization": step.num_prefills})
-            return dense(query, attn_metadata, output)
+    def _attend_prefills(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AfbsCPUMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Attends in a step that has prefills, and reports the work; see ``forward``."""
+        plan, sparse, meter = self._served.plan, self._served.sparse, self._served.meter
+        step = metadata.step
         started = time.perf_counter()
-        keeps, num_kept = self._select(query, kv_cache, attn_metadata)
-        tables = self._tables(keeps, attn_metadata)
+        tables, num_kept = self._choose_tiles(query, kv_cache, metadata)
         chosen = time.perf_counter()
-        if self._sparse is None or not tables:
-            dense(query, attn_metadata, output)
+        if sparse is None or not tables:
+            super().forward(layer, query, key, value, kv_cache, metadata, output)
             attended = time.perf_counter()
         else:
             for request, its_tables in zip(step.long_prefills, tables, strict=True):
-                self._sparse.attend(query, output, kv_cache, request, its_tables)
+                sparse.attend(query, output, kv_cache, request, its_tables)
             attended = time.perf_counter()
-            if attn_metadata.others is not None:
-                attn_metadata.others.attend(dense, query, output)
+            if metadata.dense_requests is not None:
+                attend_dense_requests(
+                    super().forward, layer, query, key, value, kv_cache,
+                    metadata.dense_requests, output,
+                )  # fmt: skip
         ended = time.perf_counter()
-        self._meter.add(LayerWork(self._plan, step, num_kept, started, chosen, attended, ended))
-        if tables and self._meter.is_sampled():
+        meter.add(LayerWork(plan, step, num_kept, started, chosen, attended, ended))
+        if tables and meter.is_sampled():
             reference = torch.empty_like(output)
             started = time.perf_counter()
-            dense(query, attn_metadata, reference)
-            seconds = time.perf_counter() - started
-            self._meter.add_sample(self._plan, step, output, reference, seconds)
-        return output
+            super().forward(layer, query, key, value, kv_cache, metadata, reference)
+            meter.add_sample(plan, step, output, reference, time.perf_counter() - started)
 
-    def _select(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: AfbsCPUMetadata
-    ) -> tuple[list[torch.Tensor], list[int]]:
-        """Kept blocks of the step's long prefills, and how many by head.
+    def _choose_tiles(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AfbsCPUMetadata
+    ) -> tuple[list[TileTables], list[int]]:
+        """Chooses the blocks of the step's long prefills, and counts why prefills run dense.
 
-        Both are empty where the parent is to do the whole step.
+        Returns:
+            The tiles of each long prefill, and the number of kept blocks by head. Both are empty
+            if vLLM's dense backend has to do the whole step.
         """
-        step, block_table = attn_metadata.step, attn_metadata.block_table
-        reasons.count(step.dense_reasons)
+        plan, sparse, step = self._served.plan, self._served.sparse, metadata.step
+        fallbacks.count(step.dense_reasons)
         num_long = len(step.long_prefills)
-        if self._sparse is None:
-            if self._plan.dense_reason is not None:
-                reasons.count({self._plan.dense_reason: num_long})
+        if sparse is None:
+            if plan.dense_reason is not None:
+                fallbacks.count({plan.dense_reason: num_long})
             return [], []
         if not num_long:
             return [], []
-        keeps = [
-            self._sparse.select(query, kv_cache, each, block_table[each.table_row])
-            for each in step.long_prefills
-        ]
+        requests = [(each, metadata.block_table[each.table_row]) for each in step.long_prefills]
+        keeps = [sparse.select(query, kv_cache, request, pages) for request, pages in requests]
         num_kept = torch.stack([keep.sum((1, 2)) for keep in keeps]).sum(0)
         if int(num_kept.sum()) > MAX_DENSITY * self.num_heads * step.num_visible:
-            reasons.count({"dense_is_faster": num_long})
+            fallbacks.count({"dense_is_faster": num_long})
             return [], []
-        return keeps, num_kept.tolist()
-
-    def _tables(
-        self, keeps: list[torch.Tensor], attn_metadata: AfbsCPUMetadata
-    ) -> list[TileTables]:
-        """The kept blocks as tiles."""
-        if self._sparse is None:
-            return []
-        requests = attn_metadata.step.long_prefills if keeps else []
-        return [
-            self._sparse.tables(keep, request, attn_metadata.block_table[request.table_row])
-            for keep, request in zip(keeps, requests, strict=True)
+        tables = [
+            sparse.tables(keep, request, pages)
+            for keep, (request, pages) in zip(keeps, requests, strict=True)
         ]
+        return tables, num_kept.tolist()

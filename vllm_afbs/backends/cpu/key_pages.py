@@ -1,4 +1,4 @@
-"""Reading keys back from vLLM's CPU cache, whatever way its kernels pack them."""
+"""Reads keys from vLLM's CPU cache, however its kernels pack them."""
 
 import functools
 
@@ -9,26 +9,26 @@ from vllm import _custom_ops as ops
 class KeyPageReader:
     """Unpacks pages of K.
 
-    Each instruction set's kernel packs a page of K in an order of its own (transposed for
-    ``vec``, in pairs for AMX, ...). Rather than know them all, the reader writes a page of known
-    numbers through vLLM's own cache operation once and sees where each one lands.
+    The kernels of each instruction set pack a page of K in their own order: transposed for ``vec``,
+    in pairs for AMX, and so on. The reader does not know these orders. It writes a page of known
+    numbers with vLLM's own cache operation once, and looks where each number went.
     """
 
     def __init__(self, isa: str, page_size: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Learns the packing.
+        """Finds out the order of the packing.
 
         Args:
-            isa: vLLM's name of the kernels in use.
-            page_size: Keys of a page.
+            isa: vLLM's name for the kernels in use.
+            page_size: Keys per page.
             head_dim: Size of a head.
-            dtype: Of the cache; fp32, fp16 or bf16.
+            dtype: The cache's dtype: fp32, fp16 or bf16.
 
         Raises:
             RuntimeError: The kernel does not store K as a permutation of a page.
         """
         self._shape = (page_size, head_dim)
         size = page_size * head_dim
-        # bf16 holds integers exactly up to 256, so an index is written as two digits.
+        # bf16 holds integers exactly only up to 256, so each index is written as two digits.
         digits = torch.arange(size).view(self._shape)
         low, high = (self._packed(isa, digit.to(dtype)) for digit in (digits % 256, digits // 256))
         element_at = high * 256 + low
@@ -52,10 +52,10 @@ class KeyPageReader:
 
         Args:
             key_cache: ``[num_pages, num_kv_heads, page_size, head_dim]`` as vLLM stores it.
-            pages: Pages to read, ``[n]``, int.
+            pages: Indices of the pages to read, ``[n]``, int.
 
         Returns:
-            ``[num_kv_heads, n, page_size, head_dim]`` in the order of the tokens.
+            The keys in the order of their tokens, ``[num_kv_heads, n, page_size, head_dim]``.
         """
         packed = key_cache[pages].flatten(2)
         rows = packed.index_select(2, self._place_of)
@@ -64,5 +64,5 @@ class KeyPageReader:
 
 @functools.cache
 def key_page_reader(isa: str, page_size: int, head_dim: int, dtype: torch.dtype) -> KeyPageReader:
-    """The reader of a packing, learnt once for all layers; see ``KeyPageReader``."""
+    """The reader of a packing, made once for all layers; see ``KeyPageReader``."""
     return KeyPageReader(isa, page_size, head_dim, dtype)

@@ -1,4 +1,4 @@
-"""Metrics of what a layer does on the CPU, and what dense attention would have taken instead."""
+"""Reports what layers do on the CPU, and how long dense attention would have taken instead."""
 
 from dataclasses import dataclass
 
@@ -6,22 +6,24 @@ import torch
 
 from vllm_afbs.observability import metrics
 from vllm_afbs.observability.error_sampling import is_sampled, relative_l1
-from vllm_afbs.serving.admission import LayerPlan, Settings
 from vllm_afbs.serving.batch import Step
+from vllm_afbs.serving.plan import LayerPlan
+from vllm_afbs.serving.settings import Settings
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer's attention in one step that has prefills. Times are of ``time.perf_counter``.
+    """One layer's attention in one step that has prefills. Times are ``time.perf_counter`` seconds.
 
     Attributes:
-        plan: The layer's.
+        plan: What the layer serves.
         step: The step.
-        num_kept: Kept blocks of the long prefills by head; empty if the parent did all of the step.
+        num_kept: Number of kept blocks of the long prefills by head; empty if vLLM's dense backend
+            ran the whole step.
         started: Before selection.
         chosen: After selection.
-        attended: After the long prefills or, where the parent did all of the step, after that.
-        ended: After the other requests too.
+        attended: After the attention of the long prefills, or of the whole step if it ran dense.
+        ended: After the attention of the dense requests.
     """
 
     plan: LayerPlan
@@ -34,31 +36,30 @@ class LayerWork:
 
 
 class DenseCost:
-    """Seconds that dense attention would have taken for blocks that ran sparse.
+    """Estimates how long dense attention would have taken for blocks that ran sparse.
 
-    The machine's own dense prefills say what a block product takes. As long as it ran none that is
-    comparable, the sparse ones do, by the blocks that they computed; tiles are a little slower
-    than dense attention block by block (docs/benchmarks.md), so the estimate is then a
-    little high.
+    Dense prefills on this machine show how long a block product takes. Until there is a comparable
+    one, sparse prefills do, by the number of blocks that they computed. Per block, tiles are a
+    little slower than dense attention (docs/benchmarks.md), so the estimate is then a little too high.
     """
 
     def __init__(self) -> None:
-        """Knows nothing yet."""
+        """Starts without any measurement."""
         self._dense_seconds, self._dense_blocks = 0.0, 0
         self._sparse_seconds, self._sparse_blocks = 0.0, 0
 
     def learn_dense(self, seconds: float, num_blocks: int) -> None:
-        """Takes in a dense prefill of this many block products over all heads."""
+        """Adds a dense prefill with this number of block products over all heads."""
         self._dense_seconds += seconds
         self._dense_blocks += num_blocks
 
     def learn_sparse(self, seconds: float, num_kept: int) -> None:
-        """Takes in a sparse prefill that computed this many, selection left out."""
+        """Adds a sparse prefill that computed this number of blocks; its selection is not timed."""
         self._sparse_seconds += seconds
         self._sparse_blocks += num_kept
 
     def estimate(self, num_blocks: int) -> float:
-        """Seconds for this many block products; something must have been learnt."""
+        """Seconds for this number of block products. Something must have been added before."""
         if self._dense_blocks:
             return self._dense_seconds / self._dense_blocks * num_blocks
         return self._sparse_seconds / self._sparse_blocks * num_blocks
@@ -68,7 +69,11 @@ class HostMeter:
     """Counts and times the layers of one metadata builder."""
 
     def __init__(self, settings: Settings) -> None:
-        """Takes what to measure."""
+        """Makes a meter.
+
+        Args:
+            settings: What to measure.
+        """
         self._settings = settings
         self._cost = DenseCost()
 
@@ -93,11 +98,11 @@ class HostMeter:
         seconds = work.attended - work.chosen
         if work.num_kept:
             self._cost.learn_sparse(seconds, num_kept)
-            # The other requests run dense either way, so their time counts on both sides.
-            others_seconds = work.ended - work.attended
-            metrics.DENSE_ESTIMATE_SECONDS.inc(self._cost.estimate(num_blocks) + others_seconds)
-        elif not work.step.others and work.plan.dense_reason in (None, "profile_dense"):
-            # Others would add time without blocks, and a layer with a window computes fewer.
+            # Dense requests take the same time either way, so it is part of the estimate too.
+            requests_seconds = work.ended - work.attended
+            metrics.DENSE_ESTIMATE_SECONDS.inc(self._cost.estimate(num_blocks) + requests_seconds)
+        elif not work.step.dense_indices and work.plan.dense_reason in (None, "profile_dense"):
+            # Dense requests would add time but no blocks, and a window computes fewer blocks.
             self._cost.learn_dense(seconds, num_blocks)
 
     def is_sampled(self) -> bool:
@@ -115,13 +120,13 @@ class HostMeter:
         """Reports the error of a step that was also computed dense; see ``relative_l1``.
 
         Args:
-            plan: The layer's.
+            plan: What the layer serves.
             step: The step.
-            output: Sparse.
-            reference: Dense; overwritten.
-            seconds: What dense took.
+            output: The sparse output.
+            reference: The dense output; it is overwritten.
+            seconds: How long the dense attention took.
         """
         error = float(relative_l1(output, reference, step.long_prefills))
         metrics.SAMPLED_ERROR.observe(error, str(plan.layer))
-        if not step.others:
+        if not step.dense_indices:
             self._cost.learn_dense(seconds, len(plan.heads) * step.num_visible)

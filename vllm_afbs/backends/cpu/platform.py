@@ -1,4 +1,4 @@
-"""vLLM's CPU platform, taught to take ``--attention-backend afbs``."""
+"""vLLM's CPU platform with ``--attention-backend afbs``, which checks the profile first."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class AfbsCpuPlatform(CpuPlatform):
-    """Differs from its parent only when the afbs backend is chosen."""
+    """Differs from vLLM's CPU platform only if the afbs backend is chosen."""
 
     @classmethod
     def get_attn_backend_cls(
@@ -21,7 +21,7 @@ class AfbsCpuPlatform(CpuPlatform):
         """Names the backend's class.
 
         Raises:
-            NotImplementedError: The afbs backend is chosen for an attention it cannot run.
+            NotImplementedError: The afbs backend is chosen for attention that it cannot run.
         """
         if not compat.is_afbs(selected_backend):
             return str(
@@ -37,10 +37,10 @@ class AfbsCpuPlatform(CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Refuses a profile that does not fit, before anything is loaded.
+        """Refuses a profile that does not fit the model, before anything is loaded.
 
         Raises:
-            SystemExit: With one line; an exception would be buried in vLLM's traceback.
+            SystemExit: The profile was refused; see ``admission.admit_or_exit``.
         """
         super().check_and_update_config(vllm_config)
         admission.admit_or_exit(vllm_config)

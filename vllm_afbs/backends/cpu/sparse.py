@@ -1,4 +1,4 @@
-"""One layer's sparse prefill on CPU: score, select, attend tile by tile."""
+"""One layer's sparse prefill on the CPU: scores blocks, selects some, and attends in tiles."""
 
 from dataclasses import dataclass
 
@@ -18,17 +18,17 @@ from vllm_afbs.kernels import (
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 
 MAX_DENSITY = 0.9
-"""Above this share of blocks kept, tiles and selection cost what they save: the parent runs."""
+"""If a larger share of blocks is kept, vLLM's dense backend runs: tiles would save nothing."""
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How vLLM's CPU kernels lay out the cache that a layer reads.
+    """How vLLM's CPU kernels lay out the cache of a layer.
 
     Attributes:
-        isa: vLLM's name of the kernels in use.
-        page_size: Keys of a page.
-        dtype: Of queries and cache.
+        isa: vLLM's name for the kernels in use.
+        page_size: Keys per page.
+        dtype: The dtype of queries and cache.
     """
 
     isa: str
@@ -37,7 +37,7 @@ class CacheFormat:
 
 
 class SparsePrefill:
-    """Selects and attends for one layer."""
+    """Selects blocks for one layer, and attends to them."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class SparsePrefill:
         """Prepares a layer.
 
         Args:
-            thresholds: Of this rank's query heads.
-            num_kv_heads: KV heads of this rank.
+            thresholds: The thresholds of this rank's query heads.
+            num_kv_heads: Number of KV heads of this rank.
             head_dim: Size of a head.
             softmax_scale: Factor of the scores.
-            cache_format: The cache's layout.
+            cache_format: The layout of the cache.
         """
         self._thresholds = thresholds
         self._num_kv_heads = num_kv_heads
@@ -78,10 +78,10 @@ class SparsePrefill:
             kv_cache: The layer's cache, this step's keys included,
                 ``[num_pages, num_kv_heads, page_size, 2 * head_dim]``.
             request: The request.
-            pages: Its row of the block table.
+            pages: The request's row of the block table.
 
         Returns:
-            ``[num_heads, num_q_blocks, num_k_blocks]`` bool.
+            The kept blocks, ``[num_heads, num_q_blocks, num_k_blocks]``, bool.
         """
         geometry = request.geometry
         num_pages = -(-geometry.kv_len // self._format.page_size)
@@ -94,7 +94,7 @@ class SparsePrefill:
     def tables(
         self, keep: torch.Tensor, request: PrefillRequest, pages: torch.Tensor
     ) -> TileTables:
-        """Lays a request's kept blocks out as tiles."""
+        """Arranges a request's kept blocks in tiles."""
         lists = build_tile_lists(keep)
         return build_tile_tables(
             lists, request.geometry, pages, self._format.page_size, self._num_kv_heads
@@ -128,7 +128,7 @@ def dense_paged_attention(
     softmax_scale: float,
     cache_format: CacheFormat,
 ) -> None:
-    """Runs vLLM's dense causal CPU kernel, the one that CPU_ATTN runs.
+    """Runs the dense causal kernel that vLLM's CPU_ATTN runs.
 
     Args:
         query: ``[num_rows, num_heads, head_dim]``.

@@ -1,8 +1,8 @@
-"""The attention backend on CUDA: long prefills run sparse, all else in vLLM's FlashAttention."""
+"""The attention backend on CUDA: long prefills run sparse, the rest in vLLM's FlashAttention."""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_afbs import compat
-from vllm_afbs.backends.cuda.dispatch import Way, dense_seconds, fastest_way
+from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
@@ -26,33 +26,37 @@ from vllm_afbs.backends.cuda.sparse import (
     can_cut,
 )
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
+from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
 from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
-from vllm_afbs.observability import metrics
-from vllm_afbs.observability.kill_switch import Switch
+from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission, eligibility, reasons
-from vllm_afbs.serving.admission import LayerPlan
-from vllm_afbs.serving.batch import Others, Step, restrict, sort_requests
+from vllm_afbs.serving import admission, eligibility
+from vllm_afbs.serving.batch import DenseRequests, Step, restrict
+from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
+from vllm_afbs.serving.settings import read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PAGE_SIZE = 128
-"""With pages as long as FlashAttention 3's key tiles, the copy engine fetches them whole."""
+"""FlashAttention 3's key tiles have this length. The copy engine fetches pages of it whole."""
 
 
 class AfbsCUDABackend(FlashAttentionBackend):
-    """FlashAttention with sparse prefill; cache layout, decode and CUDA graphs are the parent's."""
+    """FlashAttention with sparse prefill.
+
+    The cache layout, decoding and CUDA graphs are FlashAttention's own.
+    """
 
     @staticmethod
     def get_name() -> str:
-        """The name behind ``--attention-backend``."""
+        """The name for ``--attention-backend``."""
         return compat.BACKEND_NAME
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """The page size where the user names none."""
+        """The page size if the user gives none."""
         return int(super().get_preferred_block_size(max(default_block_size, PAGE_SIZE)))
 
     @staticmethod
@@ -62,29 +66,46 @@ class AfbsCUDABackend(FlashAttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> type["AfbsCUDAMetadataBuilder"]:
-        """The step's metadata builder."""
+        """The builder of a step's metadata."""
         return AfbsCUDAMetadataBuilder
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AfbsCUDAMetadata(FlashAttentionMetadata):
-    """The parent's metadata of a step that has long prefills, and what these need.
+    """FlashAttention's metadata of a whole step that has long prefills, and what these need.
 
     Attributes:
-        blocks: The long prefills' query blocks.
-        others: The other requests; None if there are none.
+        blocks: The query blocks of the long prefills.
+        dense_requests: The other requests; None if there are none.
     """
 
-    blocks: QueryBlocks | None = None
-    others: Others | None = None
+    blocks: QueryBlocks
+    dense_requests: DenseRequests | None = None
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """What the metadata builder gives a layer before its first step.
+
+    Attributes:
+        plan: The thresholds of the layer, or why it runs dense.
+        slot: The layer's place among those of the builder, and in its meter.
+        prefills: The layer's sparse prefill by kernel; empty if the layer runs dense.
+        meter: Where the layer reports its work; shared by all layers of a builder.
+    """
+
+    plan: LayerPlan
+    slot: int
+    prefills: Mapping[KernelChoice, SparsePrefill]
+    meter: DeviceMeter
 
 
 class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
-    """Builds the parent's metadata and tells each layer what its profile says."""
+    """Builds the metadata of each step, and gives each layer what it serves."""
 
     supports_update_block_table = False
-    """vLLM would give a step's metadata to a second group of layers with another block table, and
-    that of the other requests (``AfbsCUDAMetadata.others``) would keep the first group's."""
+    """If True, vLLM would reuse a step's metadata for a second group of layers and replace its
+    block table. The block table in ``AfbsCUDAMetadata.dense_requests`` would stay the first's."""
 
     def __init__(
         self,
@@ -93,21 +114,27 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         vllm_config: "VllmConfig",
         device: torch.device,
     ) -> None:
-        """Reads the admitted profile and hands each layer its plan."""
+        """Gives each layer what it serves by the admitted profile; arguments are vLLM's."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.profile = admission.admitted_profile(vllm_config)
-        metrics.report_profile(self.profile)
-        self._switch = Switch()
-        self._num_decode_rows = compat.num_decode_rows(vllm_config)
-        plans = list(admission.plan_layers(vllm_config, layer_names, kv_cache_spec.block_size))
-        self._plans = [plan for _, plan in plans]
-        meter = DeviceMeter(self._plans, admission.read_settings(vllm_config), device)
-        for slot, (impl, plan) in enumerate(plans):
-            impl.configure(plan, slot, meter, device)
-            if self.profile is not None:
-                impl.warm_up(
-                    self.profile, vllm_config.model_config, kv_cache_spec.block_size, device
-                )
+        page_size = kv_cache_spec.block_size
+        profile = admission.admitted_profile(vllm_config)
+        metrics.report_profile(profile)
+        self._sorter = StepSorter(vllm_config, profile)
+        layers = list(plan_layers(vllm_config, profile, layer_names, page_size))
+        self._plans = [plan for _, plan in layers]
+        meter = DeviceMeter(self._plans, read_settings(vllm_config), device)
+        for slot, (impl, plan) in enumerate(layers):
+            if profile is None:
+                impl.step_aside()
+                continue
+            prefills = impl.sparse_prefills(plan, device)
+            impl.serve(ServedLayer(plan, slot, prefills, meter))
+            if prefills:
+                model_config = vllm_config.model_config
+                shape = impl.shape(profile, model_config.dtype, page_size)
+                longest = min(profile.max_seq_len, model_config.max_model_len)
+                # Layers of one shape share their kernels, so only the first takes long.
+                compile_kernels(prefills.values(), shape, profile.min_seq_len, longest, device)
 
     def build(
         self,
@@ -115,69 +142,62 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> FlashAttentionMetadata:
-        """Builds a step's metadata; see the parent.
+        """Builds a step's metadata; arguments are vLLM's.
 
-        A step without long prefills gets the parent's own metadata, and its layers the parent's
-        own work.
+        A step without long prefills gets FlashAttention's own metadata. Its layers then do what
+        they do under FlashAttention.
         """
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if common_attn_metadata.max_query_len == 1:
             return whole
-        step = sort_requests(
-            common_attn_metadata.query_start_loc_cpu,
-            compat.host_seq_lens(common_attn_metadata),
-            self.profile,
-            plain_causal=compat.is_plain_causal(whole),
-            enabled=self._switch.is_enabled(),
-            num_decode_rows=self._num_decode_rows,
-        )
+        seq_lens = compat.host_seq_lens(common_attn_metadata)
+        step = self._sorter.sort(common_attn_metadata, seq_lens, whole)
         self._count_dense(step)
         if not step.long_prefills:
             return whole
-        metadata = AfbsCUDAMetadata(
-            **{item.name: getattr(whole, item.name) for item in fields(whole)},
-            blocks=cut_query_blocks(step.long_prefills, self.device),
-        )
-        if step.others:
-            rows, common = restrict(common_attn_metadata, step.others)
-            metadata.others = Others(rows, super().build(0, common, fast_build=True))
+        blocks = cut_query_blocks(step.long_prefills, self.device)
+        metadata = extend_metadata(AfbsCUDAMetadata, whole, blocks=blocks)
+        if step.dense_indices:
+            rows, common = restrict(common_attn_metadata, step.dense_indices)
+            dense = super().build(0, common, fast_build=True)
+            metadata.dense_requests = DenseRequests(rows, dense)
         return metadata
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> FlashAttentionMetadata:
-        """Builds the parent's metadata: a captured graph replays dense attention only."""
+        """Builds FlashAttention's own metadata: captured graphs replay only dense attention."""
         return super().build(0, common_attn_metadata)
 
     def _count_dense(self, step: Step) -> None:
-        """Counts prefills that layers leave to the parent, as each layer would."""
+        """Counts the prefills that run dense, once for each layer.
+
+        The layers themselves count only prefills that the dispatcher leaves dense.
+        """
         num_layers, num_long = len(self._plans), len(step.long_prefills)
         counts = Counter({why: n * num_layers for why, n in step.dense_reasons.items()})
         if num_long:
             for plan in self._plans:
                 if plan.dense_reason is not None:
                     counts[plan.dense_reason] += num_long
-        reasons.count(counts)
+        fallbacks.count(counts)
         metrics.count_tokens("dense", step.num_dense_tokens * num_layers)
 
 
 class AfbsCUDAImpl(FlashAttentionImpl):
     """One layer's attention."""
 
-    _plan: LayerPlan
-    _slot: int
-    _meter: DeviceMeter
-    _ways: dict[Way, SparsePrefill]
+    _served: ServedLayer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Notes what vLLM asks for; arguments are the parent's."""
+        """Notes which arguments we do not know; arguments are vLLM's."""
         super().__init__(*args, **kwargs)
         self.unknown_arguments = eligibility.unknown_arguments(super().__init__, args, kwargs)
 
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
-        """Names what keeps this layer from running sparse whatever its thresholds; or None."""
+        """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
-            eligibility.layer_limits(self, page_size, profile)
+            eligibility.layer_obstacles(self, page_size, profile)
             | {
                 "sliding_window": tuple(self.sliding_window) != (-1, -1),
                 "flash_attention_version": self.vllm_flash_attn_version != 3,
@@ -186,33 +206,37 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             }
         )
 
-    def configure(
-        self, plan: LayerPlan, slot: int, meter: DeviceMeter, device: torch.device
-    ) -> None:
-        """Takes the layer's plan; the metadata builder calls this before the first step."""
-        self._plan, self._slot, self._meter, self._ways = plan, slot, meter, {}
-        if plan.dense_reason == "no_profile":
-            # Nothing of ours runs in this server, so not even our look at each step is in the way.
-            self.forward = super().forward  # type: ignore[method-assign]
-        if plan.thresholds is not None:
-            layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
-            self._ways = {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
+    def sparse_prefills(
+        self, plan: LayerPlan, device: torch.device
+    ) -> dict[KernelChoice, SparsePrefill]:
+        """Prepares this layer's sparse prefill with each kernel; empty if its plan is dense."""
+        if plan.thresholds is None:
+            return {}
+        layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
+        return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
 
-    def warm_up(
-        self, profile: Profile, model_config: Any, page_size: int, device: torch.device
-    ) -> None:
-        """Compiles the layer's kernels; layers alike share them, so only the first takes long."""
-        shape = LayerShape(
+    def shape(self, profile: Profile, dtype: torch.dtype, page_size: int) -> LayerShape:
+        """What this layer's kernels are compiled for."""
+        return LayerShape(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_size,
-            dtype=model_config.dtype,
+            dtype=dtype,
             page_size=page_size,
             block_q=profile.block_q,
             block_k=profile.block_k,
         )
-        longest = min(profile.max_seq_len, model_config.max_model_len)
-        compile_kernels(self._ways.values(), shape, profile.min_seq_len, longest, device)
+
+    def serve(self, served: ServedLayer) -> None:
+        """Takes what the layer serves; the metadata builder calls this before the first step."""
+        self._served = served
+
+    def step_aside(self) -> None:
+        """Puts FlashAttention's ``forward`` in place of ours; for servers without a profile.
+
+        Nothing of ours runs there, so vLLM's attention should not even pass through our code.
+        """
+        self.forward = super().forward  # type: ignore[method-assign]
 
     def forward(
         self,
@@ -226,64 +250,57 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends; shapes and arguments are the parent's."""
-        parent = super().forward
-        if not isinstance(attn_metadata, AfbsCUDAMetadata):
-            return parent(
-                layer, query, key, value, kv_cache, attn_metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
+        """Attends; shapes and arguments are vLLM's."""
+        if isinstance(attn_metadata, AfbsCUDAMetadata):
+            if output_scale is None and output_block_scale is None:
+                self._attend_prefills(layer, query, key, value, kv_cache, attn_metadata, output)
+                return output
+            num_long = len(attn_metadata.blocks.requests)
+            fallbacks.count({"output_quantization": num_long})
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output,
+            output_scale, output_block_scale,
+        )  # fmt: skip
 
-        def dense(
-            query: torch.Tensor, metadata: FlashAttentionMetadata, output: torch.Tensor
-        ) -> None:
-            parent(
-                layer, query, key, value, kv_cache, metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
-
-        if output_scale is not None or output_block_scale is not None:
-            blocks = attn_metadata.blocks
-            reasons.count({"output_quantization": len(blocks.requests) if blocks else 0})
-            dense(query, attn_metadata, output)
-        else:
-            self._attend_long(query, kv_cache, attn_metadata, output, dense)
-        return output
-
-    def _attend_long(
+    def _attend_prefills(
         self,
+        layer: Any,
         query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AfbsCUDAMetadata,
         output: torch.Tensor,
-        dense: Callable[[torch.Tensor, FlashAttentionMetadata, torch.Tensor], None],
     ) -> None:
-        blocks = metadata.blocks
-        assert blocks is not None  # this metadata is made for steps that have long prefills
-        prefill = self._choose_way(blocks)
+        """Attends in a step that has long prefills, and reports the work; see ``forward``."""
+        served, blocks = self._served, metadata.blocks
+        prefill = self._choose_prefill(blocks)
         started, chosen_at, attended_at = mark(), None, None
         if prefill is None:
-            if self._ways:
-                reasons.count({"dense_is_faster": len(blocks.requests)})
-            dense(query, metadata, output)
+            if served.prefills:
+                fallbacks.count({"dense_is_faster": len(blocks.requests)})
+            super().forward(layer, query, key, value, kv_cache, metadata, output)
         else:
             key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
             step = StepInputs(query, key_cache, value_cache, metadata.block_table, blocks)
-            chosen = prefill.choose(step, self._meter.counter(self._slot))
+            chosen = prefill.choose(step, served.meter.counter(served.slot))
             chosen_at = mark()
             prefill.attend(step, chosen, output)
-            if metadata.others is not None:
+            if metadata.dense_requests is not None:
                 attended_at = mark()
-                metadata.others.attend(dense, query, output)
+                attend_dense_requests(
+                    super().forward, layer, query, key, value, kv_cache,
+                    metadata.dense_requests, output,
+                )  # fmt: skip
         ended = mark()
-        is_sampled = prefill is not None and self._meter.is_sampled()
+        is_sampled = prefill is not None and served.meter.is_sampled()
         if is_sampled:
             reference = torch.empty_like(output)
-            dense(query, metadata, reference)
-            self._meter.add_sample(self._slot, output, reference, blocks.requests)
-        self._meter.add(
+            super().forward(layer, query, key, value, kv_cache, metadata, reference)
+            served.meter.add_sample(served.slot, output, reference, blocks.requests)
+        served.meter.add(
             LayerWork(
-                slot=self._slot,
+                slot=served.slot,
                 path="dense" if prefill is None else "sparse",
                 num_tokens=blocks.num_rows,
                 num_blocks=blocks.num_visible,
@@ -297,15 +314,16 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         )
 
     def _dense_seconds(self, blocks: QueryBlocks) -> float:
-        """What dense attention of the long prefills takes, estimated."""
+        """Estimates what dense attention of the long prefills would take."""
         kv_len = blocks.requests[0].geometry.kv_len
         return dense_seconds(self.head_size, kv_len, self.num_heads * blocks.num_scores)
 
-    def _choose_way(self, blocks: QueryBlocks) -> SparsePrefill | None:
-        """The fastest way for what the profile promises; None where the parent is."""
-        if not self._ways:
+    def _choose_prefill(self, blocks: QueryBlocks) -> SparsePrefill | None:
+        """The fastest kernel at the expected sparsity; None if dense attention is faster."""
+        served = self._served
+        if not served.prefills:
             return None
         kv_len = blocks.requests[0].geometry.kv_len
-        density = 1.0 - self._plan.expected_sparsity(kv_len)
+        density = 1.0 - served.plan.expected_sparsity(kv_len)
         num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
-        return self._ways.get(fastest_way(self.head_size, kv_len, density, num_scores))
+        return served.prefills.get(fastest_kernel(self.head_size, kv_len, density, num_scores))

@@ -1,7 +1,7 @@
-"""Metrics of work that the device does while the host has moved on.
+"""Reports what layers do on the device, without making the host wait for it.
 
-The host never waits for a number: it enqueues a copy of the counters after each step's last layer,
-and a thread waits for that and reports. So a step's metrics appear when the device has done it.
+After a step's last layer, the host enqueues a copy of the device's counters. A thread waits for
+that copy and reports it, so a step's metrics appear once the device has finished the step.
 """
 
 import threading
@@ -14,7 +14,8 @@ import torch
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.observability import metrics
 from vllm_afbs.observability.error_sampling import is_sampled, relative_l1
-from vllm_afbs.serving.admission import LayerPlan, Settings
+from vllm_afbs.serving.plan import LayerPlan
+from vllm_afbs.serving.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,15 @@ class LayerWork:
     """One layer's share of a step with long prefills.
 
     Attributes:
-        slot: The layer's counters.
+        slot: The index of the layer's counters.
         path: ``sparse`` or ``dense``.
         num_tokens: Query tokens of the long prefills.
-        num_blocks: Their block products of dense attention for one head (of QK^T, and again of PV).
-        dense_seconds: Estimate of what their dense attention takes.
+        num_blocks: Number of their blocks in dense attention for one head. Each has a product QK^T
+            and a product PV.
+        dense_seconds: Estimated duration of their dense attention.
         started: Recorded before the layer's attention.
-        chosen: Recorded between selection and attention; None where nothing was selected.
-        attended: Recorded before the other requests' attention; None where it is not apart.
+        chosen: Recorded between selection and attention; None if nothing was selected.
+        attended: Recorded before the attention of the dense requests; None if there was none apart.
         ended: Recorded after the layer's attention.
         is_sampled: Whether the step was also computed dense; see ``DeviceMeter.add_sample``.
     """
@@ -48,7 +50,7 @@ class LayerWork:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The device's counters after a step's last layer, on their way to the host."""
+    """The device's counters after a step's last layer, while they are copied to the host."""
 
     copied: torch.cuda.Event
     num_kept: torch.Tensor
@@ -72,9 +74,9 @@ class DeviceMeter:
         """Makes the counters.
 
         Args:
-            plans: Of the layers, slot by slot.
+            plans: What each layer serves, by slot.
             settings: What to measure.
-            device: Where the layers run.
+            device: The device that the layers run on.
         """
         self._plans, self._settings = plans, settings
         shape = len(plans), max((len(plan.heads) for plan in plans), default=0)
@@ -87,7 +89,7 @@ class DeviceMeter:
         self._thread: threading.Thread | None = None
 
     def counter(self, slot: int) -> torch.Tensor:
-        """The counters of a layer's kept blocks, by head, on the device."""
+        """The device's counters of a layer's kept blocks, by head."""
         return self._num_kept[slot]
 
     def is_sampled(self) -> bool:
@@ -101,14 +103,15 @@ class DeviceMeter:
         reference: torch.Tensor,
         requests: Sequence[PrefillRequest],
     ) -> None:
-        """Notes the error of a step that was also computed dense; see ``relative_l1``."""
+        """Records the error of a step that was also computed dense; see ``relative_l1``."""
         self._errors[slot] = relative_l1(output, reference, requests)
 
     def add(self, work: LayerWork) -> None:
-        """Notes a layer's work; after the last layer the step goes to the reporting thread."""
+        """Records a layer's work. After the last layer, hands the step to the reporting thread."""
         if self._step and work.slot <= self._step[-1].slot:
-            # A new step, though the last layer did not report: it is a drafter's, whose own builder
-            # has it by now. That one step is lost, or its works would wait here for ever.
+            # A new step has begun, but the last layer did not report: it belongs to a drafter, and
+            # the drafter's own builder gave it another meter. From now on, the layer before it is
+            # the last one. This one step is not reported, and the next report starts from here.
             self._last_slot = self._step[-1].slot
             self._step = []
             self._send()
@@ -117,7 +120,7 @@ class DeviceMeter:
             self._send()
 
     def _send(self) -> None:
-        """Enqueues the step's report, counted from the one before."""
+        """Enqueues the report of the step."""
         num_kept, errors = _to_host(self._num_kept), _to_host(self._errors)
         copied = torch.cuda.Event(blocking=True)
         copied.record()
@@ -151,14 +154,16 @@ class DeviceMeter:
         if work.chosen is not None:
             metrics.SELECTOR_SECONDS.observe(work.started.elapsed_time(work.chosen) / 1e3)
         if work.path == "sparse":
-            # The other requests run dense either way, so their time counts on both sides.
-            others_ms = work.attended.elapsed_time(work.ended) if work.attended is not None else 0
-            metrics.DENSE_ESTIMATE_SECONDS.inc(work.dense_seconds + others_ms / 1e3)
+            # Dense requests take the same time either way, so it is part of the estimate too.
+            dense_requests_ms = (
+                work.attended.elapsed_time(work.ended) if work.attended is not None else 0
+            )
+            metrics.DENSE_ESTIMATE_SECONDS.inc(work.dense_seconds + dense_requests_ms / 1e3)
         if work.is_sampled:
             metrics.SAMPLED_ERROR.observe(error, str(plan.layer))
 
 
 def _to_host(counters: torch.Tensor) -> torch.Tensor:
-    """Enqueues a copy."""
+    """Enqueues a copy to pinned memory, and returns the copy."""
     copy = torch.empty(counters.shape, dtype=counters.dtype, pin_memory=True)
     return copy.copy_(counters, non_blocking=True)

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class AfbsCudaPlatform(CudaPlatform):  # type: ignore[misc, valid-type]
-    """Differs from its parent only when the afbs backend is chosen."""
+    """Differs from vLLM's CUDA platform only if the afbs backend is chosen."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Refuses a profile that does not fit, before anything is loaded.
+        """Refuses a profile that does not fit the model, before anything is loaded.
 
         Raises:
-            SystemExit: With one line; an exception would be buried in vLLM's traceback.
+            SystemExit: The profile was refused; see ``admission.admit_or_exit``.
         """
         super().check_and_update_config(vllm_config)
         admission.admit_or_exit(vllm_config)

@@ -1,7 +1,7 @@
-"""One layer's sparse prefill on CUDA, in two ways that choose the same blocks.
+"""One layer's sparse prefill on CUDA, with two kernels that attend to the same blocks.
 
-``TilePrefill`` hands every tile to FlashAttention 3 as a short sequence of its own;
-``TritonPrefill`` walks the same blocks in our kernel. ``dispatch`` says which is faster where.
+``TilePrefill`` gives every tile to FlashAttention 3 as a short sequence. ``TritonPrefill`` walks
+the same blocks in our own kernel. ``dispatch`` chooses the faster one.
 """
 
 from dataclasses import dataclass
@@ -23,21 +23,22 @@ from vllm_afbs.kernels.triton_prefill import PrefillFeatures, triton_prefill
 from vllm_afbs.kernels.triton_selection import select_tile_lists, select_tile_tables
 
 _MAX_TILE_ROWS = 512
-"""Told to FlashAttention 3 as the longest sequence: from its tile size (128 or 192 rows) down it
-leaves the tensor copy engine for slower loads, and all our sequences are that short."""
-_LEAST_BLOCK = 16  # of a matrix product in Triton
+"""Given to FlashAttention 3 as the length of the longest sequence. If no sequence were longer than
+its own tiles (128 or 192 rows), it would use slower loads than the tensor copy engine's."""
+_LEAST_BLOCK = 16  # smallest side of a matrix product in Triton
 
 
 _MAX_BLOCK_ELEMENTS = 128 * 256
-"""Of a block, its rows padded to a power of two: scoring holds two of keys in 227 KB of shared
-memory, beside 128 pooled queries, and our attention kernel one of queries beside parts of keys."""
+"""Largest block that fits into 227 KB of shared memory, each row padded to a power of two. Scoring
+holds two blocks of keys and 128 pooled queries there. Our attention kernel holds one block of
+queries and parts of a block of keys."""
 
 
 def can_cut(block_q: int, block_k: int, head_dim: int) -> bool:
-    """Whether kernels on CUDA take such blocks.
+    """Whether the kernels on CUDA support blocks of these sizes.
 
-    They have to be of a power of two, query blocks no larger than a tile, and both no larger than
-    shared memory allows.
+    The sizes have to be powers of two. A query block must not be larger than a tile, and each block
+    has to fit into shared memory.
     """
     blocks = (block_q, block_k)
     powers = all(block >= _LEAST_BLOCK and block & (block - 1) == 0 for block in blocks)
@@ -47,12 +48,12 @@ def can_cut(block_q: int, block_k: int, head_dim: int) -> bool:
 
 @dataclass(frozen=True)
 class Layer:
-    """What both ways need to know of a layer.
+    """What both kernels need to know about a layer.
 
     Attributes:
-        thresholds: Of this rank's query heads, on the device.
+        thresholds: The thresholds of this rank's query heads, on the device.
         softmax_scale: Factor of the scores.
-        softcap: Bound of the scores; 0 for none.
+        softcap: Bound of the scores; 0 for no bound.
     """
 
     thresholds: HeadThresholds
@@ -80,17 +81,17 @@ class StepInputs:
 
 
 class SparsePrefill(Protocol):
-    """Chooses key blocks, and attends to the chosen ones."""
+    """Chooses key blocks, and attends to the chosen blocks."""
 
     def choose(self, step: StepInputs, num_kept: torch.Tensor) -> Any:
-        """Chooses blocks; their number is added to ``num_kept`` on the device, head by head."""
+        """Chooses blocks, and adds their number by head to ``num_kept``, on the device."""
 
     def attend(self, step: StepInputs, chosen: Any, output: torch.Tensor) -> None:
-        """Writes the long prefills' rows of ``output``, which is like ``step.query``."""
+        """Writes the rows of the long prefills to ``output``, which is like ``step.query``."""
 
 
 class TilePrefill:
-    """FlashAttention 3 over tiles, one launch for all requests and heads."""
+    """FlashAttention 3 over tiles, in one launch for all requests and heads."""
 
     def __init__(self, layer: Layer) -> None:
         """Takes the layer."""
@@ -136,7 +137,7 @@ class TilePrefill:
 
 
 class TritonPrefill:
-    """Our own kernel."""
+    """Our own Triton kernel."""
 
     def __init__(self, layer: Layer) -> None:
         """Takes the layer."""

@@ -1,8 +1,8 @@
-"""Compiling a layer's kernels while the server starts.
+"""Compiles a layer's kernels while the server starts.
 
-Triton compiles a kernel where it is first called, which would be inside the first long prompts;
-vLLM's own kernels are compiled before the server is ready, and its JIT monitor warns of any that
-are not, or fails (``--jit-monitor-mode``).
+Triton compiles a kernel when it is first called, which would be during the first long prompts.
+vLLM compiles its own kernels before the server is ready. Its JIT monitor warns about kernels that
+are compiled later, or fails (``--jit-monitor-mode``).
 """
 
 from collections.abc import Collection, Iterator
@@ -18,16 +18,16 @@ from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer's kernels are compiled for, besides whether it has guards.
+    """What a layer's kernels are compiled for, apart from whether any head uses theta.
 
     Attributes:
-        num_heads: Query heads of this rank.
-        num_kv_heads: KV heads of this rank.
+        num_heads: Number of query heads of this rank.
+        num_kv_heads: Number of KV heads of this rank.
         head_dim: Size of a head.
-        dtype: Of queries, keys and values.
-        page_size: Keys of a page.
-        block_q: Rows of a query block.
-        block_k: Keys of a key block.
+        dtype: The dtype of queries, keys and values.
+        page_size: Keys per page.
+        block_q: Rows per query block.
+        block_k: Keys per key block.
     """
 
     num_heads: int
@@ -40,35 +40,37 @@ class LayerShape:
 
 
 def compile_kernels(
-    ways: Collection[SparsePrefill],
+    prefills: Collection[SparsePrefill],
     shape: LayerShape,
     shortest: int,
     longest: int,
     device: torch.device,
 ) -> None:
-    """Runs one query block at every length for which kernels differ.
+    """Runs one query block at every context length that has kernels of its own.
 
     Args:
-        ways: Of a layer.
-        shape: The layer's.
+        prefills: The layer's sparse prefill with each kernel.
+        shape: The layer's shape.
         shortest: Tokens of the shortest context that may run sparse.
-        longest: Of the longest.
-        device: Where.
+        longest: Tokens of the longest context that may run sparse.
+        device: The device to compile for.
     """
     num_kept = torch.zeros(shape.num_heads, dtype=torch.int64, device=device)
     for kv_len in lengths_to_compile(shortest, longest, shape.block_k):
         step = _step(shape, kv_len, device)
-        for prefill in ways:
+        for prefill in prefills:
             prefill.attend(step, prefill.choose(step, num_kept), torch.empty_like(step.query))
 
 
 def lengths_to_compile(shortest: int, longest: int, block_k: int) -> Iterator[int]:
-    """One context for each kernel: selection's rows are rounded up to a power of two of blocks.
+    """Context lengths, one for each kernel that contexts between two lengths need.
+
+    Selection rounds the number of key blocks up to a power of two, and each power has a kernel.
 
     Args:
-        shortest: As in ``compile_kernels``.
-        longest: Likewise.
-        block_k: Keys of a key block.
+        shortest: Tokens of the shortest context.
+        longest: Tokens of the longest context.
+        block_k: Keys per key block.
     """
     row, last = (
         triton.next_power_of_2(triton.cdiv(length, block_k)) for length in (shortest, longest)
@@ -79,7 +81,7 @@ def lengths_to_compile(shortest: int, longest: int, block_k: int) -> Iterator[in
 
 
 def _step(shape: LayerShape, kv_len: int, device: torch.device) -> StepInputs:
-    """A query block behind a context all of whose pages are one, of zeros."""
+    """One query block at the end of a context. All its pages are the same page of zeros."""
     geometry = BlockGeometry(min(shape.block_q, kv_len), kv_len, shape.block_q, shape.block_k)
     query = torch.zeros(
         geometry.q_len, shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device

@@ -28,7 +28,7 @@ from vllm_afbs.kernels import (
 )
 from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, THETA_OFF
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving.admission import plan_layer
+from vllm_afbs.serving.plan import plan_layer
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def test_what_one_process_switches_all_others_see(
 ) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setenv(variable, str(tmp_path / "metrics"))
-    worker = kill_switch.Switch()
+    worker = kill_switch.KillSwitch()
     assert worker.is_enabled()
     assert kill_switch.disabled_since() is None
     assert shown() == 1
@@ -44,7 +44,7 @@ def test_what_one_process_switches_all_others_see(
     elsewhere("kill_switch.set_enabled(False)")
     assert shown() == 0  # at once, and not only when a worker comes to look
     assert not worker.is_enabled()
-    assert not kill_switch.Switch().is_enabled()  # a worker that was restarted
+    assert not kill_switch.KillSwitch().is_enabled()  # a worker that was restarted
     elsewhere("kill_switch.set_enabled(False)")
     since = kill_switch.disabled_since()
     assert since is not None

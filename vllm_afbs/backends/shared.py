@@ -1,0 +1,92 @@
+"""What the CPU and the CUDA backend do alike around vLLM's own classes."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from vllm_afbs import compat
+from vllm_afbs.observability.kill_switch import KillSwitch
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving.batch import DenseRequests, Step, sort_requests
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+_Metadata = TypeVar("_Metadata")
+
+
+class StepSorter:
+    """Sorts the requests of each step by what the profile and the kill switch allow."""
+
+    def __init__(self, vllm_config: "VllmConfig", profile: Profile | None) -> None:
+        """Looks at the kill switch once, so that its metric exists before the first prefill.
+
+        Args:
+            vllm_config: The worker's configuration.
+            profile: The admitted profile, if any.
+        """
+        self._profile = profile
+        self._kill_switch = KillSwitch()
+        self._num_decode_rows = compat.num_decode_rows(vllm_config)
+
+    def sort(
+        self, common: "CommonAttentionMetadata", seq_lens: torch.Tensor | None, metadata: Any
+    ) -> Step:
+        """Sorts one step's requests.
+
+        Args:
+            common: The step, as vLLM describes it to every backend.
+            seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU; None if unknown.
+            metadata: The step's metadata as vLLM's own builder made it.
+        """
+        return sort_requests(
+            common.query_start_loc_cpu,
+            seq_lens,
+            self._profile,
+            plain_causal=compat.is_plain_causal(metadata),
+            # The kill switch is a file; steps that only decode do not look for it.
+            enabled=common.max_query_len == 1 or self._kill_switch.is_enabled(),
+            num_decode_rows=self._num_decode_rows,
+        )
+
+
+def extend_metadata(kind: type[_Metadata], metadata: Any, **added: Any) -> _Metadata:
+    """Copies a step's metadata into a subclass that has more fields.
+
+    Args:
+        kind: The subclass, a dataclass.
+        metadata: The metadata as vLLM's own builder made it.
+        added: The values of the subclass's own fields.
+    """
+    values = {item.name: getattr(metadata, item.name) for item in fields(metadata)}
+    return kind(**values, **added)
+
+
+def attend_dense_requests(
+    forward: Callable[..., object],
+    layer: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    requests: DenseRequests,
+    output: torch.Tensor,
+) -> None:
+    """Runs vLLM's dense attention on some of a step's requests.
+
+    Args:
+        forward: The ``forward`` of vLLM's own implementation of this layer.
+        layer: As vLLM passes it to ``forward``.
+        query: The whole step's queries, ``[num_tokens, num_heads, head_dim]``.
+        key: As vLLM passes it to ``forward``.
+        value: As vLLM passes it to ``forward``.
+        kv_cache: As vLLM passes it to ``forward``.
+        requests: The requests to attend to.
+        output: Like ``query``; the requests' rows are written.
+    """
+    rows = output.new_empty(len(requests.rows), *output.shape[1:])
+    forward(layer, query[requests.rows], key, value, kv_cache, requests.metadata, rows)
+    output[requests.rows] = rows

@@ -1,0 +1,119 @@
+"""Decides what each attention layer serves: which thresholds, or why it runs dense."""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_afbs import compat
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.profile.schema import Profile, mean_calibration
+from vllm_afbs.serving import eligibility
+from vllm_afbs.serving.reasons import KINDS, Reason
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.afbs")
+
+UNKNOWN_LAYER = -1
+"""Index of a layer that the profile's model does not have, such as a draft model's."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one attention layer does with long prefills.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        heads: This rank's query heads, by their index in the whole layer.
+        thresholds: Of this rank's query heads; None if the layer is dense.
+        dense_reason: Why it is dense; None if it is sparse.
+        calibration: Mean sparsity of this rank's heads by calibrated length, shortest first.
+    """
+
+    layer: int
+    heads: range
+    thresholds: HeadThresholds | None
+    dense_reason: Reason | None
+    calibration: tuple[tuple[int, float], ...] = ()
+
+    def expected_sparsity(self, kv_len: int) -> float:
+        """Sparsity at a context length, interpolated linearly between calibrated lengths."""
+        lengths = [length for length, _ in self.calibration]
+        upper = min(bisect_left(lengths, kv_len), len(lengths) - 1)
+        lower = max(upper - 1, 0)
+        (start, low), (stop, high) = self.calibration[lower], self.calibration[upper]
+        share = (kv_len - start) / (stop - start) if stop > start else 0.0
+        return low + (high - low) * min(max(share, 0.0), 1.0)
+
+
+def plan_layer(
+    profile: Profile | None, layer: int, num_heads: int, rank: int, unsupported: Reason | None
+) -> LayerPlan:
+    """Decides what a layer serves.
+
+    Args:
+        profile: The admitted profile, if any.
+        layer: Index of the decoder layer.
+        num_heads: Query heads of this tensor-parallel rank.
+        rank: The rank. It holds heads ``[rank * num_heads, (rank + 1) * num_heads)``.
+        unsupported: Why this layer cannot run sparse whatever the profile says, or None.
+    """
+    heads = range(rank * num_heads, (rank + 1) * num_heads)
+    if profile is None:
+        return LayerPlan(layer, heads, None, "no_profile")
+    if unsupported is not None:
+        return LayerPlan(layer, heads, None, unsupported)
+    tuned = profile.layers[layer]
+    if not tuned.is_sparse:
+        return LayerPlan(layer, heads, None, "profile_dense")
+    own = tuned.heads[heads.start : heads.stop]
+    return LayerPlan(layer, heads, HeadThresholds.of(own), None, mean_calibration(own))
+
+
+def plan_layers(
+    vllm_config: "VllmConfig", profile: Profile | None, layer_names: list[str], page_size: int
+) -> Iterator[tuple[Any, LayerPlan]]:
+    """Decides what each attention layer of these names serves, and logs which ones run dense.
+
+    Args:
+        vllm_config: The worker's configuration.
+        profile: The admitted profile, if any.
+        layer_names: The layers of one metadata builder.
+        page_size: Keys per page of their cache.
+
+    Yields:
+        The layer's implementation and its plan.
+    """
+    rank, num_ranks = compat.tensor_parallel_rank(), compat.tensor_parallel_size()
+    layers = compat.attention_layers(vllm_config, layer_names)
+    indices = compat.layer_indices(vllm_config)
+    whole_server = eligibility.server_obstacles(vllm_config)
+    plans = {}
+    for name, layer in layers.items():
+        unsupported: Reason | None = None
+        if profile is not None:
+            place = eligibility.place_obstacles(layer, indices.get(name), profile, num_ranks)
+            unsupported = eligibility.first_true(whole_server | place)
+            unsupported = unsupported or layer.impl.unsupported_feature(page_size, profile)
+        index = indices.get(name, UNKNOWN_LAYER)
+        plans[name] = plan_layer(profile, index, layer.impl.num_heads, rank, unsupported)
+    _log_dense_layers(plans)
+    for name, layer in layers.items():
+        yield layer.impl, plans[name]
+
+
+def _log_dense_layers(plans: Mapping[str, LayerPlan]) -> None:
+    """Logs one line for each reason, with the number of its layers and their names."""
+    layers: dict[Reason, list[str]] = {}
+    for name, plan in plans.items():
+        reason = plan.dense_reason
+        if reason is not None and reason != "no_profile":  # admission has logged that one
+            layers.setdefault(reason, []).append(name)
+    for reason, names in layers.items():
+        level = logging.WARNING if KINDS[reason] == "fixed" else logging.INFO
+        logger.log(
+            level, "%d layers run dense: %s (%s to %s).", len(names), reason, names[0], names[-1]
+        )

@@ -1,0 +1,64 @@
+"""What the user configures: ``--additional-config`` and the environment."""
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_afbs.profile.errors import ProfileError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PROFILE_VARIABLE = "VLLM_AFBS_PROFILE"
+
+
+class Settings(BaseModel):
+    """``--additional-config '{"afbs": {...}}'``.
+
+    Attributes:
+        profile: Path of the profile to serve.
+        profile_id: Identity of the profile that was checked at start-up. Not for users.
+        per_head_metrics: Whether block products are also counted for each head.
+        sample_rate: Share of a layer's sparse steps that are also computed dense and compared.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    profile: str | None = None
+    profile_id: str | None = None
+    per_head_metrics: bool = False
+    sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+def read_settings(vllm_config: "VllmConfig") -> Settings:
+    """Reads our settings from ``additional_config``.
+
+    Raises:
+        ProfileError: The settings are malformed; the message names the field.
+    """
+    try:
+        return Settings.model_validate(additional_config(vllm_config).get("afbs", {}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(["afbs", *map(str, first["loc"])])
+        message = first["msg"]
+        if first["type"] in ("extra_forbidden", "model_type"):
+            names = [name for name in Settings.model_fields if name != "profile_id"]
+            message = f"an object with any of {', '.join(names)} expected"
+        raise ProfileError(f"--additional-config: {field}: {message}") from None
+
+
+def configured_profile(vllm_config: "VllmConfig") -> str | None:
+    """Path of the profile to serve: ``additional_config`` first, then the environment.
+
+    Raises:
+        ProfileError: ``additional_config["afbs"]`` is malformed.
+    """
+    return read_settings(vllm_config).profile or os.environ.get(PROFILE_VARIABLE) or None
+
+
+def additional_config(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """VLLM's ``additional_config``; empty if another platform's plugin put its own object there."""
+    config = vllm_config.additional_config
+    return config if isinstance(config, dict) else {}
