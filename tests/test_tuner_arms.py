@@ -30,9 +30,9 @@ from benchmarks.tuner_arms.unseen import Choice, Meter, meet
 from tests.test_tuning_search import captured, hidden
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.validation import HELD_OUT_Q_BLOCKS, HELD_OUT_SLACK
+from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.validation import HELD_OUT_Q_BLOCKS, HELD_OUT_SLACK
 
 SETTINGS = SearchSettings([128, 256, 512], 0.05, 16, 16, seed=1)
 SCOPE = Scope([0], num_heads=3, slow=[(0, 1)])

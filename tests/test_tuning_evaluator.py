@@ -9,7 +9,7 @@ from vllm_afbs.kernels import BlockGeometry, HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.capture import LayerTensors
-from vllm_afbs.tuning.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 
 
 def random_layer(

@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from benchmarks.tuner_arms.stages import WithoutBayes
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
-from vllm_afbs.tuning.bracket import MAX_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
 from vllm_afbs.tuning.capture import Capture, LayerTensors
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
-from vllm_afbs.tuning.explore import HEAD_GAIN, INITIAL_GUARDS, STEPS, Explorer
 from vllm_afbs.tuning.journal import Journal, Record
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.search import REFINE_STEPS, LayerSearch
-from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
+from vllm_afbs.tuning.search.bayes import LayerOptimizer, Observation
+from vllm_afbs.tuning.search.bracket import MAX_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
+from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.search.explore import HEAD_GAIN, INITIAL_GUARDS, STEPS, Explorer
+from vllm_afbs.tuning.search.layer import REFINE_STEPS, LayerSearch
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
 from vllm_afbs.tuning.windows import CALIBRATION, by_text, held_out
 
 TOLERANCE = 0.05

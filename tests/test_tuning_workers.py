@@ -25,8 +25,8 @@ from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.model import InputError, open_model
 from vllm_afbs.tuning.run import tune as tune_model
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import read_texts
 from vllm_afbs.tuning.workers import LayerPool, Share, search_layer
 

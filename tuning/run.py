@@ -17,17 +17,17 @@ from vllm_afbs.profile.schema import (
     TextSource,
     TunerRun,
 )
-from vllm_afbs.tuning.budget import BudgetSearch
+from vllm_afbs.tuning.allocation.budget import BudgetSearch
+from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import Capture, capture
-from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS
-from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.progress import Progress
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import REFINE_Q_BLOCKS, LayerSearch
+from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS
+from vllm_afbs.tuning.search.layer import REFINE_Q_BLOCKS, LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
+from vllm_afbs.tuning.search.validation import HELD_OUT_SLACK, MIN_SPARSITY
 from vllm_afbs.tuning.texts import Text
-from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY
 from vllm_afbs.tuning.windows import cut_windows
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ import torch
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.journal import Journal, Record, Steps
 from vllm_afbs.tuning.model import InputError, one_line
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
 
 Event = Record | float
 """A finished step, or a further share of the layer that is done."""

@@ -22,7 +22,7 @@ from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.model import SourceModel
-from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text, read_texts
 from vllm_afbs.tuning.windows import CALIBRATION, cut_windows, load_tokenizer
 

@@ -22,11 +22,11 @@ import torch
 from benchmarks.tuner_arms.arms import Best
 from benchmarks.tuner_arms.sweeps import LEAST_DEPTH, MOST_DEPTH
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, tau_of
-from vllm_afbs.tuning.evaluator import HeadScores
 from vllm_afbs.tuning.journal import Record
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, tau_of
+from vllm_afbs.tuning.search.evaluator import HeadScores
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION
 
 SINGLE_TRIALS = 20
@@ -102,7 +102,7 @@ def _optimise(
         return float(scores.sparsity), float(scores.error)
 
     # Imported here: it takes seconds, and most arms do without.
-    from vllm_afbs.tuning.bayes import for_ax
+    from vllm_afbs.tuning.search.bayes import for_ax
 
     with for_ax(settings.seed):
         _run_ax(score, settings, num_trials)

@@ -18,8 +18,8 @@ from benchmarks.tuner_arms.unseen import Choice, Meter
 from vllm_afbs.tuning.capture import Capture, capture
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.model import SourceModel, open_model
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
 

@@ -21,12 +21,12 @@ from benchmarks.tuner_arms.arms import Arm, Found, by_layer
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.evaluator import LayerEvaluator
-from vllm_afbs.tuning.explore import Explorer
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Record, read_steps
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
-from vllm_afbs.tuning.validation import MIN_SPARSITY
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.explore import Explorer
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
+from vllm_afbs.tuning.search.validation import MIN_SPARSITY
 from vllm_afbs.tuning.windows import CALIBRATION
 
 

@@ -17,10 +17,10 @@ import torch
 from benchmarks.tuner_arms.arms import Best, Found
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.tuning.bracket import MAX_DEPTH, MIN_DEPTH, tau_of
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.evaluator import LayerEvaluator
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, tau_of
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION
 
 SPARGE_THETAS = 32

@@ -25,10 +25,10 @@ from benchmarks.tuner_arms.samples import (
 )
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.device import compute_device
-from vllm_afbs.tuning.evaluator import LayerEvaluator
 from vllm_afbs.tuning.journal import Journal, Record
 from vllm_afbs.tuning.model import open_model
-from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.scorer import SearchSettings
 
 WITH_CACHE, WITHOUT_CACHE = "seconds a head", "seconds a head without the cache"
 

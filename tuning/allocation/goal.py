@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from vllm_afbs.profile.schema import WholeModel
-from vllm_afbs.tuning.allocation import Levels
+from vllm_afbs.tuning.allocation.levels import Levels
 
 _SPARSITY_SLACK = 0.01
 _LEAST_USED = 0.8  # of an allowed increase in perplexity; with less, another attempt is worth it

@@ -9,10 +9,10 @@ import torch
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Measurement
-from vllm_afbs.tuning.bracket import depth_of, tau_of
-from vllm_afbs.tuning.evaluator import HeadScores
 from vllm_afbs.tuning.journal import Record
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.bracket import depth_of, tau_of
+from vllm_afbs.tuning.search.evaluator import HeadScores
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION, by_text
 
 HELD_OUT_SLACK = 1.2

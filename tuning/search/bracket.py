@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
 
 MAX_DEPTH = 9.0
 """depth = -log(1 - tau): tau 0.9999, beyond which a head runs dense."""

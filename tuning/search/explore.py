@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_afbs.tuning.bracket import (
+from vllm_afbs.tuning.journal import Record
+from vllm_afbs.tuning.search.bracket import (
     MIN_DEPTH,
     START_SLOPE,
     AtTheta,
@@ -29,13 +30,12 @@ from vllm_afbs.tuning.bracket import (
     depth_of,
     tau_of,
 )
-from vllm_afbs.tuning.evaluator import LayerEvaluator
-from vllm_afbs.tuning.journal import Record
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION
 
 if TYPE_CHECKING:
-    from vllm_afbs.tuning.bayes import LayerOptimizer
+    from vllm_afbs.tuning.search.bayes import LayerOptimizer
 
 EXPLORE_Q_BLOCKS = 16
 """Query blocks scored while exploring, at every length: rows are a fidelity too."""
@@ -144,7 +144,7 @@ class Explorer:
 
     def _optimizer(self) -> "LayerOptimizer":
         # Imported here: Ax takes seconds, and a job that is replayed may not need it.
-        from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
+        from vllm_afbs.tuning.search.bayes import LayerOptimizer, Observation
 
         observations = []
         for trial in [*self._free.values(), *self._guarded]:

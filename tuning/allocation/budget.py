@@ -24,14 +24,14 @@ import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import BudgetRun, LayerProfile, WholeModel
-from vllm_afbs.tuning.allocation import Levels
+from vllm_afbs.tuning.allocation.goal import Goal
+from vllm_afbs.tuning.allocation.levels import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
-from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.journal import Journal
 from vllm_afbs.tuning.model import InputError, SourceModel
 from vllm_afbs.tuning.progress import Progress
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION
 
 FACTORS = [2.0 ** (step / 2) for step in range(-6, 7)]

@@ -18,7 +18,9 @@ import torch
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, LayerProfile
-from vllm_afbs.tuning.bracket import (
+from vllm_afbs.tuning.capture import Capture
+from vllm_afbs.tuning.journal import Record, Steps
+from vllm_afbs.tuning.search.bracket import (
     MAX_DEPTH,
     MIN_DEPTH,
     AtTheta,
@@ -26,11 +28,9 @@ from vllm_afbs.tuning.bracket import (
     depth_of,
     tau_of,
 )
-from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS, Explorer, best_of
-from vllm_afbs.tuning.journal import Record, Steps
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.validation import MIN_SPARSITY, validate
+from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS, Explorer, best_of
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.validation import MIN_SPARSITY, validate
 from vllm_afbs.tuning.windows import CALIBRATION
 
 REFINE_Q_BLOCKS = 32

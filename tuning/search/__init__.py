@@ -1,0 +1,1 @@
+"""One layer's search: explore, refine, validate."""
