@@ -70,7 +70,7 @@ def test_arms_choose_for_the_heads_that_they_are_for(by_arm: Choices) -> None:
     for name, choices in by_arm.items():
         heads = [1] if name in ON_SOME_HEADS else [0, 1, 2]
         assert [(choice.layer, choice.head) for choice in choices] == [(0, head) for head in heads]
-        # Without a guard a head whose blocks hide their mass may have to stay dense.
+        # With theta off, a head whose blocks hide their mass may have to stay dense.
         assert any(choice.tau < 1.0 for choice in choices), name
         assert name == "afbs without BO" or all(choice.tau < 1.0 for choice in choices), name
 
@@ -101,7 +101,7 @@ def test_arms_spend_what_they_say(by_arm: Choices) -> None:
         "random": sweeps.RANDOM_DRAWS,
         "grid": sweeps.GRID_TAUS * sweeps.GRID_THETAS,
         "spargeattn": sweeps.SPARGE_THETAS * sweeps.SPARGE_BISECTIONS,
-        "oracle": sweeps.ORACLE_GUARDS * (sweeps.ORACLE_TAUS + sweeps.ORACLE_BISECTIONS),
+        "oracle": sweeps.ORACLE_QUANTILES * (sweeps.ORACLE_TAUS + sweeps.ORACLE_BISECTIONS),
         "single-fidelity BO": 7,
     }
     for name, evaluations in expected.items():
@@ -194,7 +194,7 @@ def test_results_are_rows_a_summary_and_a_plot(
 ) -> None:
     samples = [
         {
-            name: {"figures": {"9 heads": dict.fromkeys(UNITS, value * (1.0 + seed))}}
+            name: {"9 heads": dict.fromkeys(UNITS, value * (1.0 + seed))}
             for name, value in (("afbs", 0.1), ("grid", 0.2))
         }
         for seed in range(3)

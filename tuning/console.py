@@ -15,6 +15,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile, printable
 
 
@@ -91,11 +92,11 @@ def _cells(heads: list[HeadProfile]) -> list[str]:
     sparse = [head for head in heads if head.tau < 1.0]
     longest = [head.calibration[-1] for head in heads if head.calibration]
     held_out = [head.validation for head in heads if head.validation is not None]
-    guarded = [head.theta for head in sparse if head.theta > -1.0]
+    thetas = [head.theta for head in sparse if head.theta > THETA_OFF]
     return [
         f"{len(sparse)}/{len(heads)}",
         f"{_mean([head.tau for head in sparse]):.3f}" if sparse else "dense",
-        f"{_mean(guarded):.2f} ({len(guarded)})" if guarded else "off",
+        f"{_mean(thetas):.2f} ({len(thetas)})" if thetas else "off",
         # A layer that was left out has no measurements, and counts as the dense one it is.
         f"{sum(measured.error for measured in longest) / len(heads):.3f}",
         f"{sum(measured.error for measured in held_out) / len(heads):.3f}",

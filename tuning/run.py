@@ -20,11 +20,12 @@ from vllm_afbs.profile.schema import (
 from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import Capture, capture
-from vllm_afbs.tuning.journal import FILE_NAME, Journal
+from vllm_afbs.tuning.journal import FILE_NAME, Journal, Result
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS
-from vllm_afbs.tuning.search.layer import REFINE_Q_BLOCKS, LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.refine import REFINE_Q_BLOCKS
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.search.validation import HELD_OUT_SLACK, MIN_SPARSITY
 from vllm_afbs.tuning.texts import Text
@@ -32,6 +33,17 @@ from vllm_afbs.tuning.windows import cut_windows
 
 if TYPE_CHECKING:
     from vllm_afbs.tuning.workers import LayerPool
+
+
+@dataclass(frozen=True, eq=False)
+class Captured(Result):
+    """That the layers' tensors are captured.
+
+    Attributes:
+        seconds: Wall time that it took; the step itself takes none.
+    """
+
+    seconds: float
 
 
 def tune(
@@ -78,10 +90,10 @@ def tune(
     )
     num_layers = model.fingerprint.num_layers
     progress.begin("Capturing", num_layers * len(cut.windows))
-    # Not a step of the journal: captures are files that are checked for, and seconds are added.
+    # A step keeps only the seconds: whether there is a capture, its files say.
     start = time.perf_counter()
     taken = capture(model, cut.windows, layers, work, progress.advance)
-    journal.step("capture", lambda: {"capture_seconds": time.perf_counter() - start})
+    captured = journal.step("capture", Captured, lambda: Captured(time.perf_counter() - start))
     progress.begin("Tuning", len(layers))
     search = LayerSearches(settings, layers, taken, journal, progress, pool)
     tuned, budget = search.tuned({}), None
@@ -92,7 +104,7 @@ def tune(
         TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)
         for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
-    return _profile(model, sources, settings, journal, tuned, budget)
+    return _profile(model, sources, settings, journal, captured, tuned, budget)
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,7 @@ def _profile(
     sources: list[TextSource],
     settings: SearchSettings,
     journal: Journal,
+    captured: Captured,
     tuned: dict[int, LayerProfile],
     budget: BudgetRun | None,
 ) -> Profile:
@@ -174,6 +187,6 @@ def _profile(
             },
             evaluations=int(journal.total("evaluations")),
             cost=journal.total("cost"),
-            wall_seconds=journal.total("seconds") + journal.total("capture_seconds"),
+            wall_seconds=journal.total("seconds") + captured.seconds,
         ),
     )

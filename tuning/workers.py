@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.journal import Journal, Record, Steps
+from vllm_afbs.tuning.journal import Entry, Journal, Steps
 from vllm_afbs.tuning.model import InputError, one_line
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
 
-Event = Record | float
+Event = Entry | float
 """A finished step, or a further share of the layer that is done."""
 _CONNECT_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 100 << 20  # steps are small; by default Ray takes a third of the memory
@@ -151,7 +151,7 @@ class LayerPool:
         running: dict[Any, tuple[int, Any]] = {}
         while True:
             for layer in itertools.islice(waiting, len(idle)):
-                known = journal.steps(f"layer {layer} ")
+                known = journal.entries(f"layer {layer} ")
                 worker = idle.pop()
                 stream = worker.search.remote(
                     settings, layer, tolerances.get(layer), capture, known, self._share.threads
@@ -176,7 +176,7 @@ def search_layer(
     layer: int,
     tolerance: float | None,
     capture: Capture,
-    known: list[Record],
+    known: list[Entry],
     threads: int,
 ) -> Iterator[Event]:
     """Searches a layer in a worker; yields each finished step and share as it comes.

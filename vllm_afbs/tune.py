@@ -187,10 +187,10 @@ def _run(options: argparse.Namespace) -> int:
         with _layer_pool(options) as pool:
             profile = _tune(model, texts, settings, layers, goal, work, pool)
         from vllm_afbs.profile.file import write_atomically
-        from vllm_afbs.tuning.journal import FILE_NAME, read_steps
+        from vllm_afbs.tuning.journal import FILE_NAME, read_entries
         from vllm_afbs.tuning.report import write_report
 
-        write_report(profile, read_steps(work / FILE_NAME), _report_file(options.output))
+        write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
         write_atomically(options.output, profile.to_json())
     except InputError as error:
         return _refuse(str(error))

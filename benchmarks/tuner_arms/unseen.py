@@ -30,7 +30,7 @@ class Choice:
         layer: Its layer.
         head: Its number there.
         tau: 1 is dense.
-        theta: The guard.
+        theta: Threshold of the blocks' self-similarity.
         evaluations: A head's share of its layer's.
         cost: Likewise.
         validation: Likewise; of the evaluations, those on held-out text.

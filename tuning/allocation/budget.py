@@ -17,6 +17,7 @@ times as much in one as in another. So, after all layers were tuned to one toler
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from vllm_afbs.profile.schema import BudgetRun, LayerProfile, WholeModel
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.levels import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
-from vllm_afbs.tuning.journal import Journal
+from vllm_afbs.tuning.journal import Journal, Result
 from vllm_afbs.tuning.model import InputError, SourceModel
 from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.search.layer import LayerSearch
@@ -39,6 +40,17 @@ FACTORS = [2.0 ** (step / 2) for step in range(-6, 7)]
 ATTEMPTS = 4
 
 Layers = dict[int, LayerProfile]
+
+
+@dataclass(frozen=True, eq=False)
+class Damage(Result):
+    """What one sparse layer does to the predictions on the shortest length.
+
+    Attributes:
+        kl: KL divergence from the dense model's predictions, in nats.
+    """
+
+    kl: float
 
 
 class Search(Protocol):
@@ -137,7 +149,7 @@ class BudgetSearch:
             layers: The model's layers.
         """
 
-        def measure() -> dict[str, float]:
+        def measure() -> WholeModel:
             thresholds = _thresholds(layers)
             kls, losses = [], []
             for window, dense in self._dense.items():
@@ -145,16 +157,14 @@ class BudgetSearch:
                 kls.append(dense.kl_to(sparse))
                 losses.append((dense.loss, sparse.loss))
             dense_loss, loss = (sum(side) / len(side) for side in zip(*losses, strict=True))
-            measured = WholeModel(
+            return WholeModel(
                 sparsity=_mean_sparsity(layers),
                 kl=max(0.0, sum(kls) / len(kls)),
                 perplexity=math.exp(loss),
                 dense_perplexity=math.exp(dense_loss),
             )
-            return measured.model_dump()
 
-        record = self._journal.step(f"whole model {name}", measure)
-        return WholeModel.model_validate({key: record[key] for key in WholeModel.model_fields})
+        return self._journal.step(f"whole model {name}", WholeModel, measure)
 
     def _levels(self, layers: list[int], kl: float) -> Levels:
         self._progress.begin("Measuring each layer's damage", len(layers))
@@ -176,11 +186,11 @@ class BudgetSearch:
     def _damage(self, layer: int, thresholds: HeadThresholds, error: torch.Tensor) -> float:
         """KL divergence that a layer's mean squared error causes, over that error; or NaN."""
 
-        def measure() -> dict[str, float]:
+        def measure() -> Damage:
             sparse = self._runner.predict(self._shortest, {layer: thresholds})
-            return {"kl": max(0.0, self._dense_short.kl_to(sparse))}
+            return Damage(max(0.0, self._dense_short.kl_to(sparse)))
 
-        kl = float(self._journal.step(f"damage of layer {layer}", measure)["kl"])
+        kl = self._journal.step(f"damage of layer {layer}", Damage, measure).kl
         square = float(error.double().square().mean())
         return kl / square if square > 0.0 else math.nan
 

@@ -122,24 +122,27 @@ class LayerEvaluator:
         rows = sum(int(starts[i + 1] - starts[i]) for i in self.sampled_blocks)
         return rows / self.length
 
-    def guard_theta(self, guard: float) -> torch.Tensor:
-        """Turns the share of a head's blocks to guard into that head's theta.
+    def theta_at(self, quantile: float) -> torch.Tensor:
+        """The theta of each head at a quantile of its blocks' self-similarities.
 
-        Similarities differ more between heads than within one, so one theta for a layer would
-        guard all blocks of some heads and none of others; a share means the same for all.
+        Self-similarities differ more between heads than within one. One theta for a layer would lie
+        above all blocks of some heads and below all of others, so theta is chosen by its quantile,
+        which means the same for all heads.
 
         Args:
-            guard: Share of the query and key blocks that theta should leave out of the
-                softmax and always compute, in [0, 1].
+            quantile: Share of the query and key blocks with a self-similarity below theta, in
+                [0, 1]. These blocks stay out of the softmax and are always computed.
 
         Returns:
-            theta of each head, ``[num_heads]``; off where ``guard`` is 0.
+            theta of each head, ``[num_heads]``; off where ``quantile`` is 0.
         """
-        if guard == 0.0:
+        if quantile == 0.0:
             return torch.full((self.num_heads,), THETA_OFF)
         group = self.num_heads // len(self._scores.key_similarity)
         keys = self._scores.key_similarity.repeat_interleave(group, dim=0)
-        return torch.cat([self._scores.query_similarity, keys], dim=1).quantile(guard, dim=1).cpu()
+        return (
+            torch.cat([self._scores.query_similarity, keys], dim=1).quantile(quantile, dim=1).cpu()
+        )
 
     def score(self, thresholds: HeadThresholds) -> HeadScores:
         """Measures every head under its thresholds.
