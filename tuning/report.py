@@ -1,4 +1,4 @@
-"""The report beside a profile: one HTML file that needs nothing else, for a person to look at."""
+"""The report beside a profile: one self-contained HTML file for people."""
 
 import re
 from collections import defaultdict
@@ -30,9 +30,9 @@ def write_report(profile: Profile, steps: Sequence[Entry], path: Path) -> None:
 
     Args:
         profile: The profile.
-        steps: The job's journal, in its order; without it convergence and cost by stage are left
-            out.
-        path: The HTML file; replaced whole.
+        steps: The job's journal, in its order. Without steps, the report leaves out convergence and
+            cost by stage.
+        path: The HTML file; replaced atomically.
 
     Raises:
         OSError: The file cannot be written.
@@ -78,20 +78,20 @@ def _figures(profile: Profile, steps: Sequence[Entry]) -> Iterable[tuple[str, st
     )
     yield (
         "Error against sparsity",
-        "Each head on held-out text, with the heads that no other beats in both (Pareto front).",
+        "Each head on held-out text, and the heads that no other beats in both (Pareto front).",
         _pareto(profile),
     )
     yield (
         "Sparsity by context length",
-        "Mean over heads at every calibrated length, as far as it was measured.",
+        "Mean over the heads that were measured at each calibrated length.",
         _by_length(profile),
     )
     if profile.tuner.budget is not None:
         yield (
             "Budget by layer",
-            "The error that each layer was allowed, what it skips for that on held-out text, and "
-            "how much it alone moved the predictions before (KL divergence with the job's "
-            "tolerance, over all layers' sum).",
+            "Each layer's tolerance, what it skips with it on held-out text, and its share of the "
+            "damage before (KL divergence with that layer alone sparse at the job's tolerance, "
+            "over the sum of all layers).",
             _budget(profile, steps),
         )
     if steps:
@@ -219,7 +219,7 @@ def _by_length(profile: Profile) -> go.Figure:
 
 
 def _convergence(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
-    """Mean over layers of the best sparsity, as if all layers went in step."""
+    """Mean over layers of the best sparsity so far, as if all layers were searched in step."""
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for step in steps:
         match, reached = _STEP.match(step.step), _reached(step, profile.max_seq_len)

@@ -60,18 +60,18 @@ def tune(
 
     Args:
         model: The model.
-        texts: Cut into one calibration window and held-out ones, of the longest length.
+        texts: The calibration texts; windows of the longest length are cut from them.
         settings: The search's settings.
         layers: Which layers to tune; the others run dense.
-        goal: What the whole model is to reach; None to keep the tolerance in every layer. With a
-            goal all layers are tuned.
-        work: Directory for the journal and the captures, made if there is none; a journal in it
-            is gone on with.
-        progress: Hears about it.
+        goal: What the whole model is to reach; None to keep the tolerance in every layer. A goal
+            needs all layers tuned.
+        work: Directory for the journal and the captures, made if there is none. A job whose journal
+            is there goes on.
+        progress: Is told how far the job is.
         pool: Workers that tune the layers side by side; None to tune one after another here.
 
     Returns:
-        The profile, with what it cost over all the job's runs.
+        The profile. Its cost is that of all the job's runs together.
 
     Raises:
         InputError: The model, a text or the journal cannot be used, or the goal was not reached.
@@ -116,8 +116,8 @@ class LayerSearches:
         layers: Which layers.
         taken: Their Q, K and V.
         journal: Where steps are kept.
-        progress: Hears about each layer.
-        pool: Workers, if layers are to be tuned side by side.
+        progress: Is told how far each layer is.
+        pool: Workers that tune layers side by side, if any.
     """
 
     settings: SearchSettings

@@ -27,8 +27,8 @@ REFINE_Q_BLOCKS = 32
 REFINE_STEPS = 9
 """Scores of a head at most.
 
-Enough for heads whose error falls in steps: five left one in a hundred of SmolLM2-135M's heads
-dense that some tau would have accepted.
+Enough for heads whose error falls in steps. With five, one of 45 heads of SmolLM2-135M stayed dense
+that some tau accepts, which cost 0.015 of the mean sparsity at equal error.
 """
 _LEAST_ERROR = 1e-6  # a head that keeps nearly all blocks has next to none
 
