@@ -18,14 +18,14 @@ from pathlib import Path
 from benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.profile.schema import WholeModel
-from vllm_afbs.tuning.budget import BudgetSearch
+from vllm_afbs.tuning.allocation.budget import BudgetSearch
+from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.console import ProgressBar
-from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.run import LayerSearches
-from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import read_texts
 from vllm_afbs.tuning.windows import cut_windows
 

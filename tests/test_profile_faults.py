@@ -309,10 +309,10 @@ def test_a_directory_that_takes_no_file_is_an_oserror(
 def test_a_clock_that_jumps_changes_no_duration(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6, 0, -100))
     monkeypatch.setattr("time.time", lambda: next(clock))
-    kept: list[journal.Record] = []
+    kept: list[journal.Entry] = []
     steps = journal.Steps([], kept.append)
-    steps.step("one", lambda: {"value": 1})
-    assert 0 <= kept[0]["seconds"] < 1
+    steps.step("one", dict[str, int], lambda: {"value": 1})
+    assert 0 <= kept[0].seconds < 1
     # Nothing that is tuned, timed or decided asks the wall clock.
     package = Path(profile_file.__file__).parents[1]
     asking = {

@@ -30,9 +30,9 @@ from benchmarks.tuner_arms.unseen import Choice, Meter, meet
 from tests.test_tuning_search import captured, hidden
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.validation import HELD_OUT_Q_BLOCKS, HELD_OUT_SLACK
+from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.validation import HELD_OUT_Q_BLOCKS, HELD_OUT_SLACK
 
 SETTINGS = SearchSettings([128, 256, 512], 0.05, 16, 16, seed=1)
 SCOPE = Scope([0], num_heads=3, slow=[(0, 1)])
@@ -70,7 +70,7 @@ def test_arms_choose_for_the_heads_that_they_are_for(by_arm: Choices) -> None:
     for name, choices in by_arm.items():
         heads = [1] if name in ON_SOME_HEADS else [0, 1, 2]
         assert [(choice.layer, choice.head) for choice in choices] == [(0, head) for head in heads]
-        # Without a guard a head whose blocks hide their mass may have to stay dense.
+        # With theta off, a head whose blocks hide their mass may have to stay dense.
         assert any(choice.tau < 1.0 for choice in choices), name
         assert name == "afbs without BO" or all(choice.tau < 1.0 for choice in choices), name
 
@@ -101,7 +101,7 @@ def test_arms_spend_what_they_say(by_arm: Choices) -> None:
         "random": sweeps.RANDOM_DRAWS,
         "grid": sweeps.GRID_TAUS * sweeps.GRID_THETAS,
         "spargeattn": sweeps.SPARGE_THETAS * sweeps.SPARGE_BISECTIONS,
-        "oracle": sweeps.ORACLE_GUARDS * (sweeps.ORACLE_TAUS + sweeps.ORACLE_BISECTIONS),
+        "oracle": sweeps.ORACLE_QUANTILES * (sweeps.ORACLE_TAUS + sweeps.ORACLE_BISECTIONS),
         "single-fidelity BO": 7,
     }
     for name, evaluations in expected.items():
@@ -194,7 +194,7 @@ def test_results_are_rows_a_summary_and_a_plot(
 ) -> None:
     samples = [
         {
-            name: {"figures": {"9 heads": dict.fromkeys(UNITS, value * (1.0 + seed))}}
+            name: {"9 heads": dict.fromkeys(UNITS, value * (1.0 + seed))}
             for name, value in (("afbs", 0.1), ("grid", 0.2))
         }
         for seed in range(3)

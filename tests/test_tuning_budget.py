@@ -20,10 +20,10 @@ from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, WholeModel
 from vllm_afbs.serving.plan import plan_layer
-from vllm_afbs.tuning.allocation import Levels
-from vllm_afbs.tuning.budget import _mean_sparsity, _thresholds
+from vllm_afbs.tuning.allocation.budget import _mean_sparsity, _thresholds
+from vllm_afbs.tuning.allocation.goal import Goal
+from vllm_afbs.tuning.allocation.levels import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
-from vllm_afbs.tuning.goal import Goal
 from vllm_afbs.tuning.model import open_model
 
 ROUNDING = 1e-9

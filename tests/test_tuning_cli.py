@@ -81,7 +81,7 @@ def test_interrupt_says_how_to_go_on(
     before = sorted(path.name for path in Path(f"{output}.work").rglob("*"))
     assert tune.main(command(tiny_model, output)) == 2
     assert tune.main(command(tiny_model, output, "--resume", "--tolerance", "0.2")) == 2
-    for version in ("SCHEMA_VERSION", "SEARCH_VERSION"):
+    for version in ("FORMAT_VERSION", "SCHEMA_VERSION", "SEARCH_VERSION"):
         with monkeypatch.context() as patched:
             patched.setattr(f"vllm_afbs.tuning.journal.{version}", 1)
             assert tune.main(command(tiny_model, output, "--resume")) == 2
@@ -356,7 +356,9 @@ def _output_is_no_name(model: Path, _: Path) -> tuple[list[str], str]:
 def _damaged_journal(model: Path, tmp: Path) -> tuple[list[str], str]:
     (tmp / "p.json.work").mkdir()
     (tmp / "p.json.work" / "journal.jsonl").write_text("not JSON\n")
-    return command(model, tmp / "p.json", "--resume"), "journal.jsonl: line 1: a JSON step expected"
+    return command(
+        model, tmp / "p.json", "--resume"
+    ), "journal.jsonl: line 1: the job's settings expected"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from vllm_afbs.kernels import BlockGeometry, HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.capture import LayerTensors
-from vllm_afbs.tuning.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 
 
 def random_layer(
@@ -129,7 +129,7 @@ def test_a_gpu_scores_as_the_host_does(cache_bytes: int | None) -> None:
     thresholds = HeadThresholds(torch.full((6,), 0.6), torch.full((6,), 0.3))
     there = LayerEvaluator(layer.to(torch.device("cuda")), 900, 128, 64, 0.5, cache_bytes)
     here = LayerEvaluator(layer, 900, 128, 64, 0.5)
-    torch.testing.assert_close(there.guard_theta(0.2), here.guard_theta(0.2))
+    torch.testing.assert_close(there.theta_at(0.2), here.theta_at(0.2))
     scores, expected = there.score(thresholds), here.score(thresholds)
     assert scores.error.device.type == "cpu"
     torch.testing.assert_close(scores.error, expected.error, atol=0, rtol=1e-4)
@@ -157,10 +157,10 @@ def test_dropping_the_block_with_nearly_all_the_mass_is_still_exact() -> None:
     torch.testing.assert_close(scores.error, error, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("guard", [0.1, 0.3])
-def test_a_guard_sets_its_share_of_each_heads_blocks_apart(guard: float) -> None:
+@pytest.mark.parametrize("quantile", [0.1, 0.3])
+def test_a_quantile_of_each_heads_blocks_is_below_its_theta(quantile: float) -> None:
     evaluator = LayerEvaluator(random_layer(640, 2, 2, 16, seed=6), 640, 16, 16)
-    theta = evaluator.guard_theta(guard)
+    theta = evaluator.theta_at(quantile)
     layer = random_layer(640, 2, 2, 16, seed=6)
     for head in range(4):
         blocks = [
@@ -169,5 +169,5 @@ def test_a_guard_sets_its_share_of_each_heads_blocks_apart(guard: float) -> None
         ]
         unit = [rows / rows.norm(dim=-1, keepdim=True) for rows in blocks]
         below = sum(float((rows @ rows.T).mean()) < float(theta[head]) for rows in unit)
-        assert abs(below - guard * len(blocks)) <= 1
-    assert evaluator.guard_theta(0.0).tolist() == [THETA_OFF] * 4
+        assert abs(below - quantile * len(blocks)) <= 1
+    assert evaluator.theta_at(0.0).tolist() == [THETA_OFF] * 4

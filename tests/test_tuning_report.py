@@ -7,28 +7,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.profiles import uniform_profile
 from vllm_afbs.profile.schema import BudgetRun, Measurement, WholeModel
-from vllm_afbs.tuning.report import write_report
+from vllm_afbs.tuning.allocation.budget import Damage
+from vllm_afbs.tuning.journal import Entry
+from vllm_afbs.tuning.report import _convergence, write_report
+from vllm_afbs.tuning.run import Captured
+from vllm_afbs.tuning.search.results import Attempt, Refined, ThetaTrial, Validated
 
 CHROMIUM = shutil.which("chromium")
 
 
-def steps() -> list[dict[str, Any]]:
-    common = {"evaluations": 8, "cost": 2.0, "seconds": 0.5}
+def steps() -> list[Entry]:
+    """A job's steps: two trials, the first at a shorter length, and what refining found."""
+
+    def done(step: str, kind: type[Any], result: Any) -> Entry:
+        return Entry.of(step, kind, result, seconds=0.5, evaluations=8, cost=2.0)
+
+    def per_head(value: float) -> torch.Tensor:
+        return torch.full((4,), value)
+
+    ones = per_head(1.0)
+    trials = [
+        ThetaTrial(ones, ones, ones, per_head(share), length, quantile=0.1)
+        for length, share in ((2048, 0.3), (8192, 0.4))
+    ]
+    refined = Refined(ones, ones, ones, per_head(0.5), error=ones)
     return [
-        {"step": "capture", "capture_seconds": 1.0, "seconds": 1.0},
+        Entry.of("capture", Captured, Captured(1.0), seconds=0.0),
         *(
-            {"step": f"layer {layer} {name}", "length": length, "sparsity": [share] * 4, **common}
+            done(f"layer {layer} theta {number}", Attempt, Attempt(trial))
             for layer in range(2)
-            for name, length, share in (
-                ("trial 0", 2048, 0.3), ("trial 1", 8192, 0.4), ("refine", 8192, 0.5)
-            )
+            for number, trial in enumerate([*trials, None])
         ),
-        {"step": "layer 0 validate", "heads": [], **common},
-        *({"step": f"damage of layer {layer}", "kl": 0.1 + layer} for layer in range(2)),
-    ]  # fmt: skip
+        *(done(f"layer {layer} refine", Refined, refined) for layer in range(2)),
+        done("layer 0 validate", Validated, Validated(())),
+        *(
+            Entry.of(f"damage of layer {layer}", Damage, Damage(0.1 + layer), seconds=0.5)
+            for layer in range(2)
+        ),
+    ]
 
 
 @pytest.fixture
@@ -56,6 +76,13 @@ def test_report_names_the_worst_heads_and_the_provenance(report: Path) -> None:
     assert "&lt;b&gt;model&lt;/b&gt;" in text
     assert "<b>model" not in text
     assert not re.findall(r"(?:src|href)=[\"']?http", text)
+
+
+def test_convergence_counts_what_was_found_at_the_longest_length() -> None:
+    (curve,) = _convergence(uniform_profile(), steps()).data
+    heads = uniform_profile().model.num_heads
+    assert list(curve.x) == pytest.approx([count * 8 / heads for count in (1, 2, 3)])
+    assert list(curve.y) == pytest.approx([0.0, 0.4, 0.5])
 
 
 def test_report_without_a_journal_has_no_convergence(tmp_path: Path) -> None:

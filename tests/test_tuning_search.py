@@ -1,7 +1,9 @@
 """The search on tau against known curves, and a layer's search against an exhaustive grid."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -12,18 +14,21 @@ from safetensors.torch import save_file
 from benchmarks.tuner_arms.stages import WithoutBayes
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
-from vllm_afbs.tuning.bracket import MAX_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
 from vllm_afbs.tuning.capture import Capture, LayerTensors
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
-from vllm_afbs.tuning.explore import HEAD_GAIN, INITIAL_GUARDS, STEPS, Explorer
-from vllm_afbs.tuning.journal import Journal, Record
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.search import REFINE_STEPS, LayerSearch
-from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
+from vllm_afbs.tuning.journal import Journal, Steps
+from vllm_afbs.tuning.search.bayes import LayerOptimizer, Observation
+from vllm_afbs.tuning.search.bracket import MAX_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
+from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.search.explore import HEAD_GAIN, INITIAL_THETA_TRIALS, STEPS, Explorer
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.refine import REFINE_STEPS, expected
+from vllm_afbs.tuning.search.results import Attempt, Candidate, Explored, Refined, Trial
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
 from vllm_afbs.tuning.windows import CALIBRATION, by_text, held_out
 
 TOLERANCE = 0.05
+T = TypeVar("T")
 
 
 @settings(max_examples=200, deadline=None)
@@ -205,10 +210,10 @@ def test_layer_search_comes_close_to_an_exhaustive_grid(
     ]
     grid = torch.zeros(3, dtype=torch.float64)
     evaluations = 0
-    for guard in torch.arange(0, 0.51, 0.05).tolist():
+    for quantile in torch.arange(0, 0.51, 0.05).tolist():
         for tau in tau_of(torch.linspace(0.05, 9, 36)).tolist():
             scores = evaluator.score(
-                HeadThresholds(torch.full((3,), tau), evaluator.guard_theta(guard))
+                HeadThresholds(torch.full((3,), tau), evaluator.theta_at(quantile))
             )
             within = scores.error <= TOLERANCE
             grid = torch.where(within, torch.maximum(grid, scores.sparsity), grid)
@@ -243,29 +248,29 @@ def test_refining_takes_the_largest_tau_that_skips_the_same(
     job = SearchSettings([256, 512], TOLERANCE, 32, 32, seed=1)
     journal = Journal(tmp_path / "journal.jsonl", {})
     LayerSearch(job, 0, taken, journal, lambda _: None).run()
-    (refined,) = journal.steps("layer 0 refine")
-    theta, tau = torch.tensor(refined["theta"]), torch.tensor(refined["tau"])
+    refined = journal.result("layer 0 refine", Refined)
+    theta, tau = refined.theta, refined.tau
     evaluator = LayerScorer(job, 0, taken).evaluator("calibration", 512, None)
     scores = evaluator.score(HeadThresholds(tau, theta))
     higher = evaluator.sparsity(HeadThresholds(tau_of(depth_of(tau) + 0.05), theta))
     sparse = tau < 1.0
     assert sparse.any()
-    accepted = torch.tensor(refined["sparsity"], dtype=torch.float64)
-    assert torch.equal(scores.sparsity[sparse], accepted[sparse])
+    assert torch.equal(scores.sparsity[sparse], refined.sparsity[sparse])
     assert (scores.error[sparse] <= TOLERANCE).all()
     assert ((higher < scores.sparsity) | (depth_of(tau) > MAX_DEPTH - 0.1))[sparse].all()
 
 
 class Misled(LayerSearch):
-    """Stage 1 has read a gain from a guard off a few rows, for every head."""
+    """Stage 1 has read a gain from theta off a few rows, for every head."""
 
-    def _explore(self) -> Record:
+    def _explore(self) -> Explored:
         evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, None)
-        return {**super()._explore(), "theta": evaluator.guard_theta(0.3).tolist()}
+        explored = super()._explore()
+        return replace(explored, best=replace(explored.best, theta=evaluator.theta_at(0.3)))
 
 
 @pytest.mark.parametrize(("layer_of", "confirmed"), [(clustered, set()), (hidden, {0, 1})])
-def test_a_guard_stays_only_where_refining_confirms_its_gain(
+def test_a_theta_stays_only_where_refining_confirms_its_gain(
     layer_of: Callable[[int, int], LayerTensors], confirmed: set[int], tmp_path: Path
 ) -> None:
     taken = captured(tmp_path, 512, layer_of)
@@ -274,45 +279,49 @@ def test_a_guard_stays_only_where_refining_confirms_its_gain(
     for search in (Misled, WithoutBayes):
         journal = Journal(tmp_path / f"{search.__name__}.jsonl", {})
         search(job, 0, taken, journal, lambda _: None).run()
-        (steps[search],) = journal.steps("layer 0 refine")
+        steps[search] = journal.result("layer 0 refine", Refined)
     found, without = steps[Misled], steps[WithoutBayes]
-    for head, theta in enumerate(found["theta"]):
+    for head, theta in enumerate(found.theta):
         if head in confirmed:
             assert theta > THETA_OFF
-            assert found["sparsity"][head] >= without["sparsity"][head] + HEAD_GAIN
+            assert found.sparsity[head] >= without.sparsity[head] + HEAD_GAIN
         else:
             for name in ("theta", "tau", "error", "sparsity"):
-                assert found[name][head] == without[name][head]
+                assert getattr(found, name)[head] == getattr(without, name)[head]
 
 
-def test_a_dense_head_begins_at_another_tolerance_under_its_own_guard(tmp_path: Path) -> None:
+def test_a_dense_head_begins_at_another_tolerance_under_its_own_theta(tmp_path: Path) -> None:
     """What it is expected to skip there has to be what its tau and theta skip."""
     taken = captured(tmp_path, 512, hidden)
     job = SearchSettings([256, 512], TOLERANCE, 32, 32, seed=1)
-    search = LayerSearch(job, 0, taken, Journal(tmp_path / "journal.jsonl", {}), lambda _: None)
-    evaluator = LayerScorer(job, 0, taken).evaluator(CALIBRATION, 512, None)
-    guarded = evaluator.guard_theta(0.3).tolist()
-    explored = {"theta": guarded, "tau": [0.9] * 3, "slope": [0.8] * 3, "sparsity": [0.05] * 3}
-    dense = {"tau": [1.0] * 3, "error": [0.0] * 3, "sparsity": [0.0] * 3, "slope": [0.8] * 3}
-    start = search._expected(explored, {**dense, "theta": [THETA_OFF] * 3}, 8 * TOLERANCE)
-    thresholds = HeadThresholds(torch.tensor(start["tau"]), torch.tensor(start["theta"]))
-    skipped = evaluator.sparsity(thresholds)
+    scorer = LayerScorer(job, 0, taken)
+    evaluator = scorer.evaluator(CALIBRATION, 512, None)
+    theta = evaluator.theta_at(0.3)
+
+    def every(value: float) -> torch.Tensor:
+        return torch.full((3,), value)
+
+    best = Candidate(theta, every(0.9), every(0.8), every(0.05))
+    dense = Refined(every(THETA_OFF), every(1.0), every(0.8), every(0.0), error=every(0.0))
+    start = expected(job, scorer, Explored(best, best), dense, 8 * TOLERANCE)
+    skipped = evaluator.sparsity(start.thresholds)
     worth = skipped >= MIN_SPARSITY
     assert worth.any()
-    assert start["theta"] == guarded
-    assert torch.equal(torch.tensor(start["sparsity"], dtype=torch.float64)[worth], skipped[worth])
+    assert torch.equal(start.theta, theta)
+    assert torch.equal(start.sparsity[worth], skipped[worth])
+
+
+def refined_at(tau: list[float]) -> Refined:
+    """Where stage 2 could have ended, with theta off."""
+    ones = torch.ones(len(tau))
+    half = ones.double() / 2
+    return Refined(THETA_OFF * ones, torch.tensor(tau), ones, half, error=TOLERANCE * ones.double())
 
 
 def test_every_text_has_to_accept_a_head(tmp_path: Path) -> None:
     job = SearchSettings([512, 1024], TOLERANCE, 32, 32, seed=1)
     scorer = LayerScorer(job, 0, captured(tmp_path, 1024, clustered, hidden))
-    refined = {
-        "theta": [THETA_OFF] * 3,
-        "tau": [0.8, 0.9, 0.95],
-        "error": [TOLERANCE] * 3,
-        "sparsity": [0.5] * 3,
-    }
-    heads = validate(job, scorer, refined, (16, 32))
+    heads = validate(job, scorer, refined_at([0.8, 0.9, 0.95]), (16, 32)).heads
 
     found = HeadThresholds(
         torch.tensor([head.tau for head in heads]), torch.tensor([head.theta for head in heads])
@@ -341,96 +350,88 @@ def test_each_held_out_window_counts_as_an_evaluation(tmp_path: Path) -> None:
         directory.mkdir()
         scorer = LayerScorer(job, 0, captured(directory, 1024, *[clustered] * copies))
         # So near to dense that every window accepts at once.
-        refined = {
-            "theta": [THETA_OFF] * 3,
-            "tau": [0.998] * 3,
-            "error": [0.0] * 3,
-            "sparsity": [0.5] * 3,
-        }
-        validate(job, scorer, refined, (16, 32))
+        validate(job, scorer, refined_at([0.998] * 3), (16, 32))
         counts.append((scorer.evaluations, scorer.cost))
     assert counts[1][0] == counts[0][0] + 3
     assert counts[1][1] == pytest.approx(counts[0][1] + 3)
 
 
-def explore(taken: Capture) -> tuple[Record, dict[str, Record]]:
+def explore(taken: Capture) -> tuple[Explored, Steps]:
     """Runs stage 1 at lengths 256 to 1024; returns what it chose and its steps."""
     job = SearchSettings([256, 512, 1024], TOLERANCE, 32, 32, seed=1)
     scorer = LayerScorer(job, 0, taken)
-    steps: dict[str, Record] = {}
+    steps = Steps([], lambda _: None)
     shares: list[float] = []
 
-    def step(name: str, compute: Callable[[], Record]) -> Record:
-        scorer.reset()
-        steps[name] = compute() | {"evaluations": scorer.evaluations}
-        return steps[name]
+    def step(name: str, kind: type[T], compute: Callable[[], T], /) -> T:
+        return steps.step(name, kind, compute, scorer)
 
     chosen = Explorer(job, 0, scorer, step, shares.append).run()
     assert sum(shares) == pytest.approx(1.0)
     return chosen, steps
 
 
-def test_a_layer_that_gains_from_no_guard_is_left_alone(tmp_path: Path) -> None:
+def test_a_layer_that_gains_from_no_theta_is_left_alone(tmp_path: Path) -> None:
     chosen, steps = explore(captured(tmp_path, 1024, clustered))
-    assert chosen["theta"] == [THETA_OFF] * 3
-    guarded = [step for name, step in steps.items() if name.startswith("trial")]
-    assert [step["guard"] is None for step in guarded] == [False] * INITIAL_GUARDS + [True]
-    assert steps["target best"]["guard"] is None
-    assert steps["target own"]["evaluations"] == 0
-    assert all(step["evaluations"] <= 3 * STEPS for step in steps.values())
+    assert chosen.best.theta.tolist() == [THETA_OFF] * 3
+    attempts = [entry.read(Attempt).trial for entry in steps.entries("theta")]
+    assert [trial is None for trial in attempts] == [False] * INITIAL_THETA_TRIALS + [True]
+    assert steps.result("target best", Attempt).trial is None
+    assert steps.entry("target own").evaluations == 0
+    assert all(entry.evaluations <= 3 * STEPS for entry in steps.entries(""))
 
 
-def test_heads_are_scored_under_a_guard_only_if_they_could_gain(tmp_path: Path) -> None:
+def test_heads_are_scored_under_a_theta_only_if_they_could_gain(tmp_path: Path) -> None:
     taken = captured(tmp_path, 1024, clustered)
     _, steps = explore(taken)
     spared = 0
-    for trial in [steps["trial 0"], steps["trial 1"]]:
-        evaluator = LayerEvaluator(taken.load(0, "calibration"), trial["length"], 32, 32)
-        theta = torch.tensor(trial["theta"])
+    for trial in [steps.result(f"theta {index}", Attempt).trial for index in range(2)]:
+        assert trial is not None
+        evaluator = LayerEvaluator(taken.load(0, "calibration"), trial.length, 32, 32)
+        theta = trial.theta
         most = torch.stack(
             [
                 evaluator.score(HeadThresholds(torch.full((3,), tau), theta)).sparsity
                 for tau in (0.05, 0.3, 0.6, 0.9)
             ]
         ).amax(dim=0)
-        for head, tau in enumerate(trial["tau"]):
+        for head, tau in enumerate(trial.tau):
             if tau == 1.0:
-                without = steps[f"unguarded {trial['length']}"]["sparsity"][head]
+                without = float(steps.result(f"tau {trial.length}", Trial).sparsity[head])
                 assert float(most[head]) < without + HEAD_GAIN
                 spared += 1
     assert spared > 0
 
 
-def test_a_head_whose_blocks_hide_their_mass_takes_a_guard(tmp_path: Path) -> None:
+def test_a_head_whose_blocks_hide_their_mass_takes_a_theta(tmp_path: Path) -> None:
     taken = captured(tmp_path, 1024, hidden)
     chosen, steps = explore(taken)
-    without = steps["unguarded 1024"]["sparsity"]
+    without, best = steps.result("tau 1024", Trial).sparsity, chosen.best
     for head in (0, 1):
-        assert chosen["theta"][head] > THETA_OFF
-        assert chosen["sparsity"][head] >= without[head] + HEAD_GAIN
+        assert best.theta[head] > THETA_OFF
+        assert best.sparsity[head] >= without[head] + HEAD_GAIN
     # The third head's queries are strong enough to leave the hidden blocks out: it gains hardly.
-    assert without[2] <= chosen["sparsity"][2] < without[2] + 1.5 * HEAD_GAIN
-    tau, theta = torch.tensor(chosen["tau"]), torch.tensor(chosen["theta"])
+    assert without[2] <= best.sparsity[2] < without[2] + 1.5 * HEAD_GAIN
     evaluator = LayerEvaluator(taken.load(0, "calibration"), 1024, 32, 32)
-    exact = evaluator.score(HeadThresholds(tau, theta)).sparsity
-    torch.testing.assert_close(torch.tensor(chosen["sparsity"]).double(), exact, atol=1e-6, rtol=0)
+    exact = evaluator.score(best.thresholds).sparsity
+    torch.testing.assert_close(best.sparsity.double(), exact, atol=1e-6, rtol=0)
 
 
-def test_the_optimizer_finds_an_interior_guard_from_short_lengths() -> None:
-    def value(guard: float, length: int) -> float:
-        return 0.7 - 4 * (guard - 0.3) ** 2 - 0.1 * (1 - length / 4096)
+def test_the_optimizer_finds_an_interior_quantile_from_short_lengths() -> None:
+    def value(quantile: float, length: int) -> float:
+        return 0.7 - 4 * (quantile - 0.3) ** 2 - 0.1 * (1 - length / 4096)
 
     lengths = [1024, 2048, 4096]
     seen = [Observation(0.0, 1024, value(0.0, 1024))]
     for _ in range(2):
-        guard, length = LayerOptimizer(lengths, seen, seed=5).initial()
-        seen.append(Observation(guard, length, value(guard, length)))
+        quantile, length = LayerOptimizer(lengths, seen, seed=5).initial()
+        seen.append(Observation(quantile, length, value(quantile, length)))
     for seed in range(5):
         point = LayerOptimizer(lengths, seen, seed).propose()
         if point is None:
             break
         seen.append(Observation(*point, value(*point)))
-    assert abs(LayerOptimizer(lengths, seen, seed=0).best_guard() - 0.3) < 0.06
+    assert abs(LayerOptimizer(lengths, seen, seed=0).best_quantile() - 0.3) < 0.06
     assert any(observation.length < 4096 for observation in seen)
 
 
@@ -448,7 +449,7 @@ def test_proposals_repeat_for_a_seed_and_leave_the_random_state_alone() -> None:
 def test_initial_points_are_new_for_every_seed() -> None:
     """Rounded to 0.01 and to a length, Sobol points can fall on one that was tried."""
     seen = [Observation(0.0, 64, 0.5), Observation(0.01, 64, 0.5)]
-    tried = {(observation.guard, observation.length) for observation in seen}
+    tried = {(observation.quantile, observation.length) for observation in seen}
     points = [LayerOptimizer([64, 128], seen, seed).initial() for seed in range(60)]
     assert not tried & set(points)
     assert len(set(points)) > 30

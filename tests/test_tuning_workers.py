@@ -19,14 +19,15 @@ from tests.test_tuning_search import captured, clustered
 from tests.tuning_jobs import command, result, start
 from vllm_afbs import tune
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Profile
+from vllm_afbs.profile.schema import LayerProfile, Profile
 from vllm_afbs.tuning import workers
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.model import InputError, open_model
 from vllm_afbs.tuning.run import tune as tune_model
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.results import Validated
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import read_texts
 from vllm_afbs.tuning.workers import LayerPool, Share, search_layer
 
@@ -51,15 +52,15 @@ def test_a_worker_tunes_to_the_layers_own_tolerance(tmp_path: Path) -> None:
     taken = captured(tmp_path, 256, clustered)
     steps = Steps([], lambda _: None)
     LayerSearch(settings, 0, taken, steps, lambda _: None).run()
-    known = steps.steps("layer 0 ")
+    known = steps.entries("layer 0 ")
     threads = torch.get_num_threads()
     events = list(search_layer(settings, 0, 0.2, taken, known, threads))
     assert sum(event for event in events if isinstance(event, float)) == pytest.approx(1.0)
     done = [event for event in events if not isinstance(event, float)]
-    assert [each["step"] for each in done] == [f"layer 0 {n} within 0.2" for n in STAGES]
+    assert [each.step for each in done] == [f"layer 0 {n} within 0.2" for n in STAGES]
     here = LayerSearch(settings, 0, taken, steps, lambda _: None).run(0.2)
-    found = [HeadProfile.model_validate(head) for head in done[-1]["heads"]]
-    assert LayerProfile(heads=found, tolerance=0.2) == here
+    found = done[-1].read(Validated).heads
+    assert LayerProfile(heads=list(found), tolerance=0.2) == here
 
 
 def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
@@ -103,7 +104,7 @@ def test_a_worker_with_a_gpu_searches_one_layer_after_another(
     searching: dict[int, list[int]] = {0: [], 1: []}
 
     def look(share: float) -> None:
-        layer = int(bool(journal.steps("layer 1 ")))
+        layer = int(bool(journal.entries("layer 1 ")))
         children = psutil.Process().children(recursive=True)
         searching[layer] += [each.pid for each in children if "_Worker" in each.name()]
 

@@ -1,9 +1,15 @@
-"""The tuner: capture -> evaluator -> search -> profile.
+"""The tuner: from a model and texts to a profile.
 
-``model`` opens a checkpoint, ``capture`` records its Q, K and V, ``evaluator`` scores thresholds
-on them with the served selector, ``scorer`` counts what that costs, ``bracket`` finds each head's
-tau, ``bayes`` proposes theta and the length to try it at, ``search`` joins them for one layer,
-``validation`` has held-out text confirm the result, ``run`` does all layers and
-``journal`` lets a stopped run go on. Nothing here imports vLLM, and only ``bayes`` imports Ax,
-which takes seconds.
+In the order of a job:
+
+1. ``model`` opens a checkpoint, ``texts`` reads the calibration texts and ``windows`` cuts them.
+2. ``capture`` runs the model once and keeps each layer's Q, K and V.
+3. ``search/`` finds the thresholds of one layer at a time: explore, refine, validate. ``workers``
+   does several layers side by side.
+4. ``allocation/`` divides the error among layers, if the user set a goal for the whole model.
+   ``end_to_end`` runs that model.
+5. ``run`` does all of this for a job, ``journal`` keeps every finished step so that a stopped job
+   can go on, and ``report`` and ``console`` show what was found.
+
+Nothing here imports vLLM. Only ``search.bayes`` imports Ax, which takes seconds.
 """

@@ -1,4 +1,4 @@
-"""The attention of models that run here: how transformers calls it, said once."""
+"""How transformers calls the attention of the models that the tuner runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# Attention variants that a transformers model hands to its attention function when it has them.
+# Arguments by which a transformers model asks its attention function for a variant.
 _VARIANTS = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
@@ -20,7 +20,7 @@ class AttentionCall:
         key: ``[num_sequences, num_kv_heads, kv_len, head_dim]``.
         value: Like ``key``.
         softmax_scale: Factor of the scores.
-        variants: Names of what the model asks for beyond plain causal attention.
+        variants: Names of what the model wants beyond plain causal attention.
     """
 
     layer: int
@@ -39,8 +39,8 @@ class AttentionCall:
         """Plain causal attention, like ``query``.
 
         Args:
-            mask: What may be attended to instead, broadcast to ``[num_sequences, num_heads,
-                length, kv_len]``, bool.
+            mask: Which keys each query attends to instead of the causal ones, broadcast to
+                ``[num_sequences, num_heads, length, kv_len]``, bool.
         """
         return torch.nn.functional.scaled_dot_product_attention(
             self.query, self.key, self.value, attn_mask=mask, is_causal=mask is None,
@@ -49,11 +49,11 @@ class AttentionCall:
 
 
 def register(name: str, attend: Callable[[AttentionCall], torch.Tensor]) -> None:
-    """Makes a function the attention of models that are loaded with its name.
+    """Registers an attention function, for models that are loaded with its name.
 
     Args:
-        name: Among transformers' attention functions; replaces one of that name.
-        attend: Returns the output, like ``query``.
+        name: Name of the function in transformers; a function of that name is replaced.
+        attend: Returns the output, with the shape of ``query``.
     """
     from transformers import AttentionInterface
 
@@ -68,10 +68,10 @@ def register(name: str, attend: Callable[[AttentionCall], torch.Tensor]) -> None
     ) -> tuple[torch.Tensor, None]:
         asked = {**others, "attention_mask": attention_mask}
         variants = (each for each in (*_VARIANTS, "attention_mask") if asked.get(each) is not None)
-        # Models that name no factor mean the usual one.
+        # A model that gives no factor means the usual one.
         softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         call = AttentionCall(module.layer_idx, query, key, value, softmax_scale, tuple(variants))
-        # Transformers wants heads last but one, and no weights.
+        # Transformers expects heads last but one, and takes None for the weights.
         return attend(call).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(name, called)

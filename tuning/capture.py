@@ -1,9 +1,9 @@
 """Capturing each layer's Q, K and V, after the rotary embedding, from the real model.
 
-Only the decoder's body runs, once per window at the longest length (on a GPU when there is one):
-attention is causal, so a shorter context's tensors are a prefix. They are kept in bf16, as the
-server's cache keeps them, one file per layer and window, so a tuner that is stopped does not have
-to run the model again.
+Only the decoder's body runs, once per window at the longest length, on a GPU if there is one.
+Attention is causal, so the tensors of a shorter context are a prefix. They are kept in bf16, as in
+the server's cache, with one file per layer and window. A job that was stopped does not run the
+model again for the windows it has.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class LayerTensors:
     softmax_scale: float
 
     def to(self, device: torch.device) -> "LayerTensors":
-        """The same on a device."""
+        """The same tensors on a device."""
         query, key, value = (each.to(device) for each in (self.query, self.key, self.value))
         return LayerTensors(query, key, value, self.softmax_scale)
 
@@ -121,7 +121,7 @@ def capture(
     if not todo:
         return taken
     taken.directory.mkdir(exist_ok=True)
-    # A layer that is there already is written once more beside the old file, and takes its place.
+    # A layer that is there already is written again beside the old file before it replaces it.
     num_rows = sum(len(windows[window]) * count for window, count in todo.items())
     _check_space(model, taken, num_rows + max(len(windows[window]) for window in todo))
     attention.register(ATTENTION, _no_recorder)
@@ -138,7 +138,7 @@ def capture(
 
 
 def _check_space(model: SourceModel, taken: Capture, num_rows: int) -> None:
-    """Refuses to begin where tokens of single layers, ``num_rows`` in all, do not fit."""
+    """Refuses to begin if ``num_rows`` tokens of single layers do not fit on the disk."""
     shape = model.fingerprint
     heads = shape.num_heads + 2 * shape.num_kv_heads
     needed_bytes = heads * shape.head_dim * 2 * num_rows

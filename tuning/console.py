@@ -16,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_afbs.files import printable
+from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile
 
 
 class ProgressBar:
-    """One bar per stage, with the time left, on standard error."""
+    """One bar per stage on standard error, with the time left."""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -57,11 +58,11 @@ class ProgressBar:
 
 
 def print_summary(profile: Profile, output: Path, report: Path) -> None:
-    """Prints one row per layer, the totals and where the results lie.
+    """Prints one row per layer, the totals and the paths of the results.
 
-    Errors and sparsities are means over the layer's heads, dense ones (0) included.
+    Errors and sparsities are means over all heads of the layer; a dense head counts as 0.
     """
-    # A plain string would be read as markup, and a name may hold anything.
+    # Rich would read a plain string as markup, and a name may contain anything.
     title = Text(f"{printable(profile.model_name)}, {profile.max_seq_len} tokens")
     table = Table(title=title)
     for column in ("layer", "sparse", "tau", "theta", "error", "held-out", "sparsity", "held-out"):
@@ -92,12 +93,12 @@ def _cells(heads: list[HeadProfile]) -> list[str]:
     sparse = [head for head in heads if head.tau < 1.0]
     longest = [head.calibration[-1] for head in heads if head.calibration]
     held_out = [head.validation for head in heads if head.validation is not None]
-    guarded = [head.theta for head in sparse if head.theta > -1.0]
+    thetas = [head.theta for head in sparse if head.theta > THETA_OFF]
     return [
         f"{len(sparse)}/{len(heads)}",
         f"{_mean([head.tau for head in sparse]):.3f}" if sparse else "dense",
-        f"{_mean(guarded):.2f} ({len(guarded)})" if guarded else "off",
-        # A layer that was left out has no measurements, and counts as the dense one it is.
+        f"{_mean(thetas):.2f} ({len(thetas)})" if thetas else "off",
+        # A layer that was not tuned has no measurements: it counts as dense.
         f"{sum(measured.error for measured in longest) / len(heads):.3f}",
         f"{sum(measured.error for measured in held_out) / len(heads):.3f}",
         f"{sum(measured.sparsity for measured in longest) / len(heads):.3f}",

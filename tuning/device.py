@@ -4,5 +4,5 @@ import torch
 
 
 def compute_device() -> torch.device:
-    """A GPU when there is one."""
+    """A GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What thresholds do to a model's predictions: the whole model run with layers made sparse."""
+"""What thresholds do to a model's predictions: the whole model runs with sparse layers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from vllm_afbs.tuning.weights import load_weights
 
 _ATTENTION = "afbs_sparse"
 _POSITIONS = 1024
-"""Positions of a window whose predictions are compared, spread over it."""
+"""How many positions of a window are compared, spread evenly over it."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Predictions:
 class EndToEnd:
     """A model whose layers can be made sparse.
 
-    Blocks are chosen as the server chooses them. The products that it would skip are masked here,
-    so a run takes as long as a dense one.
+    It chooses blocks as the server does, but masks the products that the server would skip, so a
+    run takes as long as a dense one.
 
     Args:
         model: The model; its weights are loaded.
@@ -74,7 +74,7 @@ class EndToEnd:
 
         Args:
             tokens: Token ids of the window.
-            thresholds: Of the layers that run sparse, by index.
+            thresholds: Thresholds of the layers that run sparse, by the layer's index.
         """
         self._thresholds = thresholds
         step = max(1, len(tokens) // _POSITIONS)

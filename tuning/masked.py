@@ -1,11 +1,11 @@
-"""Attention to chosen blocks alone, by masking: what sparse attention computes, not how fast."""
+"""Attention to chosen blocks by masking: the result of sparse attention, without its speed."""
 
 import torch
 
 from vllm_afbs.kernels import BlockGeometry, cut_keys
 
 _MASK_ENTRIES = {"cuda": 1 << 28, "cpu": 1 << 24}
-"""Of one call: a quarter of a GiB, and on a CPU what its caches bear."""
+"""Entries of one call's mask: a quarter of a GiB on a GPU, and what fits a CPU's caches."""
 
 
 def masked_attention(
@@ -27,8 +27,8 @@ def masked_attention(
         keep: ``[num_heads, num_q_blocks, num_k_blocks]``, bool.
         geometry: The blocks.
         softmax_scale: Factor of the scores.
-        corrects: Whether a dropped block counts as one key for each of its own, all at their mean,
-            with the mean of its values.
+        corrects: Whether the keys of a dropped block are replaced by their mean, and its values by
+            theirs, instead of being left out.
 
     Returns:
         Like ``query``.
@@ -76,6 +76,6 @@ def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 def _dropped(
     rows: torch.Tensor, visible: torch.Tensor, query: torch.Tensor, geometry: BlockGeometry
 ) -> torch.Tensor:
-    """Log of the keys that each dropped block stands for; a dropped block is whole."""
+    """Log of the number of keys of each dropped block; only whole blocks are dropped."""
     bias = torch.full(rows.shape, geometry.block_k, dtype=query.dtype, device=query.device).log_()
     return bias.masked_fill_(rows | ~visible, -torch.inf)[None]

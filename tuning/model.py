@@ -1,4 +1,4 @@
-"""Opening a Hugging Face decoder; what cannot be tuned is refused before its weights are read."""
+"""Opening a Hugging Face decoder; what cannot be tuned is refused before any weights are read."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _DIGEST_BYTES = 1 << 20
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line for them."""
+    """The user gave something that cannot be used; the message is one line that says so."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class SourceModel:
     """A supported model whose weights have not been read yet.
 
     Attributes:
-        name: What the user called it.
+        name: The directory or hub id that the user gave.
         config: Its ``PretrainedConfig``.
-        fingerprint: What a served model must equal.
+        fingerprint: What a served model has to match.
         max_length: Longest context that its positions allow, in tokens.
     """
 
@@ -48,7 +48,7 @@ class SourceModel:
         """Hash of the configuration and of every weight file's size, first and last MiB.
 
         Whole checkpoints are not hashed: they reach hundreds of gigabytes, and retraining changes
-        the ends of a file too.
+        the ends of a file as well.
         """
         digest = hashlib.sha256(self.fingerprint.model_dump_json().encode())
         for path in sorted(self.directory().glob(WEIGHT_FILES)):

@@ -1,13 +1,13 @@
-"""Who hears how far a job is."""
+"""How a job says how far it is."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Hears how far a job is."""
+    """Is told how far a job is."""
 
     def begin(self, stage: str, total: int) -> None:
         """A stage of ``total`` units begins."""
 
     def advance(self, units: float) -> None:
-        """So many more units are done, fractions included."""
+        """That many more units are done; fractions count."""

@@ -1,8 +1,8 @@
-"""The report beside a profile: one HTML file that needs nothing else, for a person to look at."""
+"""The report beside a profile: one self-contained HTML file for people."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,28 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from vllm_afbs.files import write_atomically
+from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile
+from vllm_afbs.tuning.allocation.budget import Damage
+from vllm_afbs.tuning.journal import Entry
+from vllm_afbs.tuning.search.results import Attempt, Refined, Trial
 
 _STEP = re.compile(r"layer (?P<layer>\d+) (?P<stage>[a-z]+)")
 _DAMAGE = re.compile(r"damage of layer (?P<layer>\d+)")
 _TEMPLATE = "report.html.j2"
 _WORST = 10
+_SPENT = ("evaluations", "cost", "seconds")
 Matrix = list[list[float | None]]
 
 
-def write_report(profile: Profile, steps: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_report(profile: Profile, steps: Sequence[Entry], path: Path) -> None:
     """Writes a profile's report.
 
     Args:
         profile: The profile.
-        steps: The job's journal, in its order; without it convergence and cost by stage are left
-            out.
-        path: The HTML file; replaced whole.
+        steps: The job's journal, in its order. Without steps, the report leaves out convergence and
+            cost by stage.
+        path: The HTML file; replaced atomically.
 
     Raises:
         OSError: The file cannot be written.
@@ -53,9 +58,7 @@ def _html(figure: go.Figure, identifier: str) -> str:
     return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=identifier))
 
 
-def _figures(
-    profile: Profile, steps: Sequence[Mapping[str, Any]]
-) -> Iterable[tuple[str, str, go.Figure]]:
+def _figures(profile: Profile, steps: Sequence[Entry]) -> Iterable[tuple[str, str, go.Figure]]:
     longest = profile.max_seq_len
     yield (
         "Sparsity by layer and head",
@@ -75,20 +78,20 @@ def _figures(
     )
     yield (
         "Error against sparsity",
-        "Each head on held-out text, with the heads that no other beats in both (Pareto front).",
+        "Each head on held-out text, and the heads that no other beats in both (Pareto front).",
         _pareto(profile),
     )
     yield (
         "Sparsity by context length",
-        "Mean over heads at every calibrated length, as far as it was measured.",
+        "Mean over the heads that were measured at each calibrated length.",
         _by_length(profile),
     )
     if profile.tuner.budget is not None:
         yield (
             "Budget by layer",
-            "The error that each layer was allowed, what it skips for that on held-out text, and "
-            "how much it alone moved the predictions before (KL divergence with the job's "
-            "tolerance, over all layers' sum).",
+            "Each layer's tolerance, what it skips with it on held-out text, and its share of the "
+            "damage before (KL divergence with that layer alone sparse at the job's tolerance, "
+            "over the sum of all layers).",
             _budget(profile, steps),
         )
     if steps:
@@ -124,7 +127,7 @@ def _over_tolerance(profile: Profile) -> Matrix:
     ]
 
 
-def _budget(profile: Profile, steps: Sequence[Mapping[str, Any]]) -> go.Figure:
+def _budget(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
     layers = list(range(len(profile.layers)))
     figure = go.Figure(
         go.Bar(x=layers, y=[profile.tolerance_of(layer) for layer in layers], name="tolerance")
@@ -132,9 +135,9 @@ def _budget(profile: Profile, steps: Sequence[Mapping[str, Any]]) -> go.Figure:
     means = [sum(map(_sparsity, layer.heads)) / len(layer.heads) for layer in profile.layers]
     figure.add_scatter(x=layers, y=means, yaxis="y2", name="sparsity", mode="lines+markers")
     kls = {
-        int(match["layer"]): step["kl"]
+        int(match["layer"]): step.read(Damage).kl
         for step in steps
-        if (match := _DAMAGE.fullmatch(step["step"]))
+        if (match := _DAMAGE.fullmatch(step.step))
     }
     total = sum(kls.values()) or 1.0
     shares = [kls[layer] / total for layer in sorted(kls)]
@@ -215,18 +218,16 @@ def _by_length(profile: Profile) -> go.Figure:
     )
 
 
-def _convergence(profile: Profile, steps: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Mean over layers of the best sparsity, as if all layers went in step."""
+def _convergence(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
+    """Mean over layers of the best sparsity so far, as if all layers were searched in step."""
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for step in steps:
-        if not (match := _STEP.match(step["step"])) or "sparsity" not in step:
+        match, reached = _STEP.match(step.step), _reached(step, profile.max_seq_len)
+        if match is None or reached is None:
             continue
         curve = curves[match["layer"]]
         spent, best = curve[-1] if curve else (0.0, 0.0)
-        spent += step["evaluations"] / profile.model.num_heads
-        at_target = step.get("length", profile.max_seq_len) == profile.max_seq_len
-        reached = sum(step["sparsity"]) / len(step["sparsity"])
-        curve.append((spent, max(best, reached) if at_target else best))
+        curve.append((spent + step.evaluations / profile.model.num_heads, max(best, reached)))
     count = max((len(curve) for curve in curves.values()), default=0)
     rows = [
         [curve[min(index, len(curve) - 1)] for curve in curves.values()] for index in range(count)
@@ -241,15 +242,32 @@ def _convergence(profile: Profile, steps: Sequence[Mapping[str, Any]]) -> go.Fig
     return figure.update_layout(xaxis_title="evaluations a head", yaxis_title="mean sparsity")
 
 
-def _cost(steps: Sequence[Mapping[str, Any]]) -> go.Figure:
+def _reached(step: Entry, longest: int) -> float | None:
+    """Mean sparsity that a step found at the longest length; None if it searched no tau.
+
+    A trial at another length has found nothing there: 0.
+    """
+    if step.kind == Refined.__name__:
+        return float(step.read(Refined).sparsity.mean())
+    trial: Trial | None = None
+    if step.kind == Trial.__name__:
+        trial = step.read(Trial)
+    elif step.kind == Attempt.__name__:
+        trial = step.read(Attempt).trial
+    if trial is None:
+        return None
+    return float(trial.sparsity.mean()) if trial.length == longest else 0.0
+
+
+def _cost(steps: Sequence[Entry]) -> go.Figure:
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for step in steps:
-        if match := _STEP.match(step["step"]):
-            for index, name in enumerate(("evaluations", "cost", "seconds")):
-                totals[match["stage"]][index] += step[name]
+        if match := _STEP.match(step.step):
+            for index, name in enumerate(_SPENT):
+                totals[match["stage"]][index] += getattr(step, name)
     stages = list(totals)
     figure = go.Figure()
-    for index, name in enumerate(("evaluations", "cost", "seconds")):
+    for index, name in enumerate(_SPENT):
         whole = sum(each[index] for each in totals.values()) or 1.0
         values = [totals[stage][index] for stage in stages]
         figure.add_bar(
@@ -300,7 +318,7 @@ def _worst(profile: Profile) -> list[dict[str, str]]:
             "over": f"{_error(head) / tolerance:.2f}",
             "sparsity": f"{_sparsity(head):.3f}",
             "tau": f"{head.tau:.4f}",
-            "theta": f"{head.theta:.3f}" if head.theta > -1.0 else "off",
+            "theta": f"{head.theta:.3f}" if head.theta > THETA_OFF else "off",
         }
         for name, head, tolerance in heads[:_WORST]
     ]

@@ -17,21 +17,33 @@ from vllm_afbs.profile.schema import (
     TextSource,
     TunerRun,
 )
-from vllm_afbs.tuning.budget import BudgetSearch
+from vllm_afbs.tuning.allocation.budget import BudgetSearch
+from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import Capture, capture
-from vllm_afbs.tuning.explore import EXPLORE_Q_BLOCKS
-from vllm_afbs.tuning.goal import Goal
-from vllm_afbs.tuning.journal import FILE_NAME, Journal
+from vllm_afbs.tuning.journal import FILE_NAME, Journal, Result
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.progress import Progress
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import REFINE_Q_BLOCKS, LayerSearch
+from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.refine import REFINE_Q_BLOCKS
+from vllm_afbs.tuning.search.scorer import SearchSettings
+from vllm_afbs.tuning.search.validation import HELD_OUT_SLACK, MIN_SPARSITY
 from vllm_afbs.tuning.texts import Text
-from vllm_afbs.tuning.validation import HELD_OUT_SLACK, MIN_SPARSITY
 from vllm_afbs.tuning.windows import cut_windows
 
 if TYPE_CHECKING:
     from vllm_afbs.tuning.workers import LayerPool
+
+
+@dataclass(frozen=True, eq=False)
+class Captured(Result):
+    """That the layers' tensors are captured.
+
+    Attributes:
+        seconds: Wall time that it took; the step itself takes none.
+    """
+
+    seconds: float
 
 
 def tune(
@@ -48,18 +60,18 @@ def tune(
 
     Args:
         model: The model.
-        texts: Cut into one calibration window and held-out ones, of the longest length.
+        texts: The calibration texts; windows of the longest length are cut from them.
         settings: The search's settings.
         layers: Which layers to tune; the others run dense.
-        goal: What the whole model is to reach; None to keep the tolerance in every layer. With a
-            goal all layers are tuned.
-        work: Directory for the journal and the captures, made if there is none; a journal in it
-            is gone on with.
-        progress: Hears about it.
+        goal: What the whole model is to reach; None to keep the tolerance in every layer. A goal
+            needs all layers tuned.
+        work: Directory for the journal and the captures, made if there is none. A job whose journal
+            is there goes on.
+        progress: Is told how far the job is.
         pool: Workers that tune the layers side by side; None to tune one after another here.
 
     Returns:
-        The profile, with what it cost over all the job's runs.
+        The profile. Its cost is that of all the job's runs together.
 
     Raises:
         InputError: The model, a text or the journal cannot be used, or the goal was not reached.
@@ -78,10 +90,10 @@ def tune(
     )
     num_layers = model.fingerprint.num_layers
     progress.begin("Capturing", num_layers * len(cut.windows))
-    # Not a step of the journal: captures are files that are checked for, and seconds are added.
+    # A step keeps only the seconds: whether there is a capture, its files say.
     start = time.perf_counter()
     taken = capture(model, cut.windows, layers, work, progress.advance)
-    journal.step("capture", lambda: {"capture_seconds": time.perf_counter() - start})
+    captured = journal.step("capture", Captured, lambda: Captured(time.perf_counter() - start))
     progress.begin("Tuning", len(layers))
     search = LayerSearches(settings, layers, taken, journal, progress, pool)
     tuned, budget = search.tuned({}), None
@@ -92,7 +104,7 @@ def tune(
         TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)
         for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
-    return _profile(model, sources, settings, journal, tuned, budget)
+    return _profile(model, sources, settings, journal, captured, tuned, budget)
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,8 @@ class LayerSearches:
         layers: Which layers.
         taken: Their Q, K and V.
         journal: Where steps are kept.
-        progress: Hears about each layer.
-        pool: Workers, if layers are to be tuned side by side.
+        progress: Is told how far each layer is.
+        pool: Workers that tune layers side by side, if any.
     """
 
     settings: SearchSettings
@@ -144,6 +156,7 @@ def _profile(
     sources: list[TextSource],
     settings: SearchSettings,
     journal: Journal,
+    captured: Captured,
     tuned: dict[int, LayerProfile],
     budget: BudgetRun | None,
 ) -> Profile:
@@ -174,6 +187,6 @@ def _profile(
             },
             evaluations=int(journal.total("evaluations")),
             cost=journal.total("cost"),
-            wall_seconds=journal.total("seconds") + journal.total("capture_seconds"),
+            wall_seconds=journal.total("seconds") + captured.seconds,
         ),
     )

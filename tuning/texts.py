@@ -12,9 +12,9 @@ from vllm_afbs.tuning.model import InputError, one_line
 COLUMN = "text"
 """Column of a data set that is read."""
 MAX_CHARACTERS = 1 << 24
-"""Rows of a data set are read until they hold so many: several windows of a million tokens."""
+"""A data set is read until its rows hold this many: several windows of a million tokens."""
 _SEPARATOR = "\n\n"
-# The first kind found in a folder counts: data sets carry notes beside their data.
+# Builder by file ending. The first ending found in a folder counts: data sets carry notes, too.
 _BUILDERS = {"parquet": "parquet", "jsonl": "json", "json": "json", "csv": "csv", "txt": "text"}
 
 
@@ -37,7 +37,7 @@ class Text:
 
 
 def read_texts(paths: Sequence[Path]) -> list[Text]:
-    """Reads every text, or without any, one that every Python has.
+    """Reads the texts; without paths, a text that comes with every Python.
 
     Args:
         paths: UTF-8 files and directories of data sets.
@@ -48,7 +48,7 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
     if not paths:
         from pydoc_data.topics import topics
 
-        # So that two arguments are enough; real traffic is better.
+        # The command then needs two arguments only. Texts of real traffic are better.
         name = f"pydoc_data.topics of Python {platform.python_version()}"
         return [Text(name, _SEPARATOR.join(topics.values()))]
     return [_read_dataset(path) if path.is_dir() else _read_file(path) for path in paths]
@@ -71,7 +71,7 @@ def _read_dataset(path: Path) -> Text:
             "pip install 'vllm-afbs[datasets]'"
         ) from None
     datasets.disable_progress_bars()
-    # It would tell the hub about every use, even of a folder.
+    # Otherwise the library reports every use to the hub, even that of a local folder.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return Text(str(path), _SEPARATOR.join(_texts(path, _rows(path))))
@@ -82,7 +82,7 @@ def _read_dataset(path: Path) -> Text:
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    """The rows of a data set, read as they are asked for; all of its splits, one after another."""
+    """The rows of all splits of a data set, read lazily."""
     import datasets
 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -93,7 +93,7 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
         if files := sorted(map(str, path.rglob(f"*.{ending}"))):
             # A whole file is one text: its lines belong together.
             options = {"sample_by": "document"} if builder == "text" else {}
-            # The folder's own name would have its README read, which may point to other machines.
+            # Files, not the folder: its README would be read, which may point to other machines.
             rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
                 builder, data_files=files, split="train", streaming=True, **options
             )

@@ -10,7 +10,7 @@ from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 
 
 def load_weights(model: SourceModel, attention: str, *, with_head: bool) -> torch.nn.Module:
-    """Loads a decoder, on a GPU when there is one.
+    """Loads a decoder, on a GPU if there is one.
 
     Args:
         model: The model.
@@ -23,7 +23,7 @@ def load_weights(model: SourceModel, attention: str, *, with_head: bool) -> torc
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
-    # Its load report lists the head's weights, which the body is right to leave out.
+    # The load report would list the head's weights as unused, which is right for the body.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = compute_device()
@@ -32,7 +32,7 @@ def load_weights(model: SourceModel, attention: str, *, with_head: bool) -> torc
         loaded, report = kind.from_pretrained(
             model.directory(),
             config=model.config,
-            # As it will be served; CPUs without bf16 units are a hundred times slower in it.
+            # bf16 as when served, but CPUs without bf16 units are a hundred times slower in it.
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
@@ -43,6 +43,6 @@ def load_weights(model: SourceModel, attention: str, *, with_head: bool) -> torc
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{model.name}: cannot load the weights: {one_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
-        # transformers would go on with random numbers in their place.
+        # transformers would replace them with random numbers and go on.
         raise InputError(f"{model.name}: the weights lack {missing[0]} ({len(missing)} missing)")
     return loaded.eval().to(device)  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
 """Cutting calibration texts into the windows of tokens that the model is run over.
 
 One *calibration* window is packed from equal shares of every text, each from its text's start.
-*Held-out* windows of the whole length are spread over the rest of each text, and share no token
-with the calibration window. There are at least two, since one passage of a text (a table, a
-listing) can be unlike all others.
+*Held-out* windows of the whole length are spread over the rest of each text and share no token with
+the calibration window. There are at least two, since one passage of a text (a table, a listing) can
+differ from all others.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,7 @@ from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 from vllm_afbs.tuning.texts import Text
 
 CALIBRATION = "calibration"
-
-
+"""Name of the calibration window."""
 _LEAST_HELD_OUT = 2
 
 
@@ -33,12 +32,12 @@ def by_text(names: Sequence[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Cut:
-    """What was cut.
+    """The windows of a job.
 
     Attributes:
         windows: Token ids by window, all of one length; the calibration window comes first.
-        num_tokens: Tokens taken from each text, those that two of its windows share and the
-            tokenizer's own first token not counted again.
+        num_tokens: Tokens taken from each text. A token that two windows share counts once, and the
+            tokenizer's own first token does not count.
     """
 
     windows: dict[str, list[int]]
@@ -51,7 +50,7 @@ def cut_windows(model: SourceModel, texts: Sequence[Text], length: int) -> Cut:
     Args:
         model: The model, for its tokenizer.
         texts: The calibration texts, at least one.
-        length: Tokens of a window, the tokenizer's own first token (if it adds one) included.
+        length: Tokens of a window, including the tokenizer's own first token, if it adds one.
 
     Raises:
         InputError: The tokenizer cannot be read, or a text is too short.
@@ -78,13 +77,13 @@ def load_tokenizer(model: SourceModel) -> Any:
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself begins a text with: one token, or none."""
+    """The token that the tokenizer puts in front of every text, or none."""
     first: list[int] = tokenizer("").input_ids
     return first[:1] if first and first[0] == tokenizer.bos_token_id else []
 
 
 def tokenize(tokenizer: Any, text: Text) -> list[int]:
-    """A text's token ids alone."""
+    """A text's token ids, without special tokens."""
     ids: list[int] = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
     return ids
 
@@ -97,8 +96,8 @@ def cut_tokens(
     Args:
         tokens: Each text's token ids.
         names: Where each text came from, for the message.
-        prefix: What every window begins with.
-        length: Tokens of a window, ``prefix`` included.
+        prefix: Tokens that every window begins with.
+        length: Tokens of a window, including ``prefix``.
 
     Raises:
         InputError: A text is too short.

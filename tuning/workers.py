@@ -1,9 +1,9 @@
 """Tuning layers side by side in Ray workers: on this machine, or on a cluster's machines and GPUs.
 
-A layer's search is the unit: it needs nothing of the other layers. A worker is an actor, which
-keeps its GPU and what it has imported from layer to layer. It streams every finished step to the
-job's own process, the only one that writes the journal, so a kill loses no more than the step that
-each worker is in. Ray is an extra, and imported only here.
+A worker searches one layer at a time, which needs nothing of the other layers. It is a Ray actor,
+so it keeps its GPU and its imports from layer to layer. It streams every finished step to the job's
+own process, which alone writes the journal. A kill therefore loses only the step that each worker
+is in. Ray is an extra, and only this module imports it.
 """
 
 import itertools
@@ -21,18 +21,18 @@ from typing import Any
 import torch
 
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.journal import Journal, Record, Steps
+from vllm_afbs.tuning.journal import Entry, Journal, Steps
 from vllm_afbs.tuning.model import InputError, one_line
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
 
-Event = Record | float
+Event = Entry | float
 """A finished step, or a further share of the layer that is done."""
 _CONNECT_SECONDS = 10.0
-_OBJECT_STORE_BYTES = 100 << 20  # steps are small; by default Ray takes a third of the memory
+_OBJECT_STORE_BYTES = 100 << 20  # steps are small, and Ray's default is a third of the memory
 _LOCAL_ONLY = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # The only switch that has Ray on Linux listen on the loopback interface alone.
+    # No other switch makes Ray on Linux listen on the loopback interface only.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
@@ -44,7 +44,7 @@ class Share:
     Attributes:
         count: Layers tuned at once.
         threads: CPU threads of each.
-        gpus: GPUs of each, 0 or 1: evaluators take what a whole GPU has room for.
+        gpus: GPUs of each, 0 or 1: an evaluator assumes that it has a GPU to itself.
     """
 
     count: int
@@ -57,7 +57,7 @@ class Share:
 
         Args:
             count: Layers to tune at once; None for one per GPU, or without GPUs one per machine.
-            machines: What Ray says that each has, by ``CPU`` and ``GPU``.
+            machines: Number of each machine's ``CPU`` and ``GPU``, as Ray reports them.
 
         Raises:
             InputError: There is nothing to compute on, or fewer GPUs than ``count``.
@@ -72,7 +72,7 @@ class Share:
         if gpus and count > gpus:
             raise InputError(f"--workers: at most {gpus} expected, one per GPU, got {count}")
         cpus = [int(machine["CPU"]) for machine in usable]
-        # No more than the smallest machine has: Ray would wait for a larger one for ever.
+        # At most what the smallest machine has, or Ray would wait for a larger one forever.
         return cls(count, max(1, min(sum(cpus) // count, *cpus)), min(gpus, 1))
 
 
@@ -80,7 +80,7 @@ class LayerPool:
     """Ray, started or connected to for the length of a ``with``.
 
     Args:
-        count: Layers to tune at once, see ``Share.of``; to be given without an address.
+        count: Layers to tune at once, see ``Share.of``; required without an address.
         address: Of a running cluster, ``auto`` or HOST:PORT; None for a Ray on this machine.
     """
 
@@ -133,7 +133,7 @@ class LayerPool:
         Args:
             settings: The job's settings.
             layers: Which layers.
-            tolerances: Of the layers that are not to have the job's.
+            tolerances: Tolerances of the layers that have their own.
             capture: Their Q, K and V, in a directory that every worker can read.
             journal: Gets the steps as they are finished.
             on_progress: Called with each further share of a layer that is done.
@@ -143,7 +143,7 @@ class LayerPool:
             OSError: A worker, or the machine that it was on, is gone.
         """
         ray = _import_ray()
-        # The workers are other processes: leave them what the captured model took.
+        # The workers are other processes: give them the memory that the captured model took.
         torch.cuda.empty_cache()
         capture = replace(capture, directory=capture.directory.resolve())
         idle = list(self._workers)
@@ -151,7 +151,7 @@ class LayerPool:
         running: dict[Any, tuple[int, Any]] = {}
         while True:
             for layer in itertools.islice(waiting, len(idle)):
-                known = journal.steps(f"layer {layer} ")
+                known = journal.entries(f"layer {layer} ")
                 worker = idle.pop()
                 stream = worker.search.remote(
                     settings, layer, tolerances.get(layer), capture, known, self._share.threads
@@ -176,7 +176,7 @@ def search_layer(
     layer: int,
     tolerance: float | None,
     capture: Capture,
-    known: list[Record],
+    known: list[Entry],
     threads: int,
 ) -> Iterator[Event]:
     """Searches a layer in a worker; yields each finished step and share as it comes.
@@ -186,13 +186,13 @@ def search_layer(
         layer: Which layer.
         tolerance: The layer's own; None for the job's.
         capture: Its Q, K and V.
-        known: Its steps that were done before; they are replayed and not yielded.
+        known: Its steps that were done before, which are replayed and not yielded.
         threads: CPU threads to use.
     """
     torch.set_num_threads(threads)
     events: SimpleQueue[Event | None] = SimpleQueue()
     search = LayerSearch(settings, layer, capture, Steps(known, events.put), events.put)
-    # The search calls back where a generator would have to yield.
+    # The search reports by callback, which a generator cannot yield from: hence the thread.
     with ThreadPoolExecutor(max_workers=1) as thread:
         running = thread.submit(search.run, tolerance)
         running.add_done_callback(lambda _: events.put(None))
@@ -205,7 +205,7 @@ class _Worker:
     """Searches one layer after another."""
 
     def search(self, *args: Any) -> Iterator[Event]:
-        """Does what ``search_layer`` does, and gives back the memory that it took of a GPU."""
+        """Does what ``search_layer`` does, then frees the GPU memory that it took."""
         yield from search_layer(*args)
         torch.cuda.empty_cache()
 
@@ -220,7 +220,7 @@ def _next_event(stream: Any, layer: int) -> Event | None:
         return None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError | OSError):
-            # As the search raised it, without Ray's account of where.
+            # As the search raised it, without Ray's traceback.
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
@@ -251,7 +251,7 @@ def _connect(ray: Any, address: str, stack: ExitStack) -> None:
     if address != "auto":
         host, _, port = address.rpartition(":")
         try:
-            # Ray itself would try for two minutes, and end the process.
+            # Ray itself would try for two minutes and then end the process.
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         except OSError as error:
             raise InputError(f"--ray-address: {address}: {one_line(error)}") from None

@@ -19,9 +19,9 @@ from vllm_afbs.arguments import positive, unusable_output
 
 if TYPE_CHECKING:
     from vllm_afbs.profile.schema import Profile
-    from vllm_afbs.tuning.goal import Goal
+    from vllm_afbs.tuning.allocation.goal import Goal
     from vllm_afbs.tuning.model import SourceModel
-    from vllm_afbs.tuning.scorer import SearchSettings
+    from vllm_afbs.tuning.search.scorer import SearchSettings
     from vllm_afbs.tuning.texts import Text
     from vllm_afbs.tuning.workers import LayerPool
 
@@ -187,10 +187,10 @@ def _run(options: argparse.Namespace) -> int:
         with _layer_pool(options) as pool:
             profile = _tune(model, texts, settings, layers, goal, work, pool)
         from vllm_afbs.files import write_atomically
-        from vllm_afbs.tuning.journal import FILE_NAME, read_steps
+        from vllm_afbs.tuning.journal import FILE_NAME, read_entries
         from vllm_afbs.tuning.report import write_report
 
-        write_report(profile, read_steps(work / FILE_NAME), _report_file(options.output))
+        write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
         write_atomically(options.output, profile.to_json())
     except InputError as error:
         return _refuse(str(error))
@@ -222,7 +222,7 @@ def _tune(
 
 
 def _goal(options: argparse.Namespace) -> "Goal | None":
-    from vllm_afbs.tuning.goal import Goal
+    from vllm_afbs.tuning.allocation.goal import Goal
     from vllm_afbs.tuning.model import InputError
 
     if options.target_sparsity is not None:
@@ -247,7 +247,7 @@ def _layer_pool(options: argparse.Namespace) -> "AbstractContextManager[LayerPoo
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
     from vllm_afbs.tuning.device import compute_device
     from vllm_afbs.tuning.model import InputError
-    from vllm_afbs.tuning.scorer import SearchSettings
+    from vllm_afbs.tuning.search.scorer import SearchSettings
 
     reach = model.max_length
     has_gpu = compute_device().type == "cuda"

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import quality
 from benchmarks.domains import Domain, add_texts, read_domains
-from benchmarks.quality.bench import Bench, Candidates, Plan, Setting
+from benchmarks.quality.bench import Bench, Candidates, Plan, Record, Setting
 from benchmarks.quality.results import rows_of, show
 from benchmarks.table import benchmark_parser, write_rows
 from vllm_afbs.demo.assets import prepare
@@ -20,7 +20,7 @@ from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.evaluate.methods import Method
 from vllm_afbs.evaluate.suite import Amounts
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.tuning.journal import FILE_NAME, Journal, Record
+from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.model import open_model
 
 ANY = "any"

@@ -20,9 +20,9 @@ from vllm_afbs.evaluate.methods import BLOCK, Method, Selection
 from vllm_afbs.evaluate.suite import Amounts, Answers, Suite, ask, make_suite
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.journal import Journal, Record
+from vllm_afbs.tuning.journal import Journal
 from vllm_afbs.tuning.model import SourceModel
-from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text, read_texts
 from vllm_afbs.tuning.windows import CALIBRATION, cut_windows, load_tokenizer
 
@@ -69,6 +69,8 @@ class Plan:
     sparge_length: int
 
 
+Record = dict[str, Any]
+"""What is kept of a measurement, as JSON values."""
 Candidates = dict[str, list[Method]]
 """Methods by the name of the result that one of them gives."""
 
@@ -111,6 +113,7 @@ class Bench:
         for tolerance in self._plan.tolerances:
             record = self._journal.step(
                 f"{self._setting.calibration.name}: SpargeAttn's tuner, {tolerance}",
+                Record,
                 partial(self._sparge, tolerance),
             )
             thresholds = {
@@ -165,11 +168,11 @@ class Bench:
     def _step(self, name: str, of: str, compute: Callable[[], Record]) -> Record:
         key = self._key(name, of)
         known = key in self._journal
-        record = self._journal.step(key, compute)
+        record = self._journal.step(key, Record, compute)
         if not known:
             print(
                 f"{self._setting.name}: {name}: sparsity {record['sparsity']:.3f}, "
-                f"{record['seconds']:.1f} s",
+                f"{self._journal.entry(key).seconds:.1f} s",
                 flush=True,
             )
         return {**record, "setting": self._setting.name, "method": name}

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.quality.bench import Record
 from benchmarks.table import Row, make_row
 from vllm_afbs.evaluate.comparison import KL, LOSS, PERPLEXITY, RETRIEVAL, Comparison, worst
-from vllm_afbs.tuning.journal import Record
 
 _TEXT_FIGURES = {
     (PERPLEXITY, "all positions"): "perplexity ratio",

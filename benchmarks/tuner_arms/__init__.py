@@ -3,9 +3,9 @@
     python -m benchmarks.tuner_arms --output results.csv
 
 Every arm sees the same captured tensors through the same evaluator, under the same tolerance, and
-spends evaluations and cost as ``tuning.scorer`` defines them. Lambda is left out of all, as the
-backend serves none. What an arm found is measured alike (``unseen``): on a text that no arm saw,
-at the longest length, with all rows. Arms end at different errors, so sparsities are also
+spends evaluations and cost as ``tuning.search.scorer`` defines them. Lambda is left out of all, as
+the backend serves none. What an arm found is measured alike (``unseen``): on a text that no arm
+saw, at the longest length, with all rows. Arms end at different errors, so sparsities are also
 compared where each arm's mean error there equals the tolerance.
 
 A seed sets everything random and which parts of the texts are used, so arms without chance have a

@@ -15,10 +15,9 @@ from benchmarks import tuner_arms
 from benchmarks.domains import Domain, add_texts, read_domains
 from benchmarks.table import Row, benchmark_parser, write_rows
 from benchmarks.tuner_arms.results import print_summary, sample_rows, time_rows
-from benchmarks.tuner_arms.samples import ARMS, Plan, sample
+from benchmarks.tuner_arms.samples import ARMS, GroupFigures, Plan, sample
 from benchmarks.tuner_arms.times import WAYS, time_arms
 from vllm_afbs.demo.assets import prepare
-from vllm_afbs.tuning.journal import Record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,11 +83,11 @@ def _timed(
 
 def _samples(
     plan: Plan, domains: Sequence[Domain], names: Sequence[str], processes: int, work: Path
-) -> Iterator[dict[str, list[dict[str, Record]]]]:
+) -> Iterator[dict[str, list[dict[str, GroupFigures]]]]:
     """Takes samples in any order; yields all that there are, by text, after each."""
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    taken: dict[str, list[dict[str, Record]]] = {}
+    taken: dict[str, list[dict[str, GroupFigures]]] = {}
     with ProcessPoolExecutor(
         processes, spawn, initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:

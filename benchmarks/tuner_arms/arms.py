@@ -8,7 +8,7 @@ import torch
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.capture import Capture, LayerTensors
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 
 
 @dataclass(frozen=True)

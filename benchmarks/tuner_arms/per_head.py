@@ -22,11 +22,11 @@ import torch
 from benchmarks.tuner_arms.arms import Best
 from benchmarks.tuner_arms.sweeps import LEAST_DEPTH, MOST_DEPTH
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, tau_of
-from vllm_afbs.tuning.evaluator import HeadScores
-from vllm_afbs.tuning.journal import Record
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, tau_of
+from vllm_afbs.tuning.search.evaluator import HeadScores
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.results import Candidate, Explored, Refined
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION
 
 SINGLE_TRIALS = 20
@@ -49,10 +49,10 @@ def single_fidelity(scorer: LayerScorer, settings: SearchSettings) -> Best:
 class PaperSearch(LayerSearch):
     """The paper's three stages, for a layer of one head."""
 
-    def _explore(self) -> Record:
-        return self._step("explore", self._bayes)
+    def _explore(self) -> Explored:
+        return self._step("explore", Explored, self._bayes)
 
-    def _bayes(self) -> Record:
+    def _bayes(self) -> Explored:
         shortest, tolerance = self._settings.lengths[0], self._settings.tolerance
         trials = _optimise(self._scorer, self._settings, shortest, PAPER_TRIALS)
 
@@ -61,32 +61,26 @@ class PaperSearch(LayerSearch):
             return (True, sparsity) if error <= tolerance else (False, -error)
 
         thresholds, scores = max(trials, key=merit)
-        return {
-            "theta": thresholds.theta.tolist(),
-            "tau": thresholds.tau.tolist(),
-            "slope": [START_SLOPE],
-            "sparsity": scores.sparsity.tolist(),
-        }
+        best = Candidate(
+            thresholds.theta, thresholds.tau, torch.tensor([START_SLOPE]), scores.sparsity
+        )
+        return Explored(best, without_theta=best)
 
-    def _refine(self, explored: Record) -> Record:
-        theta = torch.tensor(explored["theta"])
+    def _refine(self, explored: Explored) -> Refined:
+        theta = explored.best.theta
         evaluator = self._scorer.evaluator(CALIBRATION, self._settings.longest, None)
         low, high = MIN_DEPTH, MAX_DEPTH
-        found = {"tau": [1.0], "error": [0.0], "sparsity": [0.0]}
+        found, zero = torch.ones(1), torch.zeros(1, dtype=torch.float64)
+        at_found = HeadScores(error=zero, sparsity=zero)
         for _ in range(PAPER_BISECTIONS):
             depth = (low + high) / 2
             tau = tau_of(torch.tensor([depth]))
             scores = self._scorer.score(evaluator, HeadThresholds(tau, theta), _HEAD)
             if float(scores.error) <= self._settings.tolerance:
-                high = depth
-                found = {
-                    "tau": tau.tolist(),
-                    "error": scores.error.tolist(),
-                    "sparsity": scores.sparsity.tolist(),
-                }
+                high, found, at_found = depth, tau, scores
             else:
                 low = depth
-        return {"theta": theta.tolist(), **found}
+        return Refined(theta, found, explored.best.slope, at_found.sparsity, error=at_found.error)
 
 
 def _optimise(
@@ -102,7 +96,7 @@ def _optimise(
         return float(scores.sparsity), float(scores.error)
 
     # Imported here: it takes seconds, and most arms do without.
-    from vllm_afbs.tuning.bayes import for_ax
+    from vllm_afbs.tuning.search.bayes import for_ax
 
     with for_ax(settings.seed):
         _run_ax(score, settings, num_trials)

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.table import Row, make_row
-from vllm_afbs.tuning.journal import Record
+from benchmarks.tuner_arms.samples import GroupFigures
+from benchmarks.tuner_arms.times import Times
 
 UNITS = {
     "evaluations a head": "count",
@@ -28,8 +29,8 @@ _COLUMNS = {
     "mean sparsity on unseen text": "sparsity",
     "sparsity at equal error": "at equal error",
 }
-Samples = Sequence[Mapping[str, Record]]
-"""For each seed, each arm's record."""
+Samples = Sequence[Mapping[str, GroupFigures]]
+"""For each seed, each arm's figures."""
 
 
 def sample_rows(domain: str, samples: Samples, names: Sequence[str], setting: str) -> list[Row]:
@@ -43,8 +44,8 @@ def sample_rows(domain: str, samples: Samples, names: Sequence[str], setting: st
     """
     rows = []
     for name in names:
-        for group in samples[0][name]["figures"]:
-            each = [sample[name]["figures"][group] for sample in samples]
+        for group in samples[0][name]:
+            each = [sample[name][group] for sample in samples]
             rows += [
                 make_row(
                     f"{name}: {what}",
@@ -57,7 +58,7 @@ def sample_rows(domain: str, samples: Samples, names: Sequence[str], setting: st
     return rows
 
 
-def time_rows(times: Mapping[str, Record], ways: Iterable[str], shape: str) -> list[Row]:
+def time_rows(times: Mapping[str, Times], ways: Iterable[str], shape: str) -> list[Row]:
     """Rows of the times, in each way: their spread over the layers."""
     return [
         make_row(f"{name}: {way}", shape, record[way], "seconds")

@@ -16,10 +16,10 @@ from benchmarks.tuner_arms import per_head, stages, sweeps
 from benchmarks.tuner_arms.arms import Arm, Found, HeadCapture, swept
 from benchmarks.tuner_arms.unseen import Choice, Meter
 from vllm_afbs.tuning.capture import Capture, capture
-from vllm_afbs.tuning.journal import Journal, Record
+from vllm_afbs.tuning.journal import Journal
 from vllm_afbs.tuning.model import SourceModel, open_model
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
 
@@ -45,6 +45,8 @@ ARMS = [*ON_ALL_LAYERS, *ON_SOME_LAYERS, *ON_SOME_HEADS]
 
 
 Head = tuple[int, int]  # layer, number
+GroupFigures = dict[str, dict[str, float]]
+"""Of each group of heads that an arm tuned all of, its ``figures``."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _begun_at(share: float, text: str) -> str:
 
 def sample(
     plan: Plan, domain: Domain, seed: int, names: Sequence[str], work: Path
-) -> dict[str, Record]:
+) -> dict[str, GroupFigures]:
     """Runs arms on one text under one seed, or reads what was kept of an earlier run.
 
     Args:
@@ -189,7 +191,7 @@ def sample(
     header = {**asdict(plan), "texts": [domain.calibration.name, domain.measured.name]}
     journal = Journal(work / f"{domain.name}-{seed}.jsonl", header)
     if all(name in journal for name in names):
-        return {name: journal.step(name, dict) for name in names}
+        return {name: journal.result(name, GroupFigures) for name in names}
     scope = Scope.of(open_model(plan.model), plan.every, plan.num_slow)
     settings = plan.settings(seed)
     with (
@@ -202,7 +204,7 @@ def sample(
         for name in names:
             begun = time.monotonic()
             compute = partial(_figures, name, settings, scope, taken, meters)
-            records[name] = journal.step(name, compute)
+            records[name] = journal.step(name, GroupFigures, compute)
             seconds = time.monotonic() - begun
             print(f"{domain.name}, seed {seed}, {name}: {seconds:.0f} s", flush=True)
     return records
@@ -210,13 +212,11 @@ def sample(
 
 def _figures(
     name: str, settings: SearchSettings, scope: Scope, taken: Capture, meters: tuple[Meter, Meter]
-) -> Record:
+) -> GroupFigures:
     choices = choose(name, settings, scope, taken)
     tuned = {(choice.layer, choice.head) for choice in choices}
     return {
-        "figures": {
-            group: figures([each for each in choices if (each.layer, each.head) in heads], *meters)
-            for group, heads in scope.groups().items()
-            if heads <= tuned
-        }
+        group: figures([each for each in choices if (each.layer, each.head) in heads], *meters)
+        for group, heads in scope.groups().items()
+        if heads <= tuned
     }

@@ -4,7 +4,7 @@ All but one end in the same validation on held-out text as ``vllm_afbs.tune``, w
 what a taken-out part would have done better: an ablation shows in the sparsity as well as in the
 errors.
 
-- *without BO*: no guard is tried, so theta stays off.
+- *without BO*: no theta is tried, so theta stays off.
 - *without binary search*: each head keeps the tau that its last trial read off a line.
 - *without validation*: what stage 2 found is taken, as the arms that only sweep do.
 - *without low fidelity*: every trial has all rows. The search needs two lengths, so the shorter is
@@ -14,19 +14,21 @@ errors.
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+
+import torch
 
 from benchmarks.tuner_arms.arms import Arm, Found, by_layer
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.evaluator import LayerEvaluator
-from vllm_afbs.tuning.explore import Explorer
-from vllm_afbs.tuning.journal import FILE_NAME, Journal, Record, read_steps
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
-from vllm_afbs.tuning.validation import MIN_SPARSITY
+from vllm_afbs.tuning.journal import FILE_NAME, Journal
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.explore import Explorer
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.results import Explored, Refined, Validated
+from vllm_afbs.tuning.search.scorer import SearchSettings
+from vllm_afbs.tuning.search.validation import MIN_SPARSITY
 from vllm_afbs.tuning.windows import CALIBRATION
 
 
@@ -43,34 +45,31 @@ def searched(
 
     def tune(settings: SearchSettings, layer: int, capture: Capture) -> Found:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / FILE_NAME
-            journal = Journal(path, {})
+            journal = Journal(Path(folder) / FILE_NAME, {})
             heads = search_type(adapt(settings), layer, capture, journal, lambda _: None).run()
-            steps = read_steps(path)
         found = HeadThresholds.of(heads.heads)
-        validation = sum(s["evaluations"] for s in steps if s["step"].endswith(" validate"))
+        done = journal.entries(f"layer {layer} validate")
+        validation = sum(entry.evaluations for entry in done)
         spent = journal.total("evaluations"), journal.total("cost")
         return Found(found.tau, found.theta, *spent, float(validation))
 
     return by_layer(tune)
 
 
-class _NoGuards(Explorer):
-    """Stage 1 up to the first guard."""
+class _WithoutTheta(Explorer):
+    """Stage 1 up to the first theta trial."""
 
-    def run(self) -> Record:
-        for length in self._settings.lengths:
-            compute = partial(self._without_guard, length)
-            self._free[length] = self._trial(f"unguarded {length}", compute)
-        free = self._free[self._settings.longest]
-        return {name: free[name] for name in ("theta", "tau", "slope", "sparsity")}
+    def run(self) -> Explored:
+        self._run_without_theta()
+        trial = self.without_theta(self._settings.longest)
+        return Explored(best=trial, without_theta=trial)
 
 
 class WithoutBayes(LayerSearch):
-    """No Bayesian optimisation, so no guards."""
+    """No Bayesian optimisation, so no theta."""
 
-    def _explore(self) -> Record:
-        return _NoGuards(
+    def _explore(self) -> Explored:
+        return _WithoutTheta(
             self._settings, self._layer, self._scorer, self._step, lambda _: None
         ).run()
 
@@ -78,21 +77,20 @@ class WithoutBayes(LayerSearch):
 class WithoutBinarySearch(LayerSearch):
     """No refinement of tau."""
 
-    def _refine(self, explored: Record) -> Record:
+    def _refine(self, explored: Explored) -> Refined:
+        best = explored.best
         # Where the trials' lines say that the tolerance is met; nothing is measured.
-        error = [self._settings.tolerance] * len(explored["tau"])
-        return {name: explored[name] for name in ("theta", "tau", "sparsity")} | {"error": error}
+        error = torch.full_like(best.sparsity, self._settings.tolerance, dtype=torch.float64)
+        return Refined(best.theta, best.tau, best.slope, best.sparsity.double(), error=error)
 
 
 class WithoutValidation(LayerSearch):
     """No held-out text."""
 
-    def _validate(self, refined: Record, settings: SearchSettings) -> Record:
-        worth = [sparsity >= MIN_SPARSITY for sparsity in refined["sparsity"]]
-        tau = [tau if each else 1.0 for tau, each in zip(refined["tau"], worth, strict=True)]
-        theta = (min(1.0, each) for each in refined["theta"])
-        heads = [HeadProfile(tau=t, theta=g) for t, g in zip(tau, theta, strict=True)]
-        return {"heads": [head.model_dump() for head in heads]}
+    def _validate(self, refined: Refined, settings: SearchSettings) -> Validated:
+        tau = torch.where(refined.sparsity >= MIN_SPARSITY, refined.tau, 1.0).tolist()
+        pairs = zip(tau, refined.theta.clamp_max(1.0).tolist(), strict=True)
+        return Validated(tuple(HeadProfile(tau=tau, theta=theta) for tau, theta in pairs))
 
 
 class _AllRows(Explorer):
@@ -105,7 +103,7 @@ class _AllRows(Explorer):
 class WithoutLowFidelity(LayerSearch):
     """No fewer rows; the lengths are ``nearly_longest``."""
 
-    def _explore(self) -> Record:
+    def _explore(self) -> Explored:
         return _AllRows(self._settings, self._layer, self._scorer, self._step, lambda _: None).run()
 
 

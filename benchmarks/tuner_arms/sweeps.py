@@ -5,9 +5,9 @@
 - *random*: 32 draws a head.
 - *one setting*: one tau for all heads of the model, no theta, by bisection on the mean error.
 - *oracle*: no tuner, but the most that tau and theta allow on the calibration text: 36 values of
-  tau by 11 guards, and under each guard a bisection between the sparsest tau that was accepted and
-  the one below it. It fits the calibration text as closely as that, and nothing guards it against
-  other text.
+  tau by 11 quantiles of theta, and at each quantile a bisection between the sparsest tau that was
+  accepted and the one below it. It fits the calibration text that closely, and nothing protects it
+  from other text.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ import torch
 from benchmarks.tuner_arms.arms import Best, Found
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.tuning.bracket import MAX_DEPTH, MIN_DEPTH, tau_of
 from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.evaluator import LayerEvaluator
-from vllm_afbs.tuning.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, tau_of
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION
 
 SPARGE_THETAS = 32
@@ -28,10 +28,10 @@ SPARGE_BISECTIONS = 10
 GRID_TAUS, GRID_THETAS = 16, 8
 RANDOM_DRAWS = 32
 GLOBAL_BISECTIONS = 10
-ORACLE_TAUS, ORACLE_GUARDS, ORACLE_BISECTIONS = 36, 11, 4
+ORACLE_TAUS, ORACLE_QUANTILES, ORACLE_BISECTIONS = 36, 11, 4
 LEAST_DEPTH, MOST_DEPTH = 0.2, 7.0
 """Depths that arms which know nothing of the heads look between: tau 0.18 to 0.999."""
-_MOST_GUARDED = 0.5  # guarded blocks are always computed
+_MAX_QUANTILE = 0.5  # blocks below theta are always computed
 
 
 class _Sweep:
@@ -94,8 +94,8 @@ def oracle(scorer: LayerScorer, settings: SearchSettings) -> Best:
     sweep = _Sweep(scorer, settings)
     depths = torch.linspace(MIN_DEPTH, MAX_DEPTH, ORACLE_TAUS)
     spacing = float(depths[1] - depths[0])
-    for guard in torch.linspace(0.0, _MOST_GUARDED, ORACLE_GUARDS).tolist():
-        theta = sweep.evaluator.guard_theta(guard)
+    for quantile in torch.linspace(0.0, _MAX_QUANTILE, ORACLE_QUANTILES).tolist():
+        theta = sweep.evaluator.theta_at(quantile)
         high = sweep.uniform(torch.inf)
         for depth in depths.tolist():
             within = sweep.within(tau_of(sweep.uniform(depth)), theta)

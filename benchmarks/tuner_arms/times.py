@@ -25,11 +25,13 @@ from benchmarks.tuner_arms.samples import (
 )
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.device import compute_device
-from vllm_afbs.tuning.evaluator import LayerEvaluator
-from vllm_afbs.tuning.journal import Journal, Record
+from vllm_afbs.tuning.journal import Journal
 from vllm_afbs.tuning.model import open_model
-from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.scorer import SearchSettings
 
+Times = dict[str, list[float]]
+"""In each of ``WAYS``, the seconds a head of every layer."""
 WITH_CACHE, WITHOUT_CACHE = "seconds a head", "seconds a head without the cache"
 
 
@@ -46,7 +48,7 @@ WAYS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 
 def time_arms(
     plan: Plan, domain: Domain, names: Sequence[str], num_layers: int, work: Path
-) -> dict[str, Record]:
+) -> dict[str, Times]:
     """Times arms on some layers of one text under the first seed, or reads what was kept.
 
     The oracle is left out, as it is no tuner.
@@ -66,7 +68,7 @@ def time_arms(
     header = {**asdict(plan), "text": domain.name, "layers": num_layers, "device": device}
     journal = Journal(work / "times.jsonl", header)
     if all(name in journal for name in tuners):
-        return {name: journal.step(name, dict) for name in tuners}
+        return {name: journal.result(name, Times) for name in tuners}
     scope = Scope.of(open_model(plan.model), plan.every, num_layers)
     settings = plan.settings(0)
     with (
@@ -75,13 +77,13 @@ def time_arms(
     ):
         _warm_up(tuners, settings, scope, taken)
         return {
-            name: journal.step(name, partial(_time, name, settings, scope, taken))
+            name: journal.step(name, Times, partial(_time, name, settings, scope, taken))
             for name in tuners
         }
 
 
-def _time(name: str, settings: SearchSettings, scope: Scope, taken: Capture) -> Record:
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+def _time(name: str, settings: SearchSettings, scope: Scope, taken: Capture) -> Times:
+    seconds: Times = {way: [] for way in WAYS}
     for layer, head in scope.slow:
         alone = Scope([layer], scope.num_heads, [(layer, head)])
         for way, context in WAYS.items():
@@ -90,7 +92,7 @@ def _time(name: str, settings: SearchSettings, scope: Scope, taken: Capture) -> 
                 choices = choose(name, settings, alone, taken)
                 seconds[way].append((time.perf_counter() - start) / len(choices))
     print(f"timed {name}", flush=True)
-    return dict(seconds)
+    return seconds
 
 
 def _warm_up(tuners: Sequence[str], settings: SearchSettings, scope: Scope, taken: Capture) -> None:

@@ -8,11 +8,11 @@ import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.tuning.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, depth_of, tau_of
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.device import compute_device
-from vllm_afbs.tuning.evaluator import LayerEvaluator
-from vllm_afbs.tuning.scorer import SearchSettings
+from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, depth_of, tau_of
+from vllm_afbs.tuning.search.evaluator import LayerEvaluator
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION
 
 CLOSE = 0.005
@@ -30,7 +30,7 @@ class Choice:
         layer: Its layer.
         head: Its number there.
         tau: 1 is dense.
-        theta: The guard.
+        theta: Threshold of the blocks' self-similarity.
         evaluations: A head's share of its layer's.
         cost: Likewise.
         validation: Likewise; of the evaluations, those on held-out text.

@@ -40,7 +40,8 @@ class DenseCost:
 
     Dense prefills on this machine show how long a block product takes. Until there is a comparable
     one, sparse prefills do, by the number of blocks that they computed. Per block, tiles are a
-    little slower than dense attention (docs/benchmarks.md), so the estimate is then a little too high.
+    little slower than dense attention (docs/benchmarks.md), so the estimate is then a little too
+    high.
     """
 
     def __init__(self) -> None:

@@ -1,13 +1,12 @@
 """Scoring thresholds: the error and sparsity that the served selector would give.
 
-The attention of a layer is computed once, split into *partials*: for every (query row, key block)
+The attention of a layer is computed once, split into *partials*: for every (query row, key block),
 the softmax over that block alone. The output for any choice of blocks is then an exact weighted
-sum of partials, as in the online softmax, so a choice costs one pass over memory rather than the
-products with K and V again.
+sum of partials, as in the online softmax. So a choice costs one pass over memory, and the products
+with K and V are not computed again.
 
-Profiles made here leave lambda unset: the served tiles run whole blocks through the platform's
-dense kernel, which cannot skip P.V inside a block. A partial keeps its own maximum, which is all
-that lambda would need.
+The tuner leaves lambda unset: the served tiles run whole blocks through the platform's dense
+kernel, which cannot skip P.V inside a block.
 """
 
 import math
@@ -28,7 +27,7 @@ from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.capture import LayerTensors
 
 _HOST_CACHE_BYTES = 3 << 30
-_DEVICE_CACHE_SHARE = 0.25  # of a GPU's memory; a layer keeps partials at three lengths and more
+_DEVICE_CACHE_SHARE = 0.25  # of a GPU's memory; a layer keeps partials at three lengths or more
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,13 @@ class HeadScores:
 class _Partials:
     """One query block's softmax over each visible key block, every query head's rows.
 
-    Query heads are split into ``[num_kv_heads, group]``, as they are computed.
+    The dimension of query heads is split into ``[num_kv_heads, group]``.
 
     Attributes:
         maxima: Largest score, ``[num_k_blocks, num_kv_heads, group, rows, 1]``.
-        outputs: Sum of ``exp(score - maximum) * value``, and in the last column of
-            ``exp(score - maximum)``, ``[num_k_blocks, num_kv_heads, group, rows, head_dim + 1]``.
+        outputs: Sum of ``exp(score - maximum) * value``; the last column is the sum of
+            ``exp(score - maximum)`` alone. ``[num_k_blocks, num_kv_heads, group, rows,
+            head_dim + 1]``.
         dense: Output over all blocks, ``[num_heads, rows, head_dim]``.
     """
 
@@ -79,7 +79,7 @@ class _Partials:
 class LayerEvaluator:
     """Scores thresholds for all heads of one layer at one length.
 
-    Works on the tensors' device; thresholds come from the host and scores go there.
+    It computes on the tensors' device. Thresholds and scores are on the host.
 
     Args:
         tensors: The layer's Q, K and V; the first ``length`` positions are used.
@@ -87,8 +87,8 @@ class LayerEvaluator:
         block_q: Rows of a query block.
         block_k: Keys of a key block.
         row_share: Share of the query blocks whose error is measured, in (0, 1]. The blocks are
-            spread evenly over the context and always hold the last.
-        cache_bytes: Partials above this size are recomputed for each score instead of kept;
+            spread evenly over the context and always include the last.
+        cache_bytes: Partials that take more memory are not kept: each score computes them again.
             None for what the device has room for.
     """
 
@@ -122,24 +122,27 @@ class LayerEvaluator:
         rows = sum(int(starts[i + 1] - starts[i]) for i in self.sampled_blocks)
         return rows / self.length
 
-    def guard_theta(self, guard: float) -> torch.Tensor:
-        """Turns the share of a head's blocks to guard into that head's theta.
+    def theta_at(self, quantile: float) -> torch.Tensor:
+        """The theta of each head at a quantile of its blocks' self-similarities.
 
-        Similarities differ more between heads than within one, so one theta for a layer would
-        guard all blocks of some heads and none of others; a share means the same for all.
+        Self-similarities differ more between heads than within one. One theta for a layer would lie
+        above all blocks of some heads and below all of others, so theta is chosen by its quantile,
+        which means the same for all heads.
 
         Args:
-            guard: Share of the query and key blocks that theta should leave out of the
-                softmax and always compute, in [0, 1].
+            quantile: Share of the query and key blocks with a self-similarity below theta, in
+                [0, 1]. These blocks stay out of the softmax and are always computed.
 
         Returns:
-            theta of each head, ``[num_heads]``; off where ``guard`` is 0.
+            theta of each head, ``[num_heads]``; off where ``quantile`` is 0.
         """
-        if guard == 0.0:
+        if quantile == 0.0:
             return torch.full((self.num_heads,), THETA_OFF)
         group = self.num_heads // len(self._scores.key_similarity)
         keys = self._scores.key_similarity.repeat_interleave(group, dim=0)
-        return torch.cat([self._scores.query_similarity, keys], dim=1).quantile(guard, dim=1).cpu()
+        return (
+            torch.cat([self._scores.query_similarity, keys], dim=1).quantile(quantile, dim=1).cpu()
+        )
 
     def score(self, thresholds: HeadThresholds) -> HeadScores:
         """Measures every head under its thresholds.
@@ -160,7 +163,7 @@ class LayerEvaluator:
         return HeadScores((difference / magnitude).cpu(), self._sparsity_of(keep))
 
     def sparsity(self, thresholds: HeadThresholds) -> torch.Tensor:
-        """The sparsity part of ``score``, which takes the selection alone: nothing is attended."""
+        """The sparsity that ``score`` returns; it needs only the selection, and no attention."""
         return self._sparsity_of(self._select(thresholds))
 
     def _select(self, thresholds: HeadThresholds) -> torch.Tensor:
@@ -188,7 +191,7 @@ class LayerEvaluator:
         values, _ = cut_keys(self._value.float(), self.geometry)
         # A column of ones makes the product with V sum the weights as well.
         values = torch.nn.functional.pad(values, (0, 1), value=1.0)
-        # One buffer for all blocks: a fresh one each is mapped and zeroed by the kernel anew.
+        # One buffer for all blocks: the kernel would map and zero a new one each time.
         buffer = keys.new_empty(self.num_heads * self.geometry.block_q * keys[0, ..., 0].numel())
         for i in self.sampled_blocks:
             start, stop = (int(row) for row in self.geometry.row_starts[i : i + 2])
@@ -204,10 +207,12 @@ class LayerEvaluator:
             scores[..., start:].masked_fill_(hidden, -torch.inf)
             scores = scores.view(num_kv_heads, group * rows, num_blocks, block_k)
             maxima = scores.amax(-1)
-            # A row may see nothing of a diagonal block: exp(-inf - finite) is its honest zero.
+            # A row may see no key of a diagonal block: exp(-inf - finite) gives it zero weight.
             weights = scores.sub_(maxima.clamp_min(torch.finfo().min)[..., None]).exp_()
             outputs = values.new_empty(num_kv_heads, num_blocks, group * rows, head_dim + 1)
-            for kv_head in range(num_kv_heads):  # one product over both would copy the weights
+            for kv_head in range(
+                num_kv_heads
+            ):  # one product over all KV heads would copy the weights
                 torch.bmm(
                     weights[kv_head].transpose(0, 1),
                     values[kv_head, :num_blocks],
@@ -234,7 +239,7 @@ def _combine(maxima: torch.Tensor, outputs: torch.Tensor, keep: torch.Tensor) ->
 
 
 def default_cache_bytes(device: torch.device) -> int:
-    """Room for one evaluator's partials."""
+    """Memory that one evaluator's partials may take."""
     if device.type == "cuda":
         return int(_DEVICE_CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return _HOST_CACHE_BYTES

@@ -1,22 +1,22 @@
 """The outer search: each layer's tolerance, for a goal that is set for the whole model.
 
-The tolerance need not be equal for all layers: the same error changes the predictions a hundred
-times as much in one as in another. So, after all layers were tuned to one tolerance:
+The layers need not have equal tolerances: in SmolLM2-135M, the same error changes the predictions
+a hundred times as much in one layer as in another. So, after all layers are tuned to one tolerance:
 
-1. *Damage*: the model is run with one layer sparse at a time, on the shortest length and with the
-   thresholds that meet the tolerance there. The KL divergence that it causes grows with the square
-   of the layer's error, and layers' add up; a run with all of them on the longest length says what
-   their sum is there.
+1. *Damage*: the model runs with one layer sparse at a time, at the shortest length and with the
+   thresholds that meet the tolerance there. The KL divergence that a layer causes grows with the
+   square of its error, and the divergences of layers add up. A run with all layers sparse at the
+   longest length scales the sum.
 2. *Levels*: what a layer would skip at other tolerances is read off the slopes of stage 2.
-3. *Allocation* (``allocation``): the tolerances that leave the fewest block products for the
-   damage. Kernel time is a line in these (docs/benchmarks.md), so they are
-   what is to be least.
-4. *Measurement*: the layers are refined and validated with their tolerances, and the whole model is
-   run on held-out text. If it misses the goal, the budget is moved by as much, and 3 repeated.
+3. *Allocation* (``levels``): the tolerances that leave the fewest block products for the damage.
+   Kernel time is linear in the block products.
+4. *Measurement*: the layers are refined and validated with their tolerances, and the whole model
+   runs on held-out text. If it misses the goal, the budget moves by the miss, and step 3 repeats.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -24,21 +24,34 @@ import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import BudgetRun, LayerProfile, WholeModel
-from vllm_afbs.tuning.allocation import Levels
+from vllm_afbs.tuning.allocation.goal import Goal
+from vllm_afbs.tuning.allocation.levels import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
-from vllm_afbs.tuning.goal import Goal
-from vllm_afbs.tuning.journal import Journal
+from vllm_afbs.tuning.journal import Journal, Result
 from vllm_afbs.tuning.model import InputError, SourceModel
 from vllm_afbs.tuning.progress import Progress
-from vllm_afbs.tuning.scorer import SearchSettings
-from vllm_afbs.tuning.search import LayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION
 
 FACTORS = [2.0 ** (step / 2) for step in range(-6, 7)]
-"""A layer's tolerance, in units of the job's."""
+"""A layer's tolerance, in units of the job's: 1/8 to 8, as far as slopes are extrapolated. Chosen
+on SmolLM2-135M at lengths of 1024 and 2048."""
 ATTEMPTS = 4
+"""Most allocations that are measured; each tunes all layers again. Chosen on SmolLM2-135M."""
 
 Layers = dict[int, LayerProfile]
+
+
+@dataclass(frozen=True, eq=False)
+class Damage(Result):
+    """What one sparse layer does to the predictions on the shortest length.
+
+    Attributes:
+        kl: KL divergence from the dense model's predictions, in nats.
+    """
+
+    kl: float
 
 
 class Search(Protocol):
@@ -60,7 +73,7 @@ class BudgetSearch:
         windows: Token ids of the calibration window and of every held-out one.
         journal: Where steps are kept.
         search: Tunes layers.
-        progress: Hears about it.
+        progress: Is told how far the search is.
     """
 
     def __init__(
@@ -88,7 +101,7 @@ class BudgetSearch:
             uniform: The layers, tuned to the job's tolerance.
 
         Returns:
-            The layers, each tuned to its own tolerance, and what came of it.
+            The layers, each tuned to its own tolerance, and how the whole model did with them.
 
         Raises:
             InputError: No attempt reached the goal.
@@ -133,11 +146,11 @@ class BudgetSearch:
         """Runs, or replays, the whole model on the held-out windows.
 
         Args:
-            name: Of the measurement, in the journal.
+            name: Name of the measurement in the journal.
             layers: The model's layers.
         """
 
-        def measure() -> dict[str, float]:
+        def measure() -> WholeModel:
             thresholds = _thresholds(layers)
             kls, losses = [], []
             for window, dense in self._dense.items():
@@ -145,16 +158,14 @@ class BudgetSearch:
                 kls.append(dense.kl_to(sparse))
                 losses.append((dense.loss, sparse.loss))
             dense_loss, loss = (sum(side) / len(side) for side in zip(*losses, strict=True))
-            measured = WholeModel(
+            return WholeModel(
                 sparsity=_mean_sparsity(layers),
                 kl=max(0.0, sum(kls) / len(kls)),
                 perplexity=math.exp(loss),
                 dense_perplexity=math.exp(dense_loss),
             )
-            return measured.model_dump()
 
-        record = self._journal.step(f"whole model {name}", measure)
-        return WholeModel.model_validate({key: record[key] for key in WholeModel.model_fields})
+        return self._journal.step(f"whole model {name}", WholeModel, measure)
 
     def _levels(self, layers: list[int], kl: float) -> Levels:
         self._progress.begin("Measuring each layer's damage", len(layers))
@@ -166,7 +177,7 @@ class BudgetSearch:
             sparsities.append(search.sparsities(tolerances))
             self._progress.advance(1.0)
         damage = torch.tensor(damages, dtype=torch.float64)
-        # A layer that drops nothing on the shortest length is taken for an average one.
+        # A layer that drops nothing at the shortest length counts as an average one.
         damage = torch.where(damage.isnan(), damage.nanmean(), damage)
         damage *= kl / damage.sum().clamp_min(1e-12)
         growth = torch.tensor(FACTORS, dtype=torch.float64).square()
@@ -174,13 +185,13 @@ class BudgetSearch:
         return Levels(density, damage[:, None] * growth)
 
     def _damage(self, layer: int, thresholds: HeadThresholds, error: torch.Tensor) -> float:
-        """KL divergence that a layer's mean squared error causes, over that error; or NaN."""
+        """KL divergence that a layer causes, over its mean squared error; NaN if that is 0."""
 
-        def measure() -> dict[str, float]:
+        def measure() -> Damage:
             sparse = self._runner.predict(self._shortest, {layer: thresholds})
-            return {"kl": max(0.0, self._dense_short.kl_to(sparse))}
+            return Damage(max(0.0, self._dense_short.kl_to(sparse)))
 
-        kl = float(self._journal.step(f"damage of layer {layer}", measure)["kl"])
+        kl = self._journal.step(f"damage of layer {layer}", Damage, measure).kl
         square = float(error.double().square().mean())
         return kl / square if square > 0.0 else math.nan
 
@@ -194,7 +205,7 @@ class BudgetSearch:
 
 
 def _thresholds(layers: Layers) -> dict[int, HeadThresholds]:
-    """Of the layers that the server would run sparse."""
+    """Thresholds of the layers that the server would run sparse."""
     return {
         index: HeadThresholds.of(layer.heads) for index, layer in layers.items() if layer.is_sparse
     }

@@ -2,14 +2,14 @@
 
 All heads of a layer are searched at once, each with its own bracket, because one pass of the
 evaluator scores them all. Until a head is bracketed, steps outward follow the head's own slope and
-at least double; then the step is a secant on log error, or halves the bracket where the secant
-keeps moving the same end. It needs fewer evaluations than halving alone and cannot leave what is
-known.
+at least double. Then the step is a secant on log error, or it halves the bracket if the secant
+keeps moving the same end. This needs fewer evaluations than halving alone, and it cannot leave the
+bracket.
 
-Error grows with dropped mass nearly always, but that is not assumed: a tau counts only if it was
-itself measured within the tolerance, and the best of those is kept. While exploring, where nothing
-is accepted yet, a search may stop near the tolerance on either side and say by the line where it
-would be met.
+Error nearly always grows with the dropped mass, but the search does not rely on it: a tau counts
+only if it was itself measured within the tolerance, and the sparsest of these is kept. Exploring
+accepts nothing yet, so there a search may stop near the tolerance on either side and estimate from
+the line where it would be met.
 """
 
 import math
@@ -19,21 +19,33 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
 
 MAX_DEPTH = 9.0
-"""depth = -log(1 - tau): tau 0.9999, beyond which a head runs dense."""
+"""Depth is -log(1 - tau); this one is tau 0.9999, beyond which a head runs dense."""
 MIN_DEPTH = 0.05
+"""tau 0.05, which drops all but what is always kept on any model."""
 START_SLOPE = 0.8
-"""-d log(error) / d depth of a head that was not measured yet; SmolLM2's are 0.5 to 1.2."""
-_SLOPES = (0.25, 2.5)  # a line through two close points can be anything
+"""-d log(error) / d depth of a head that was not measured yet: the middle of what SmolLM2-135M's
+heads have at lengths to 8192, 0.5 to 1.2. It is only where the search begins: each head's own slope
+replaces it after two scores."""
+_SLOPES = (0.25, 2.5)
+"""Bounds of a measured slope, since a line through two close points can have any: about half and
+twice the range of SmolLM2-135M's heads."""
 _MAX_STEP = 2.0
-_FIRST_REACH = 0.1  # least first step outward: where error is flat in depth the secant creeps
-_CLOSE = 0.9  # an accepted error above this share of the tolerance is not worth refining
-_NARROW = 0.04  # nor is a bracket of this depth
-# Midway between "close" and the tolerance, or a step that lands just above it is lost.
+"""Longest step outward in depth; chosen on SmolLM2-135M. A step that is too short is doubled."""
+_FIRST_REACH = 0.1
+"""Shortest first step outward in depth: where error is flat in depth, the secant creeps."""
+_CLOSE = 0.9
+"""An accepted error above this share of the tolerance is not worth refining, whatever the model."""
+_NARROW = 0.04
+"""A bracket of this depth is not worth refining: on SmolLM2-135M's slopes, error changes by less
+than a twentieth within it."""
 _AIM = 0.5 * math.log(_CLOSE)
-_RAISE_STEPS = 8  # halvings of a depth, each a selection alone
+"""Log error, over the tolerance, that steps aim at: midway between ``_CLOSE`` and the tolerance. A
+step that aimed at the tolerance would often land just above it and be lost."""
+_RAISE_STEPS = 8
+"""Halvings of a depth when tau is raised; each needs only a selection."""
 
 
 def depth_of(tau: torch.Tensor) -> torch.Tensor:
@@ -47,16 +59,16 @@ def tau_of(depth: torch.Tensor) -> torch.Tensor:
 
 
 class AtTheta:
-    """A layer at one length under one theta: what is left to choose is each head's tau.
+    """A layer at one length under a given theta per head; each head's tau is left to choose.
 
     Attributes:
         evaluator: The layer's, at that length.
         theta: ``[num_heads]``.
-        most: What each head could skip at most, ``[num_heads]``.
+        most: Largest sparsity that each head can reach, ``[num_heads]``.
     """
 
     def __init__(self, evaluator: LayerEvaluator, theta: torch.Tensor) -> None:
-        """Reads off ``most``, which takes a selection."""
+        """Computes ``most``, which needs one selection."""
         self.evaluator = evaluator
         self.theta = theta
         self.most = self.sparsity(tau_of(torch.full_like(theta, MIN_DEPTH)))
@@ -66,15 +78,15 @@ class AtTheta:
         return self.evaluator.score(HeadThresholds(tau, self.theta))
 
     def sparsity(self, tau: torch.Tensor) -> torch.Tensor:
-        """The sparsity alone, which takes the selection alone."""
+        """Sparsity of each head; it needs only the selection."""
         return self.evaluator.sparsity(HeadThresholds(tau, self.theta))
 
     def raised(self, tau: torch.Tensor) -> torch.Tensor:
-        """The largest tau that skips as much as a given one.
+        """The largest tau that skips the same blocks as a given one.
 
-        A larger tau keeps what a smaller one keeps, so to skip as much is to skip the same. A head
-        that needs little but what is always kept could have any tau, and a low one drops more on
-        other text.
+        A larger tau keeps all blocks that a smaller one keeps, so equal sparsity means equal
+        blocks. Many taus may drop the same blocks on this text, and the lowest of them drops more
+        on other text.
         """
         skipped = self.sparsity(tau)
         low, high = depth_of(tau), torch.full_like(tau, MAX_DEPTH)
@@ -109,11 +121,13 @@ class TauSearch:
 
     Args:
         tolerance: Largest accepted relative L1 error.
-        start: tau to begin with, ``[num_heads]``, from a neighbouring trial where there is one.
+        start: tau to begin with, ``[num_heads]``.
         heads: Heads to search, ``[num_heads]`` bool; the others stay dense.
         slope: -d log(error) / d depth to begin with, ``[num_heads]``; replaced by what is measured.
-        nearness: A head also settles with a log error this close to the tolerance, on either side.
-        most: What each head could skip at most; one that does so within the tolerance settles.
+        nearness: A head also settles when its log error is this close to the tolerance's, on either
+            side.
+        most: Largest sparsity that each head can reach; a head that reaches it within the tolerance
+            settles.
 
     Attributes:
         best: What was accepted so far.
@@ -143,7 +157,7 @@ class TauSearch:
         self._slope = self.slope  # between the last two points
         self._active = self.heads.clone()
         self._reach = torch.full((num_heads,), _FIRST_REACH)
-        # Which end moved last, and whether the same one moved before it.
+        # Whether the accepted end moved last, and whether the same end moved twice in a row.
         self._moved_high = torch.zeros(num_heads, dtype=torch.bool)
         self._stalled = torch.zeros(num_heads, dtype=torch.bool)
 
@@ -204,7 +218,7 @@ class TauSearch:
         measured = (self._last_error - log_error) / (self._depth - self._last)
         known = self._active & measured.isfinite()
         self._slope = torch.where(known, measured.clamp(*_SLOPES), self._slope)
-        # Where no block came or went in between, the step goes farther, but nothing was learnt.
+        # If no block came or went in between, the step goes farther, but no slope was learnt.
         self.slope = torch.where(known & (measured != 0.0), self._slope, self.slope)
         self._last = torch.where(self._active, self._depth, self._last)
         self._last_error = torch.where(self._active, log_error, self._last_error)

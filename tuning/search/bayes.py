@@ -1,15 +1,15 @@
 """Stage 1's proposals: multi-fidelity Bayesian optimisation of one layer, by Ax.
 
-Ax sits above the heads: a trial is a whole layer at one guard (the share of blocks that theta
-sets apart, see ``LayerEvaluator.guard_theta``) and one length, and its value is the heads' mean
-sparsity once each head's tau has been searched, heads that skip more without a guard left without
-one. Ax's own time so grows with the number of layers, not with the number of heads.
+Ax sits above the heads: a trial is a whole layer at one quantile (which sets each head's theta, see
+``LayerEvaluator.theta_at``) and one length. Its value is the heads' mean sparsity once each head's
+tau has been searched, where a head leaves theta off if it skips more that way. So Ax's own time
+grows with the number of layers and not with the number of heads.
 
-Ax sees the guard's square root: guards that pay are mostly small, of 0.02 to 0.2, and on a plain
-scale the first proposals passed them over.
+Ax sees the quantile's square root: the quantiles that pay are mostly small (0.02 to 0.2 on
+SmolLM2-135M), and on a plain scale the first proposals passed them over.
 
-The fidelity is the length. Ax's public API (1.3.1) cannot express one, so core objects are used,
-which Ax does not promise to keep: pyproject.toml caps its version.
+The fidelity is the length. Ax's public API (1.3.1) cannot express one, so this module uses core
+objects, which Ax does not promise to keep: pyproject.toml caps its version.
 """
 
 import logging
@@ -37,13 +37,15 @@ from botorch.acquisition.max_value_entropy_search import qMultiFidelityMaxValueE
 from botorch.models.gp_regression_fidelity import SingleTaskMultiFidelityGP
 from botorch.models.transforms.input import Normalize
 
-# Guarded blocks are always computed: with 0.4 no head can skip much more than a third.
-MAX_GUARD = 0.4
-_GUARD_STEP = 0.01
+MAX_QUANTILE = 0.4
+"""Largest quantile that is tried. Blocks below theta are always computed: where they are 0.4 of the
+query and key blocks, no head can skip much more than a third, on any model."""
+_QUANTILE_STEP = 0.01
 _SOBOL_POINTS = 16  # more than a layer has trials: one that rounds to a tried point is passed over
 _METRIC = "sparsity"
-# A trial reads tau off a line near the tolerance, which moves sparsity by about this much.
 _NOISE = 0.01
+"""Standard error of a trial, which reads tau off a line near the tolerance: on SmolLM2-135M that
+moved a layer's sparsity by about as much."""
 _SURROGATE = SurrogateSpec(
     model_configs=[
         ModelConfig(
@@ -71,8 +73,8 @@ _ACQUISITION: dict[str, Any] = {
 def for_ax(seed: int) -> Iterator[None]:
     """What Ax needs around it.
 
-    The caller may have switched gradients off, which fitting needs, and owns the global random
-    state, which Ax draws from; and nobody reads its warnings.
+    Fitting needs gradients, which the caller may have switched off. Ax draws from the global random
+    state, which belongs to the caller. Nobody reads Ax's warnings.
 
     Args:
         seed: Of the random state that Ax gets.
@@ -93,18 +95,18 @@ class Observation:
     """A finished trial, as Ax sees it.
 
     Attributes:
-        guard: Share of the blocks that theta sets apart.
+        quantile: Share of the blocks with a self-similarity below theta.
         length: Tokens of context.
-        sparsity: Mean over heads at the tolerance, each with the guard or without it.
+        sparsity: Mean over heads at the tolerance, each with theta or without it.
     """
 
-    guard: float
+    quantile: float
     length: int
     sparsity: float
 
 
 class LayerOptimizer:
-    """Proposes guards and lengths for one layer; a function of its arguments alone.
+    """Proposes quantiles and lengths for one layer; a function of its arguments alone.
 
     Args:
         lengths: The fidelities, shortest first; at least two.
@@ -116,7 +118,7 @@ class LayerOptimizer:
         self, lengths: Sequence[int], observations: Sequence[Observation], seed: int
     ) -> None:
         self._lengths = lengths
-        self._tried = {(seen.guard, seen.length) for seen in observations}
+        self._tried = {(seen.quantile, seen.length) for seen in observations}
         self._seed = seed
         self._experiment = _experiment(lengths)
         for observation in observations:
@@ -129,15 +131,15 @@ class LayerOptimizer:
         return next(point for point in points if point not in self._tried)
 
     def propose(self) -> tuple[float, int] | None:
-        """Guard and length to try next; None if the model expects nothing new to be learnt."""
+        """Quantile and length to try next; None if the best point was already tried."""
         with self._fitted() as adapter:
             run = adapter.gen(1, model_gen_options=_ACQUISITION)
         point = self._snap(run.arms[0].parameters)
         return None if point in self._tried else point
 
-    def best_guard(self) -> float:
-        """The guard with the highest expected sparsity at the longest length."""
-        grid = [step * _GUARD_STEP for step in range(round(MAX_GUARD / _GUARD_STEP) + 1)]
+    def best_quantile(self) -> float:
+        """The quantile with the highest expected sparsity at the longest length."""
+        grid = [step * _QUANTILE_STEP for step in range(round(MAX_QUANTILE / _QUANTILE_STEP) + 1)]
         roots = map(math.sqrt, grid)
         points = [ObservationFeatures({"root": root, "fidelity": 1.0}) for root in roots]
         with self._fitted() as adapter:
@@ -158,7 +160,7 @@ class LayerOptimizer:
         trial = self._experiment.new_trial()
         fidelity = observation.length / self._lengths[-1]
         name = f"{trial.index}_0"
-        root = math.sqrt(observation.guard)
+        root = math.sqrt(observation.quantile)
         trial.add_arm(Arm({"root": root, "fidelity": fidelity}, name=name))
         trial.mark_running(no_runner_required=True)
         row = DataRow(trial.index, name, _METRIC, _METRIC, mean=observation.sparsity, se=_NOISE)
@@ -166,14 +168,14 @@ class LayerOptimizer:
         trial.mark_completed()
 
     def _snap(self, parameters: Any) -> tuple[float, int]:
-        guard = round(round(parameters["root"] ** 2 / _GUARD_STEP) * _GUARD_STEP, 2)
+        quantile = round(round(parameters["root"] ** 2 / _QUANTILE_STEP) * _QUANTILE_STEP, 2)
         wanted = parameters["fidelity"] * self._lengths[-1]
-        return guard, min(self._lengths, key=lambda length: abs(length - wanted))
+        return quantile, min(self._lengths, key=lambda length: abs(length - wanted))
 
 
 def _experiment(lengths: Sequence[int]) -> Experiment:
     logging.getLogger("ax").setLevel(logging.ERROR)
-    root = RangeParameter("root", ParameterType.FLOAT, lower=0.0, upper=math.sqrt(MAX_GUARD))
+    root = RangeParameter("root", ParameterType.FLOAT, lower=0.0, upper=math.sqrt(MAX_QUANTILE))
     fidelity = RangeParameter(
         "fidelity",
         ParameterType.FLOAT,

@@ -2,9 +2,9 @@
 
 The definitions that every figure about the tuner rests on:
 
-- *Evaluation*: one (head, tau, theta, lambda, length, rows) scored against dense, cached or not;
-  a pass over H heads counts H. Reading a sparsity off the selection alone attends to nothing and
-  is none.
+- *Evaluation*: one (head, tau, theta, lambda, length, rows) scored against dense, cached or not.
+  A pass over H heads counts H. Reading a sparsity off the selection computes no attention and
+  does not count.
 - *Cost* of an evaluation: (length / longest)^2 x the share of the rows that is scored.
 """
 
@@ -15,7 +15,7 @@ import torch
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.device import compute_device
-from vllm_afbs.tuning.evaluator import HeadScores, LayerEvaluator, default_cache_bytes
+from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator, default_cache_bytes
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SearchSettings:
     """What a search depends on besides the model and the text.
 
     Attributes:
-        lengths: Fidelities in tokens, shortest first, at least two.
+        lengths: The fidelities: lengths in tokens, shortest first, at least two.
         tolerance: Largest relative L1 error of a head on the calibration text.
         block_q: Rows of a query block.
         block_k: Keys of a key block.
@@ -82,7 +82,7 @@ class LayerScorer:
         if key not in self._evaluators:
             num_q_blocks = -(-length // self._settings.block_q)
             tensors = self._window(window)
-            # The held-out windows are all in use at once.
+            # All held-out windows are in use at once, so they share the memory.
             sharing = len(self.held_out) if window in self.held_out else 1
             self._evaluators[key] = LayerEvaluator(
                 tensors,
@@ -102,7 +102,7 @@ class LayerScorer:
     def score(
         self, evaluator: LayerEvaluator, thresholds: HeadThresholds, heads: torch.Tensor
     ) -> HeadScores:
-        """Scores a layer in one pass; only ``heads`` count, the others must not be looked at."""
+        """Scores a layer in one pass; only the scores of ``heads`` are counted and valid."""
         if not heads.any():
             zeros = torch.zeros(len(heads), dtype=torch.float64)
             return HeadScores(zeros, zeros.clone())

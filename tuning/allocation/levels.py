@@ -1,9 +1,9 @@
 """Dividing a budget of damage among layers: the least work for the damage that it does.
 
-Each layer has a few levels, and at each a density (its share of the work) and a damage; damages of
-layers add up. At a *price* of damage every layer picks its cheapest level on its own, and what is
-picked is the best of all allocations that do as little damage (Everett, 1963). So one number, the
-price, runs through the whole front.
+Each layer has a few levels. A level has a density (the share of the work that is left) and a
+damage, and the damages of layers add up. Given a *price* of damage, each layer picks its cheapest
+level on its own, and no other allocation with as little damage is sparser (Everett, 1963). So one
+number, the price, runs through the whole front.
 """
 
 import math
@@ -17,7 +17,7 @@ _PRICES = (1e-9, 1e12)
 
 @dataclass(frozen=True)
 class Levels:
-    """What each layer can be set to.
+    """The levels that each layer can be set to.
 
     Attributes:
         density: Share of the work left, ``[num_layers, num_levels]``, fp64.
@@ -28,7 +28,7 @@ class Levels:
     damage: torch.Tensor
 
     def cheapest(self, price: float) -> torch.Tensor:
-        """Level of each layer that is cheapest at a price of damage, ``[num_layers]``, int64."""
+        """Each layer's cheapest level at a price of damage, ``[num_layers]``, int64."""
         return (self.density + price * self.damage).argmin(dim=1)
 
     def mean_density(self, levels: torch.Tensor) -> float:
@@ -40,8 +40,11 @@ class Levels:
         return float(self.damage.gather(1, levels[:, None]).sum())
 
     def within_damage(self, limit: float) -> torch.Tensor:
-        """The front's sparsest allocation that does at most ``limit``, else its gentlest."""
-        low, high = _PRICES  # of which the higher does less damage
+        """The sparsest allocation on the front with at most ``limit`` damage.
+
+        If none has so little, the one with the least damage.
+        """
+        low, high = _PRICES  # a higher price does less damage
         for _ in range(_HALVINGS):
             price = math.sqrt(low * high)
             within = self.total_damage(self.cheapest(price)) <= limit
@@ -49,7 +52,10 @@ class Levels:
         return self.cheapest(high)
 
     def within_density(self, limit: float) -> torch.Tensor:
-        """The front's gentlest allocation of at most that mean density, else its sparsest."""
+        """The least damaging allocation on the front with at most ``limit`` mean density.
+
+        If none is so sparse, the sparsest.
+        """
         low, high = _PRICES
         for _ in range(_HALVINGS):
             price = math.sqrt(low * high)
