@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.profile.schema import WholeModel
 from vllm_afbs.tuning.budget import BudgetSearch

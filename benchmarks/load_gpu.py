@@ -20,9 +20,9 @@ from typing import Any
 from benchmarks.engine import ENVIRONMENT, MAX_BATCHED_TOKENS
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import LLAMA_8B, SPARSE_FROM
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.commands.client import scrape, total
+from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
-from vllm_afbs.demo.client import scrape, total
 from vllm_afbs.demo.server import running_server
 from vllm_afbs.profile.file import write_atomically
 from vllm_afbs.profile.schema import ModelFingerprint

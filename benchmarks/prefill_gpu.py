@@ -21,14 +21,6 @@ from typing import Any
 import torch
 
 from benchmarks.lists import random_blocks, tile_tables
-from benchmarks.table import (
-    Row,
-    layer_parser,
-    make_row,
-    ratio_row,
-    report_rows,
-    time_in_turns,
-)
 from vllm_afbs import compat
 from vllm_afbs.backends.cuda.dispatch import WAYS, Measurement, Measurements, Way
 from vllm_afbs.backends.cuda.sparse import (
@@ -37,6 +29,14 @@ from vllm_afbs.backends.cuda.sparse import (
     StepInputs,
     TilePrefill,
     TritonPrefill,
+)
+from vllm_afbs.commands.results import (
+    Row,
+    layer_parser,
+    make_row,
+    ratio_row,
+    report_rows,
+    time_in_turns,
 )
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, build_tile_lists
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks

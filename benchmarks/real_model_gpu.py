@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.serving_gpu import rows_of
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
-from vllm_afbs.demo import divergence
+from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare, read_token_ids
+from vllm_afbs.evaluate import divergence
 
 NUM_ANSWER_TOKENS = 64
 PROMPT_TOKENS = 7936

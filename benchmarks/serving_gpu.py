@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.profiles import uniform_profile
-from benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
+from vllm_afbs.commands.results import Row, benchmark_parser, make_row, ratio_row, report_rows
 from vllm_afbs.profile.file import write_atomically
 from vllm_afbs.profile.schema import ModelFingerprint
 

@@ -16,7 +16,7 @@ import triton
 
 from benchmarks.lists import random_blocks
 from benchmarks.prefill_gpu import BLOCK, Case
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows, time_in_turns
+from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows, time_in_turns
 from vllm_afbs.kernels import TileLists, build_tile_lists
 from vllm_afbs.kernels.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
 from vllm_afbs.profile.file import write_atomically

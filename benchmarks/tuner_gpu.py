@@ -24,7 +24,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.serving_gpu import LLAMA_8B
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.profile.schema import HeadProfile
 from vllm_afbs.tuning.capture import (

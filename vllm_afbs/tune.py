@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.arguments import positive, unusable_output
+from vllm_afbs.commands.arguments import positive, unusable_output
 
 if TYPE_CHECKING:
     from vllm_afbs.profile.schema import Profile

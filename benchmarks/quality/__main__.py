@@ -13,7 +13,7 @@ from benchmarks import quality
 from benchmarks.domains import Domain, add_texts, read_domains
 from benchmarks.quality.bench import Bench, Candidates, Plan, Setting
 from benchmarks.quality.results import rows_of, show
-from benchmarks.table import benchmark_parser, write_rows
+from vllm_afbs.commands.results import benchmark_parser, write_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.evaluate.baselines import VARIANTS, baselines, of_profile, variants
 from vllm_afbs.evaluate.in_process import Runner

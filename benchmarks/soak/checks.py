@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from vllm_afbs.demo.client import Counters, total
+from vllm_afbs.commands.client import Counters, total
 from vllm_afbs.profile.schema import Profile
 
 MAX_GROWTH_RATIO = 0.02

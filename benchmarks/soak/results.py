@@ -12,8 +12,8 @@ from benchmarks.soak.checks import (
 )
 from benchmarks.soak.plan import LENGTHS
 from benchmarks.soak.run import NUM_CLIENTS, Soak, bounds
-from benchmarks.table import Row, make_row
-from vllm_afbs.demo.client import total
+from vllm_afbs.commands.client import total
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.profile.schema import Profile
 
 GIB = 2**30

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks.soak.checks import Expected, count_faults, expect
 from benchmarks.soak.client import Answer, Client
 from benchmarks.soak.plan import Request
-from vllm_afbs.demo.client import Counters, growth, scrape, total
+from vllm_afbs.commands.client import Counters, growth, scrape, total
 from vllm_afbs.profile.schema import Profile
 
 NUM_CLIENTS = 5

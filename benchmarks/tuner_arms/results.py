@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.table import Row, make_row
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.tuning.journal import Record
 
 UNITS = {

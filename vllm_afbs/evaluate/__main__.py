@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.arguments import positive, unusable_output
+from vllm_afbs.commands.arguments import positive, unusable_output
 
 if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor

@@ -8,8 +8,8 @@ from statistics import fmean
 
 import torch
 
-from vllm_afbs.demo.divergence import agreement_length, kl_divergence
 from vllm_afbs.evaluate.bootstrap import bootstrap_means, interval
+from vllm_afbs.evaluate.divergence import agreement_length, kl_divergence
 from vllm_afbs.evaluate.predictor import NextToken
 from vllm_afbs.evaluate.retrieval import WITHOUT_DEPTH
 from vllm_afbs.evaluate.suite import Answers, Suite

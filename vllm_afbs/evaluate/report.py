@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.table import Row, make_row, write_rows
+from vllm_afbs.commands.results import Row, make_row, write_rows
 from vllm_afbs.evaluate.comparison import PERPLEXITY, RETRIEVAL, Comparison, worst
 from vllm_afbs.profile.file import write_atomically
 

@@ -15,7 +15,7 @@ import torch
 from openai import OpenAI
 from openai.types import CompletionChoice
 
-from vllm_afbs.demo.client import REQUEST_SECONDS, Counters, growth, scrape
+from vllm_afbs.commands.client import REQUEST_SECONDS, Counters, growth, scrape
 from vllm_afbs.evaluate.predictor import TOP, NextToken
 from vllm_afbs.tuning.model import InputError, one_line
 
