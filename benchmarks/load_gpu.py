@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.engine import ENVIRONMENT, MAX_BATCHED_TOKENS
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import LLAMA_8B, SPARSE_FROM
 from vllm_afbs.commands.client import scrape, total
-from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.demo.server import running_server
 from vllm_afbs.profile.file import write_atomically

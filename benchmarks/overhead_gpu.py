@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.engine import ENVIRONMENT, Engine, Job
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import DECODES, LLAMA_8B, SHORT, SPARSE_FROM
-from vllm_afbs.commands.results import Row, benchmark_parser, make_row, ratio_row, report_rows
+from benchmarks.timing import ratio_row
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.profile.file import write_atomically
 from vllm_afbs.profile.schema import ModelFingerprint
 from vllm_afbs.serving.admission import PROFILE_VARIABLE

@@ -14,21 +14,16 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
+from benchmarks.command import layer_parser, report_rows
 from benchmarks.lists import random_blocks
+from benchmarks.timing import ratio_row, time_in_turns
 from vllm_afbs.backends.cpu.sparse import (
     CacheFormat,
     SparsePrefill,
     dense_paged_attention,
     split_cache,
 )
-from vllm_afbs.commands.results import (
-    Row,
-    layer_parser,
-    make_row,
-    ratio_row,
-    report_rows,
-    time_in_turns,
-)
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, TileTables
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 

@@ -12,9 +12,10 @@ made to run sparse.
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.serving_gpu import rows_of
-from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare, read_token_ids
 from vllm_afbs.evaluate import divergence
 

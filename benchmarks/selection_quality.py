@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows
+from benchmarks.command import benchmark_parser, report_rows
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import BlockGeometry, pool_keys
 from vllm_afbs.kernels.selection import MEAN_KEY_SHARE

@@ -13,9 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.profiles import uniform_profile
-from vllm_afbs.commands.results import Row, benchmark_parser, make_row, ratio_row, report_rows
+from benchmarks.timing import ratio_row
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.profile.file import write_atomically
 from vllm_afbs.profile.schema import ModelFingerprint
 

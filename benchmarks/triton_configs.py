@@ -14,9 +14,11 @@ import statistics
 import torch
 import triton
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.lists import random_blocks
 from benchmarks.prefill_gpu import BLOCK, Case
-from vllm_afbs.commands.results import Row, benchmark_parser, make_row, report_rows, time_in_turns
+from benchmarks.timing import time_in_turns
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.kernels import TileLists, build_tile_lists
 from vllm_afbs.kernels.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
 from vllm_afbs.profile.file import write_atomically

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import quality
+from benchmarks.command import benchmark_parser
 from benchmarks.domains import Domain, add_texts, read_domains
 from benchmarks.quality.bench import Bench, Candidates, Plan, Setting
 from benchmarks.quality.results import rows_of, show
-from vllm_afbs.commands.results import benchmark_parser, write_rows
+from vllm_afbs.commands.results import write_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.evaluate.baselines import VARIANTS, baselines, of_profile, variants
 from vllm_afbs.evaluate.in_process import Runner

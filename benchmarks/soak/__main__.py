@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.soak.checks import memory_faults
 from benchmarks.soak.client import Client
 from benchmarks.soak.plan import (
@@ -29,7 +30,6 @@ from benchmarks.soak.plan import (
 )
 from benchmarks.soak.results import rows_of
 from benchmarks.soak.run import NUM_CLIENTS, Soak
-from vllm_afbs.commands.results import benchmark_parser, report_rows
 from vllm_afbs.demo.__main__ import end_in_order
 from vllm_afbs.demo.assets import Assets, prepare, read_token_ids
 from vllm_afbs.demo.comparison import Arm

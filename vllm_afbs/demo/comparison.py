@@ -8,11 +8,11 @@ from statistics import fmean
 
 from vllm_afbs.commands import client
 from vllm_afbs.commands.client import Completion, Counters, matching
+from vllm_afbs.demo.assets import MAX_MODEL_LEN
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
 from vllm_afbs.evaluate import divergence
 from vllm_afbs.serving.admission import PROFILE_VARIABLE
 
-MAX_MODEL_LEN = 8192
 SERVED_NAME = "demo"
 
 

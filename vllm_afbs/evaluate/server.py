@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from openai import OpenAI
 from openai.types import CompletionChoice
 
-from vllm_afbs.commands.client import REQUEST_SECONDS, Counters, growth, scrape
+from vllm_afbs.commands.client import REQUEST_SECONDS, Counters, growth, scrape, token_id, total
 from vllm_afbs.evaluate.predictor import TOP, NextToken
 from vllm_afbs.tuning.model import InputError, one_line
 
@@ -72,7 +71,7 @@ class Served:
         assert choice.logprobs is not None
         assert choice.logprobs.token_logprobs is not None
         assert choice.logprobs.top_logprobs is not None
-        ids = {_token_id(name): value for name, value in choice.logprobs.top_logprobs[0].items()}
+        ids = {token_id(name): value for name, value in choice.logprobs.top_logprobs[0].items()}
         top = dict(sorted(ids.items(), key=lambda each: -each[1])[:TOP])
         probabilities = torch.tensor(list(top.values())).exp().tolist()
         loss = -float(choice.logprobs.token_logprobs[0])
@@ -84,7 +83,7 @@ class Served:
         for prompt in prompts:
             choice = self._complete(prompt, num_tokens, {"logprobs": 0})
             names = choice.logprobs.tokens if choice.logprobs is not None else None
-            ids = [_token_id(name) for name in names or []]
+            ids = [token_id(name) for name in names or []]
             answers.append(ids[:-1] if ids and ids[-1] in self._ends else ids)
         return answers
 
@@ -92,7 +91,9 @@ class Served:
         """See ``Predictor``."""
         with self._one_line():
             grown = growth(self._before, scrape(self._url))
-        skipped, computed = (_products(grown, outcome) for outcome in ("skipped", "computed"))
+        skipped, computed = (
+            total(grown, _PRODUCTS, outcome=outcome) for outcome in ("skipped", "computed")
+        )
         return skipped / (skipped + computed) if skipped + computed else 0.0
 
     def _complete(
@@ -114,15 +115,6 @@ class Served:
             yield
         except (openai.OpenAIError, httpx.HTTPError) as error:
             raise InputError(f"{self._url}: {one_line(error)}") from None
-
-
-def _token_id(name: str) -> int:
-    return int(re.sub(r"^token_id:", "", name))
-
-
-def _products(counters: Counters, outcome: str) -> float:
-    wanted = ("outcome", outcome)
-    return sum(v for (name, have), v in counters.items() if name == _PRODUCTS and wanted in have)
 
 
 def _served_profile(counters: Counters) -> str | None:
