@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_afbs.commands.arguments import positive, unusable_output
+from vllm_afbs.commands.extras import missing_extra
 
 if TYPE_CHECKING:
     from vllm_afbs.profile.schema import Profile
@@ -167,7 +168,7 @@ def _ratio(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if reason := _unusable_output(options.output):
+    if reason := missing_extra("tune") or _unusable_output(options.output):
         return _refuse(reason)
     work = Path(f"{options.output}.work")
     if work.exists() and not options.resume:

@@ -10,8 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.demo.assets import MODEL_NAME, AssetError, Assets, prepare, read_token_ids
+from vllm_afbs.commands.extras import missing_extra
+from vllm_afbs.demo.assets import (
+    MAX_MODEL_LEN,
+    MODEL_NAME,
+    AssetError,
+    Assets,
+    prepare,
+    read_token_ids,
+)
 
+PROGRAM = "python -m vllm_afbs.demo"
 MAX_TOKENS = 64
 WARM_UP_TOKENS = 2304
 """Longer than the shortest calibrated context, so that the sparse path is warm too."""
@@ -27,18 +36,25 @@ class DemoError(RuntimeError):
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
     options = _parser().parse_args(arguments)
+    if reason := missing_extra("demo"):
+        return _fail(reason)
     end_in_order()
-    from vllm_afbs.demo.server import ServerError
+    from vllm_afbs.demo.server import ServerError, vllm_command
 
     try:
+        vllm_command()  # so that a missing vLLM is said before the tuner has run for minutes
         _run(options)
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (AssetError, DemoError, ServerError, OSError) as error:
-        print(f"vllm_afbs.demo: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return _fail(str(error))
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def end_in_order() -> None:
@@ -48,7 +64,7 @@ def end_in_order() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_afbs.demo",
+        prog=PROGRAM,
         description=f"Tunes {MODEL_NAME}, then sends one long prompt to a stock vLLM server, to "
         "one with our backend and no profile, and to one with the profile.",
     )
@@ -75,8 +91,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prompt_tokens(text: str) -> int:
-    from vllm_afbs.demo.comparison import MAX_MODEL_LEN
-
     most = MAX_MODEL_LEN - MAX_TOKENS
     value = int(text)
     if not FEWEST_PROMPT_TOKENS <= value <= most:

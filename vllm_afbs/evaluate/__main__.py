@@ -9,11 +9,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_afbs.commands.arguments import positive, unusable_output
+from vllm_afbs.commands.extras import missing_extra
 
 if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_afbs.tuning.model import SourceModel
     from vllm_afbs.tuning.texts import Text
 
+PROGRAM = "python -m vllm_afbs.evaluate"
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 TESTS = ("perplexity", "prefixes", "agreement", "retrieval")
@@ -30,13 +31,7 @@ TESTS = ("perplexity", "prefixes", "agreement", "retrieval")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the evaluation; returns the exit status: 2 where what was given cannot be used."""
     options = _parser().parse_args(argv)
-    asks_servers = options.server or options.dense_server
-    needed = ["matplotlib", *(["httpx", "openai"] if asks_servers else [])]
-    if missing := [name for name in needed if find_spec(name) is None]:
-        return _refuse(f"{missing[0]} is not installed: pip install 'vllm-afbs[evaluate]'")
-    if options.output.suffix in (".csv", ".svg"):
-        return _refuse(f"{options.output}: another ending expected for --output, as .json")
-    if reason := unusable_output(options.output):
+    if reason := missing_extra("evaluate") or _unusable_output(options.output):
         return _refuse(reason)
     from vllm_afbs.profile.schema import ProfileError
     from vllm_afbs.tuning.model import InputError, one_line
@@ -52,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_afbs.evaluate",
+        prog=PROGRAM,
         description="Measure what a profile costs a model in quality, against itself run dense.",
     )
     parser.add_argument("--model", required=True, help="directory or hub id, as tuned")
@@ -142,6 +137,12 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _unusable_output(output: Path) -> str | None:
+    if output.suffix in (".csv", ".svg"):
+        return f"{output}: another ending expected for --output, for instance .json"
+    return unusable_output(output)
+
+
 def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceModel") -> "Amounts":
     from vllm_afbs.evaluate.suite import Amounts
     from vllm_afbs.tuning.model import InputError
@@ -179,12 +180,12 @@ def _text(path: Path | None, profile: "Profile") -> "Text":
         if text.sha256 in {source.sha256 for source in profile.calibration_texts}:
             raise InputError(f"{path}: a held-out text expected: the profile was tuned on this one")
         return text
-    from vllm_afbs.demo.assets import python_reference
+    from vllm_afbs.commands.python_reference import python_reference
 
     # The tuner's default is the whole reference.
     if any(source.name.startswith("pydoc_data.topics") for source in profile.calibration_texts):
         raise InputError("--text: a text expected: the profile was tuned on the default one")
-    return Text("Python's language reference, held-out part", python_reference().prompt)
+    return Text("Python's language reference, held-out part", python_reference().held_out)
 
 
 def _predictors(
@@ -212,7 +213,7 @@ def _predictors(
 
 
 def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> int:
-    print(f"vllm-afbs-evaluate: error: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return status
 
 
