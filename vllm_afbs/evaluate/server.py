@@ -1,6 +1,6 @@
-"""A model behind an OpenAI-compatible server, asked through ``Predictor``.
+"""A ``Predictor`` that asks a running vLLM server.
 
-``VLLM_API_KEY`` is the server's key, if it has one, as for vLLM itself.
+The environment variable ``VLLM_API_KEY`` holds the server's key, if it needs one.
 """
 
 import os
@@ -26,13 +26,13 @@ class Served:
     """A running vLLM server.
 
     Args:
-        url: Of the server, without ``/v1``.
-        ends: Token ids that end an answer, which are cut off.
-        profile_id: Of the profile that it has to serve; None for a dense reference, of which
-            nothing is asked.
+        url: URL of the server, with or without ``/v1``.
+        ends: Token ids that end an answer; they are cut off.
+        profile_id: Identity of the profile that the server must run; None for a dense reference,
+            which may run any.
 
     Raises:
-        InputError: It does not answer, or serves another profile.
+        InputError: The server does not answer, or runs another profile.
     """
 
     def __init__(self, url: str, ends: set[int], profile_id: str | None) -> None:
@@ -49,8 +49,8 @@ class Served:
             self._before = scrape(self._url)
         if profile_id is not None and profile_id != (served := _served_profile(self._before)):
             raise InputError(
-                f"{self._url}: a server of profile {profile_id} expected, "
-                f"it serves {served or 'none'}"
+                f"{self._url}: a server with profile {profile_id} expected, "
+                f"got one with {served or 'no profile'}"
             )
 
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -64,8 +64,8 @@ class Served:
     def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
         """See ``Predictor``.
 
-        The answer is held to the one token, whose probability is told as if it were not: what a
-        server tells is taken before that (``--logprobs-mode raw_logprobs``, the default).
+        The server may answer with the target only. The probabilities that it reports do not change
+        with this: it takes them before (``--logprobs-mode raw_logprobs``, the default).
         """
         choice = self._complete(tokens, 1, {"logprobs": TOP, "allowed_token_ids": [target]})
         assert choice.logprobs is not None
@@ -118,5 +118,5 @@ class Served:
 
 
 def _served_profile(counters: Counters) -> str | None:
-    """Identity of the profile that a server says it serves."""
+    """Identity of the profile that a server says it runs; None if it runs without one."""
     return next((dict(labels)["profile_id"] for name, labels in counters if name == _PROFILE), None)
