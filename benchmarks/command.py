@@ -11,18 +11,18 @@ from vllm_afbs.commands.results import Row, write_rows
 
 
 def benchmark_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A benchmark's arguments, described by its module's first line; all can write a CSV."""
+    """Makes a parser that describes a benchmark by its docstring's first line and has --output."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser.add_argument("--output", type=Path, help="the CSV file to write")
     return parser
 
 
 def layer_parser(
     doc: str | None, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> argparse.ArgumentParser:
-    """Arguments of a benchmark of one layer, with that layer's shape as default."""
+    """Makes a parser for a benchmark of one layer, with the layer's shape as default."""
     parser = benchmark_parser(doc)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each function")
     parser.add_argument("--num-heads", type=int, default=num_heads)
     parser.add_argument("--num-kv-heads", type=int, default=num_kv_heads)
     parser.add_argument("--head-dim", type=int, default=head_dim)

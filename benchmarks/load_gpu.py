@@ -2,9 +2,9 @@
 
     python -m benchmarks.load_gpu --output results.csv
 
-Two servers, one after the other, with their default scheduler and no prefix cache. The model has
-Llama-3.1-8B's shapes and random weights, and SmolLM2's tokenizer, which vLLM's client cuts random
-prompts with; one tau for all heads sets the density, as in ``serving_gpu``.
+Two servers run one after the other, with their default scheduler and no prefix cache. The model has
+Llama-3.1-8B's shapes, random weights, and SmolLM2's tokenizer, which vLLM's client needs to make
+random prompts. One tau for all heads sets the density, as in ``serving_gpu``.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ROOM = 256
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Writes a model of random weights of a trained one's magnitude, with a tokenizer."""
+    """Writes a model with a tokenizer and random weights of a trained model's magnitude."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,9 +55,9 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def measure(folder: Path, backend: str, profile: Path | None, args: argparse.Namespace) -> Any:
-    """What the client of vLLM found, and the share of block products that was computed."""
+    """Runs vLLM's client against a server; returns its results and the counted block products."""
     environment = os.environ | ENVIRONMENT
-    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server has an engine of its own
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server's engine is another process
     if profile is not None:
         environment[PROFILE_VARIABLE] = str(profile)
     server = [
@@ -91,12 +91,12 @@ def measure(folder: Path, backend: str, profile: Path | None, args: argparse.Nam
 
 
 def longest(args: argparse.Namespace) -> int:
-    """Tokens of a request, with room for what cutting random text leaves over."""
+    """Most tokens of a request, with room for random prompts that turn out longer."""
     return int(args.input_tokens + args.output_tokens + ROOM)
 
 
 def rows_of(results: Mapping[str, Any], shape: str) -> list[Row]:
-    """The figures, and how many times better each is than the first server's."""
+    """Makes rows of the figures and of their ratios to the first server's."""
     rows = []
     baseline = next(iter(results.values()))
     for name, result in results.items():

@@ -2,9 +2,10 @@
 
     python -m benchmarks.prefill_cpu --output results.csv
 
-The sparse time is everything the backend does for a layer: scoring K in the cache, selection,
-building the tile tables, regrouping Q and the output, and the kernel. Selection runs for real on
-the random data; the blocks then computed are drawn at random to hit the sparsity exactly.
+The sparse time covers everything that the backend does for a layer: scoring K in the cache,
+selection, building the tile tables, regrouping Q and the output, and the kernel. The selector runs
+on the random data, but the blocks that are computed are drawn at random to reach the sparsity
+exactly.
 """
 
 import functools

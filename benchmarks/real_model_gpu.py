@@ -2,11 +2,11 @@
 
     python -m benchmarks.real_model_gpu --profile profile.json --output results.csv
 
-Times to first token, and how far the answers moved: the next-token distribution after the prompt
-and the greedy continuation, both against FLASH_ATTN's. The difference between FLASH_ATTN and afbs
-without a profile is what rounding alone does. The model is so small that dense attention is the
-faster on an H100, and the dispatcher takes it; what sparsity does to its answers shows where it is
-made to run sparse.
+Measures times to first token and how far the answers move: the next-token distribution after the
+prompt and the greedy continuation are compared with FLASH_ATTN's. The difference between FLASH_ATTN
+and afbs without a profile comes from rounding alone. The model is so small that dense attention is
+faster on an H100, so the dispatcher chooses it. To show what sparsity does to the answers, further
+engines are made to run sparse.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ PROMPT_TOKENS = 7936
 
 
 def prompts(model_dir: Path, text_file: Path, count: int) -> list[list[int]]:
-    """Consecutive stretches of a text, as token ids."""
+    """Cuts consecutive prompts out of a text, as token ids."""
     token_ids = read_token_ids(model_dir, text_file)
     if len(token_ids) < count * PROMPT_TOKENS:
         raise ValueError(

@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving_gpu --output results.csv
 
-The model has Llama-3.1-8B's shapes and random weights, whose attention has no structure: nearly
-every key block weighs the same, so a head's tau is the share of blocks that it keeps. One tau for
-all heads thus sets the density; nothing else differs from serving a tuned profile.
+The model has Llama-3.1-8B's shapes and random weights. Its attention has no structure: nearly every
+key block weighs the same, so a head's tau is the share of blocks that the head keeps. One tau for
+all heads thus sets the density. All else is as with a tuned profile.
 """
 
 import json
@@ -45,7 +45,7 @@ DECODES = (Decode(1, 4096), Decode(8, 4096))
 
 
 def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> list[Job]:
-    """The engines to compare; the first is the baseline."""
+    """Makes the jobs of the engines to compare; the first is the baseline."""
     from transformers import AutoConfig
 
     (folder / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
@@ -79,7 +79,7 @@ def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> lis
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """The figures, and each engine's ratio to the first."""
+    """Makes rows of the figures and of each engine's ratio to the first."""
     baseline = next(iter(results.values()))
     rows = []
     for name, result in results.items():
@@ -104,9 +104,11 @@ def main() -> None:
     """Runs the benchmark."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--longest", type=int, default=LONG[-1], help="longest prompt")
+    parser.add_argument(
+        "--longest", type=int, default=LONG[-1], help="tokens of the longest prompt"
+    )
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
-    parser.add_argument("--engines", nargs="+", help="only these of the engines, by name")
+    parser.add_argument("--engines", nargs="+", help="run only these engines, by name")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

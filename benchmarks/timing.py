@@ -13,16 +13,16 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Times functions one after another, round by round, so that drift hits all alike.
 
-    On a GPU the time is the device's, between two events, from a cleared cache. The host gets a
-    millisecond's lead, as a model's matrix products give it, so that what is timed is the work and
-    not how fast Python can launch it.
+    On a GPU, the device's time between two events is taken, with a cleared cache. The host gets a
+    lead of a millisecond, as it has in a model from the matrix products, so that the kernels are
+    timed and not the speed at which Python launches them.
 
     Args:
-        functions: What to time, by name; each is called once before the first round.
-        rounds: Timed calls of each.
+        functions: Functions by name; each is called once before the first round.
+        rounds: Timed calls of each function.
 
     Returns:
-        Seconds of every timed call, by name.
+        The seconds of all timed calls, by name.
     """
     time_call = _device_seconds if torch.cuda.is_available() else _host_seconds
     for function in functions.values():
@@ -55,6 +55,6 @@ def _device_seconds(function: Callable[[], object]) -> float:
 
 
 def ratio_row(what: str, shape: str, baseline: Sequence[float], own: Sequence[float]) -> Row:
-    """How many times faster than the baseline, round by round."""
+    """Makes a row of how many times faster than the baseline each round was."""
     ratios = [slow / fast for slow, fast in zip(baseline, own, strict=True)]
     return make_row(what, shape, ratios, "ratio")

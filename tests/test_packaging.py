@@ -219,3 +219,22 @@ def test_gpu_image_holds_every_package_that_it_finds() -> None:
         ["bash", "-c", filter_], input=frozen, capture_output=True, text=True, check=True
     )
     assert held.stdout.splitlines() == ["torch==2.11.0+cu130", "transformers==5.9.0"]
+
+
+def test_commands_of_benchmarks_name_themselves() -> None:
+    """``python -m benchmarks.X`` in a docstring starts the module that says so."""
+    commands = 0
+    for path in (CHECKOUT / "benchmarks").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if '__name__ == "__main__"' not in text:
+            continue
+        is_package = path.name == "__main__.py"
+        module = path.parent if is_package else path.with_suffix("")
+        name = ".".join(module.relative_to(CHECKOUT).parts)
+        docstrings = ast.get_docstring(ast.parse(text)) or ""
+        if is_package:
+            package = path.with_name("__init__.py").read_text(encoding="utf-8")
+            docstrings += ast.get_docstring(ast.parse(package)) or ""
+        assert re.findall(r"python -m (\S+)", docstrings) == [name]
+        commands += 1
+    assert commands > 10
