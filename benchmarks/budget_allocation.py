@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from benchmarks.command import benchmark_parser, report_rows
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.profile.schema import WholeModel
 from vllm_afbs.tuning.allocation.budget import BudgetSearch

@@ -1,4 +1,4 @@
-"""Kinds of text that a benchmark is run on, as its command line names them."""
+"""The argument ``--texts``: kinds of text that a benchmark is run on."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ class Domain:
     """A kind of text.
 
     Attributes:
-        name: Of the kind.
-        calibration: What arms see.
-        measured: What none sees.
+        name: Name of the kind.
+        calibration: The text that methods are tuned on.
+        measured: The text that they are measured on, which no method has seen.
     """
 
     name: str
@@ -33,15 +33,15 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[PYTHON],
         metavar="TEXT",
-        help=f"{PYTHON!r} for the demo's, or NAME=CALIBRATION,MEASURED: two files",
+        help=f"{PYTHON!r} for the demo's text, or NAME=CALIBRATION,MEASURED with two files",
     )
 
 
 def read_domains(texts: Sequence[str], assets: Assets) -> list[Domain]:
-    """What ``--texts`` names.
+    """Reads the values of ``--texts``.
 
     Raises:
-        SystemExit: One of them is malformed; the message says which.
+        SystemExit: A value is malformed; the message names it.
     """
     demo = Domain(PYTHON, assets.calibration_file, assets.prompt_file)
     return [demo if text == PYTHON else _domain(text) for text in texts]
@@ -51,5 +51,5 @@ def _domain(text: str) -> Domain:
     name, _, files = text.partition("=")
     calibration, _, measured = files.partition(",")
     if not (name and calibration and measured):
-        raise SystemExit(f"--texts: {text}: NAME=CALIBRATION,MEASURED expected")
+        raise SystemExit(f"--texts: NAME=CALIBRATION,MEASURED expected, got {text}")
     return Domain(name, Path(calibration), Path(measured))

@@ -1,6 +1,8 @@
-"""One vLLM engine in a process of its own: what it is asked to do, and what was measured.
+"""Runs one vLLM engine in a process of its own and measures it.
 
-python -m benchmarks.engine job.json result.json
+    python -m benchmarks.engine job.json result.json
+
+Other benchmarks start it with ``run_job``.
 """
 
 import json
@@ -18,7 +20,7 @@ from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # timed without the way to another process
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # keeps messages between processes out of the times
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
@@ -28,7 +30,7 @@ SHORT_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Decode:
-    """A batch of equally long prompts that each get the same number of tokens."""
+    """A batch of prompts of one length, each of which is continued by ``num_tokens``."""
 
     batch: int
     prompt_len: int
@@ -36,7 +38,7 @@ class Decode:
 
     @property
     def name(self) -> str:
-        """For the report: batch x prompt length."""
+        """Name in the report: batch x prompt length."""
         return f"{self.batch}x{self.prompt_len}"
 
 
@@ -45,18 +47,18 @@ class Job:
     """What one engine does.
 
     Attributes:
-        name: For the report.
-        backend: Of attention, as vLLM names it.
+        name: Name in the report.
+        backend: Attention backend, as vLLM names it.
         model: Directory with a model or, for random weights, only its ``config.json``.
-        random_weights: Whether to draw the weights.
+        random_weights: Whether to draw the weights at random.
         max_model_len: Longest context.
-        prompts: Token ids of prompts whose time to first token is measured.
-        rounds: Measurements of each.
+        prompts: Token ids of the prompts whose time to first token is measured.
+        rounds: Measurements of each prompt.
         decodes: Batches whose time per token is measured.
-        profile: Served to the afbs backend; none if None.
+        profile: Profile for the afbs backend; None to run without one.
         num_answer_tokens: Greedy tokens kept of each prompt's answer; 0 for random weights.
         way: Way of sparse prefill to take wherever the profile is sparse; the dispatcher's if None.
-        settings: What ``additional_config`` says of afbs.
+        settings: Settings of afbs in ``additional_config``.
         speculative: vLLM's ``speculative_config``; None to decode token by token.
         page_size: Tokens of a page of the KV cache; the backend's own default if None.
     """
@@ -78,7 +80,7 @@ class Job:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Runs an engine in a process of its own, so that the next one finds the GPU free.
+    """Runs an engine in a process of its own, which frees the GPU for the next one.
 
     Returns:
         ``first_token_seconds``: per prompt length, the samples; ``decode_seconds``: per decode,
@@ -113,7 +115,7 @@ class Engine:
     """A job's engine, in this process."""
 
     def __init__(self, job: Job) -> None:
-        """Starts it."""
+        """Starts the engine."""
         from vllm import LLM
 
         self._job = job
@@ -147,7 +149,7 @@ class Engine:
     def generate(
         self, prompts: list[list[int]], num_tokens: int, logprobs: int | None = None
     ) -> tuple[float, list[Any]]:
-        """Generates greedily; seconds, and each prompt's output."""
+        """Generates greedily; returns the seconds and each prompt's output."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -169,7 +171,7 @@ class Engine:
         samples: dict[str, list[float]] = {}
         for prompt in self._job.prompts:
             self.generate([prompt], 1)
-            # Short ones are cheap, and their differences small.
+            # Short prompts are cheap, and the differences between them small.
             rounds = self._job.rounds * (5 if len(prompt) <= SHORT_TOKENS else 1)
             samples.setdefault(str(len(prompt)), []).extend(
                 self.generate([prompt], 1)[0] for _ in range(rounds)
@@ -177,7 +179,7 @@ class Engine:
         return samples
 
     def decode_seconds(self) -> dict[str, list[float]]:
-        """Times a token of each batch, by its shape."""
+        """Times one token of each batch, by the batch's name."""
         samples: dict[str, list[float]] = {}
         for decode in self._job.decodes:
             self.time_decode(decode)
@@ -185,8 +187,8 @@ class Engine:
         return samples
 
     def time_decode(self, decode: Decode) -> float:
-        """Seconds of a token after the first."""
-        # Every prompt differs, or they would share their way through the cache.
+        """Measures the seconds of one token after the first."""
+        # Prompts differ, because equal ones would share pages of the cache.
         prompts = [
             [(7 * row + 3 * column) % 997 for column in range(decode.prompt_len)]
             for row in range(decode.batch)
@@ -200,7 +202,7 @@ class Engine:
         if not self._job.num_answer_tokens:
             return []
         answers = []
-        # At once, so that prefills share steps with other prefills and with decodes.
+        # All at once, so that prefills share steps with other prefills and with decodes.
         _, outputs = self.generate(self._job.prompts, self._job.num_answer_tokens, logprobs=20)
         for output in outputs:
             top = {token: math.exp(entry.logprob) for token, entry in output.logprobs[0].items()}
@@ -215,7 +217,7 @@ def _dispatch_to(way: str) -> None:
 
 
 def _draw_weights(model: Any) -> None:
-    """Gives activations a trained model's magnitude; dummy weights leave every score at zero."""
+    """Draws weights that give a trained model's activations; dummy weights make all scores zero."""
     import torch
 
     generator = torch.Generator("cuda").manual_seed(0)

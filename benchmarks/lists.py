@@ -1,4 +1,4 @@
-"""Selections of a given density."""
+"""Random selections of a given density, and the tables that kernels read them from."""
 
 import torch
 
@@ -13,10 +13,11 @@ def random_blocks(
     """Draws a selection that skips this share of the causal block products.
 
     Args:
-        num_heads: Query heads; all share the number of blocks, not the blocks.
+        num_heads: Query heads; all get the same number of blocks, but not the same blocks.
         geometry: The blocks.
-        sparsity: Share to skip, reached to within one block unless the always-kept ones exceed it.
-        generator: Source of the draw, on the device to draw on.
+        sparsity: Share to skip. It is reached to within one block, unless the blocks that are
+            always kept are already more than the rest.
+        generator: Random generator on the device that the selection is made on.
     """
     num_kept = round((1 - sparsity) * geometry.num_visible)
     shape = (num_heads, *geometry.visible.shape)
@@ -32,7 +33,7 @@ def random_blocks(
 def tile_tables(
     lists: TileLists, blocks: QueryBlocks, key_cache: torch.Tensor, pages: torch.Tensor
 ) -> TileTables:
-    """Writes given lists of one request as the block tables that selection would write.
+    """Turns lists of one request into the block tables that the selector would write.
 
     Args:
         lists: The tiles' kept blocks, a page each, in the order of ``blocks``.

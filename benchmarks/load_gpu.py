@@ -2,9 +2,9 @@
 
     python -m benchmarks.load_gpu --output results.csv
 
-Two servers, one after the other, with their default scheduler and no prefix cache. The model has
-Llama-3.1-8B's shapes and random weights, and SmolLM2's tokenizer, which vLLM's client cuts random
-prompts with; one tau for all heads sets the density, as in ``serving_gpu``.
+Two servers run one after the other, with their default scheduler and no prefix cache. The model has
+Llama-3.1-8B's shapes, random weights, and SmolLM2's tokenizer, which vLLM's client needs to make
+random prompts. One tau for all heads sets the density, as in ``serving_gpu``.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.engine import ENVIRONMENT, MAX_BATCHED_TOKENS
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import BASELINES, LLAMA_8B, SPARSE_FROM
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.commands.client import scrape, total
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
-from vllm_afbs.demo.client import scrape, total
 from vllm_afbs.demo.server import running_server
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
@@ -37,7 +38,7 @@ ROOM = 256
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Writes a model of random weights of a trained one's magnitude, with a tokenizer."""
+    """Writes a model with a tokenizer and random weights of a trained model's magnitude."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,7 +60,7 @@ def measure(
     """What vLLM's client found, and the block products that were computed and skipped."""
     backend = OWN if name == OWN else "FLASH_ATTN"
     environment = os.environ | ENVIRONMENT
-    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server has an engine of its own
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server's engine is another process
     if profile is not None:
         environment[PROFILE_VARIABLE] = str(profile)
     server = [
@@ -95,12 +96,13 @@ def measure(
 
 
 def longest(args: argparse.Namespace) -> int:
-    """Tokens of a request, with room for what cutting random text leaves over."""
+    """Most tokens of a request, with room for random prompts that turn out longer."""
     return int(args.input_tokens + args.output_tokens + ROOM)
 
 
 def rows_of(results: Mapping[str, Any], shape: str) -> list[Row]:
     """The figures, and how many times better each is than the better baseline's."""
+    """Makes rows of the figures and of their ratios to the first server's."""
     rows = []
     baselines = [result for name, result in results.items() if name in BASELINES]
     most_requests = max(each["request_throughput"] for each in baselines)

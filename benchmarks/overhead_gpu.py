@@ -1,16 +1,16 @@
-"""What afbs adds where it does nothing, and its metrics where it works, on an NVIDIA GPU.
+"""What afbs costs without a profile, and what its metrics cost with one, on an NVIDIA GPU.
 
     python -m benchmarks.overhead_gpu --output results.csv
 
-Engines of Llama-3.1-8B's shapes and random weights, one after the other:
+Two engines with Llama-3.1-8B's shapes and random weights run one after the other:
 
-- *without a profile*: short prompts and decodes; from call to call its layers and metadata builders
+- *without a profile*: short prompts and decodes. Between calls, afbs's layers and metadata builders
   are turned into FlashAttention's own and back.
-- *sparse*: long prompts with one tau for all heads; from call to call all that reports a layer's
-  work is taken out and put back. The selector's counters, a part of its kernel, stay.
+- *sparse*: long prompts with one tau for all heads. Between calls, the code that reports a layer's
+  work is taken out and put back. The selector's counters stay, because its kernel contains them.
 
-Both sides are so timed in the same process on the same cache, where two processes differ by more
-than a percent by themselves.
+Both sides are thus timed in one process on one cache. Two processes would differ by more than a
+percent by themselves.
 """
 
 import functools
@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.engine import ENVIRONMENT, Engine, Job
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import DECODES, LLAMA_8B, SHORT, SPARSE_FROM
-from benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
+from benchmarks.timing import ratio_row
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.serving.settings import PROFILE_VARIABLE
@@ -37,11 +39,11 @@ from vllm_afbs.serving.settings import PROFILE_VARIABLE
 TAU = 0.2
 SPARSE = (SPARSE_FROM, 32768)
 Without = Callable[[], AbstractContextManager[object]]
-"""While it lasts, what is timed is not there."""
+"""Makes a context without the code whose cost is measured."""
 
 
 def swappable(worker: Any) -> list[tuple[Any, type, type]]:
-    """The objects of ours in a worker, each with its class and with its parent's."""
+    """Lists a worker's objects of our classes, each with its class and the parent class."""
     builders = [
         builder
         for groups in worker.model_runner.attn_groups
@@ -55,7 +57,7 @@ def swappable(worker: Any) -> list[tuple[Any, type, type]]:
 
 @contextmanager
 def stock_classes(objects: list[tuple[Any, type, type]]) -> Iterator[None]:
-    """Gives objects of ours their parents' classes."""
+    """Gives objects of our classes the parent classes for a while."""
     for each, _, stock in objects:
         each.__class__ = stock
     yield
@@ -65,7 +67,7 @@ def stock_classes(objects: list[tuple[Any, type, type]]) -> Iterator[None]:
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Leaves out the events that a layer's work is timed by, and the reports of it."""
+    """Leaves out the events that time a layer's work, and the reports of it."""
     from vllm_afbs.backends.cuda import backend
     from vllm_afbs.backends.cuda.meter import DeviceMeter
 
@@ -77,13 +79,13 @@ def unreported() -> Iterator[None]:
 
 
 def _nothing(*_: object) -> None:
-    """What stands in; a mock would note each call."""
+    """Replaces a function; a mock would record each call and take longer."""
 
 
 def time_both(
     without: Without, call: Callable[[], float], rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds without and with what is timed, in turns."""
+    """Times calls in turns without and with the code whose cost is measured, in seconds."""
     bare: list[float] = []
     own: list[float] = []
     call()
@@ -97,7 +99,7 @@ def time_both(
 
 
 def idle(folder: Path, rounds: int) -> list[Row]:
-    """What afbs adds to short prompts and decodes without a profile."""
+    """Measures what afbs adds to short prompts and decodes without a profile."""
     decodes = list(DECODES)
     engine = Engine(Job("afbs", "AFBS", str(folder), True, SPARSE_FROM, [], 1, decodes=decodes))
     (objects,) = engine.llm.collective_rpc(swappable)
@@ -111,7 +113,7 @@ def idle(folder: Path, rounds: int) -> list[Row]:
         rows.append(ratio_row(f"{what}: afbs over FlashAttention", shape, own, bare))
 
     for length in SHORT:
-        # A prompt of 512 tokens takes 15 ms, of which a hundredth is what is looked for.
+        # A prompt of 512 tokens takes 15 ms, and differences of a percent matter.
         more = max(1, SHORT[-1] // length)
         compare("time to first token", str(length), _first_token(engine, length), rounds * more)
     for decode in decodes:
@@ -121,7 +123,7 @@ def idle(folder: Path, rounds: int) -> list[Row]:
 
 
 def reporting(folder: Path, rounds: int) -> list[Row]:
-    """What the metrics add to sparse prefills."""
+    """Measures what the metrics add to sparse prefills."""
     from transformers import AutoConfig
 
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(folder))
@@ -156,7 +158,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
         for part in (idle, reporting):
-            with ProcessPoolExecutor(1, spawn) as process:  # which leaves the GPU free
+            with ProcessPoolExecutor(1, spawn) as process:  # its end frees the GPU
                 rows += process.submit(part, Path(name), args.rounds).result()
             report_rows(rows, args.output)
 

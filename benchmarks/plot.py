@@ -2,8 +2,8 @@
 
     python -m benchmarks.plot
 
-Reads the CSV files that ``DRAWINGS`` names in ``benchmarks/results``, or in the folder given with
-``--results``, and writes an SVG beside each that is there.
+Reads the CSV files that ``DRAWINGS`` names, from ``benchmarks/results`` or the folder given with
+``--results``, and writes an SVG beside each. Files that are missing are left out.
 """
 
 import argparse
@@ -28,13 +28,13 @@ Rows = list[dict[str, str]]
 
 
 def read(path: Path) -> Rows:
-    """A benchmark's rows."""
+    """Reads a benchmark's rows."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def prefill(figure: Figure, rows: Rows) -> None:
-    """Speed-up over dense FlashAttention 3 by density."""
+    """Draws the speed-up over dense FlashAttention 3 by density."""
     axes = figure.add_subplot()
     curves: dict[tuple[str, int], Points] = defaultdict(list)
     for row in rows:
@@ -61,7 +61,7 @@ def prefill(figure: Figure, rows: Rows) -> None:
 
 
 def serving(figure: Figure, rows: Rows) -> None:
-    """Time to first token by prompt length."""
+    """Draws the time to first token by prompt length."""
     axes = figure.add_subplot()
     curves: dict[str, Points] = defaultdict(list)
     for row in rows:
@@ -79,7 +79,7 @@ _SPENT, _WORTH = "evaluations a head", "sparsity at equal error"
 
 
 def tuner_arms(figure: Figure, rows: Rows) -> None:
-    """Sparsity at equal error by evaluations, for each text and group of heads."""
+    """Draws sparsity at equal error by evaluations, for each text and group of heads."""
     panels: dict[str, dict[str, dict[str, dict[str, str]]]] = defaultdict(dict)
     for row in rows:
         name, _, what = row["what"].partition(": ")
@@ -103,7 +103,7 @@ def tuner_arms(figure: Figure, rows: Rows) -> None:
 
 
 def _mark(axes: Axes, name: str, spent: dict[str, str], worth: dict[str, str], number: int) -> None:
-    """A marker at the medians over the seeds, with the spread of the sparsity."""
+    """Draws a marker at the medians over the seeds, with the spread of the sparsity."""
     low, middle, high = (float(worth[p]) for p in ("p20", "p50", "p80"))
     axes.errorbar(
         float(spent["p50"]),
@@ -119,7 +119,7 @@ def _mark(axes: Axes, name: str, spent: dict[str, str], worth: dict[str, str], n
 
 
 def budget_allocation(figure: Figure, rows: Rows) -> None:
-    """Sparsity by the change of predictions, with one tolerance and with divided ones."""
+    """Draws sparsity by the change of predictions, for one tolerance and divided ones."""
     axes = figure.add_subplot()
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -142,7 +142,7 @@ _AT = re.compile(r"(?P<method>.+) at [\d.]+$")
 
 
 def quality(figure: Figure, rows: Rows) -> None:
-    """Perplexity over dense by measured sparsity, for each text and what calibrated it."""
+    """Draws the increase of perplexity by measured sparsity, for each setting."""
     panels: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         name, _, what = row["what"].partition(": ")
@@ -184,7 +184,7 @@ DRAWINGS: dict[str, Callable[[Figure, Rows], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws all whose figures are there."""
+    """Draws all results that are there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     results = parser.parse_args(argv).results

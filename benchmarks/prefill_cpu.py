@@ -2,9 +2,10 @@
 
     python -m benchmarks.prefill_cpu --output results.csv
 
-The sparse time is everything the backend does for a layer: scoring K in the cache, selection,
-building the tile tables, regrouping Q and the output, and the kernel. Selection runs for real on
-the random data; the blocks then computed are drawn at random to hit the sparsity exactly.
+The sparse time covers everything that the backend does for a layer: scoring K in the cache,
+selection, building the tile tables, regrouping Q and the output, and the kernel. The selector runs
+on the random data, but the blocks that are computed are drawn at random to reach the sparsity
+exactly.
 """
 
 import functools
@@ -14,21 +15,16 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
+from benchmarks.command import layer_parser, report_rows
 from benchmarks.lists import random_blocks
-from benchmarks.table import (
-    Row,
-    layer_parser,
-    make_row,
-    ratio_row,
-    report_rows,
-    time_in_turns,
-)
+from benchmarks.timing import ratio_row, time_in_turns
 from vllm_afbs.backends.cpu.sparse import (
     CacheFormat,
     SparsePrefill,
     dense_paged_attention,
     split_cache,
 )
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, TileTables
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 

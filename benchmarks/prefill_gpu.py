@@ -20,16 +20,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import layer_parser, report_rows
 from benchmarks.dispatch_measurements import update_measurements, write_measurements
 from benchmarks.lists import random_blocks, tile_tables
-from benchmarks.table import (
-    Row,
-    layer_parser,
-    make_row,
-    ratio_row,
-    report_rows,
-    time_in_turns,
-)
+from benchmarks.timing import ratio_row, time_in_turns
 from vllm_afbs import compat
 from vllm_afbs.backends.cuda.dispatch import (
     KERNEL_CHOICES,
@@ -44,6 +38,7 @@ from vllm_afbs.backends.cuda.sparse import (
     TilePrefill,
     TritonPrefill,
 )
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, build_tile_lists
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
 from vllm_afbs.kernels.selection import THETA_OFF

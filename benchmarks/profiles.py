@@ -1,4 +1,4 @@
-"""Profiles that were not tuned but made up: one setting for every head."""
+"""Made-up profiles, with the same thresholds for every head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +15,15 @@ def uniform_profile(
     theta: float = -1.0,
     **fields: Any,
 ) -> Profile:
-    """One setting for every head, claimed to have been measured.
+    """Makes a profile with the same thresholds for every head.
 
     Args:
-        model: The model it is for.
-        tau: Of every head.
-        sparsity: Claimed at every length; what the dispatcher goes by.
-        lengths: Claimed calibration lengths, shortest first.
-        theta: Of every head.
-        fields: Fields of the profile to set otherwise.
+        model: The model that the profile is for.
+        tau: Tau of every head.
+        sparsity: Sparsity that the profile claims at every length; the dispatcher reads it.
+        lengths: Calibration lengths that the profile claims, in ascending order.
+        theta: Theta of every head.
+        fields: Fields of the profile to set to other values.
     """
     calibration = [Measurement(length=each, error=0.05, sparsity=sparsity) for each in lengths]
     head = HeadProfile(tau=tau, theta=theta, calibration=calibration)

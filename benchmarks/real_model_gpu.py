@@ -2,22 +2,23 @@
 
     python -m benchmarks.real_model_gpu --profile profile.json --output results.csv
 
-Times to first token, and how far the answers moved: the next-token distribution after the prompt
-and the greedy continuation, both against FLASH_ATTN's. The difference between FLASH_ATTN and afbs
-without a profile is what rounding alone does. The model is so small that dense attention is the
-faster on an H100, and the dispatcher takes it; what sparsity does to its answers shows where it is
-made to run sparse.
+Measures times to first token and how far the answers move: the next-token distribution after the
+prompt and the greedy continuation are compared with FLASH_ATTN's. The difference between FLASH_ATTN
+and afbs without a profile comes from rounding alone. The model is so small that dense attention is
+faster on an H100, so the dispatcher chooses it. To show what sparsity does to the answers, further
+engines are made to run sparse.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.serving_gpu import BASELINES, rows_of
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
-from vllm_afbs.demo import divergence
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare, read_token_ids
+from vllm_afbs.evaluate import divergence
 
 NUM_ANSWER_TOKENS = 64
 DEFAULT_LENGTHS = [7936]

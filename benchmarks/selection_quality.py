@@ -1,15 +1,15 @@
-"""Which scores choose the better blocks at equal density, on a real model's heads.
+"""Compares scores of blocks at equal density, on a real model's heads.
 
     python -m benchmarks.selection_quality --output results.csv
 
-Scores, each turned into blocks by the same rule (the fewest blocks that reach tau, with those that
-are always kept), tau set per head so that the density is met:
+Every score is turned into blocks by the same rule: the fewest blocks that reach tau, and the blocks
+that are always kept. Tau is set for each head so that the density is reached. The scores are:
 
 - *mean keys*: softmax over (mean of the query block) x (mean of the key block), as in SpargeAttn.
 - *every key*: softmax over (mean of the query block) x (each key), summed by block.
 - *served*: half of each.
 - *token Q*: the mean over the block's rows of each row's softmax over the key blocks' means.
-- *oracle*: the exact attention mass of the key blocks, mean over the rows.
+- *oracle*: the exact attention mass of the key blocks, averaged over the rows.
 """
 
 import functools
@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from benchmarks.command import benchmark_parser, report_rows
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import BlockGeometry, pool_keys
 from vllm_afbs.kernels.selection import MEAN_KEY_SHARE
@@ -35,10 +36,10 @@ SAMPLED_BLOCKS = 16
 
 
 class Rows:
-    """The sampled query blocks of one layer: exact attention, and each score's block masses."""
+    """Sampled query blocks of one layer, with their exact attention and each score's masses."""
 
     def __init__(self, tensors: LayerTensors, geometry: BlockGeometry) -> None:
-        """Computes them, in fp32."""
+        """Computes the masses, in fp32."""
         step = max(1, geometry.num_q_blocks // SAMPLED_BLOCKS)
         self.sampled = range(step - 1, geometry.num_q_blocks, step)
         self.geometry = geometry
@@ -78,14 +79,14 @@ class Rows:
         return {n: torch.nn.functional.pad(mass, (0, behind)) for n, mass in masses.items()}
 
     def keep(self, name: str, tau: torch.Tensor) -> torch.Tensor:
-        """Blocks of each head and sampled row at that head's tau."""
+        """Chooses blocks for each head and sampled row, at the head's tau."""
         ordered, order = self.masses[name].sort(dim=-1, descending=True, stable=True)
         needed = ordered.cumsum(-1) - ordered < tau[:, None, None]
         keep = torch.zeros_like(needed).scatter_(-1, order, needed)
         return (keep | self.always) & self.visible
 
     def keep_at(self, name: str, density: float) -> torch.Tensor:
-        """Blocks at the tau, of each head, that comes nearest to a density from below."""
+        """Chooses blocks at the largest tau of each head that keeps at most this density."""
         low = torch.zeros(len(self._query))
         high = torch.ones(len(self._query))
         for _ in range(20):
@@ -96,7 +97,7 @@ class Rows:
         return self.keep(name, low)
 
     def errors(self, keeps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Relative L1 error of each head against dense attention, by selection."""
+        """Computes each head's relative L1 error against dense attention, by selection."""
         difference = {name: torch.zeros(len(self._query)) for name in keeps}
         magnitude = torch.zeros(len(self._query))
         for row, i in enumerate(self.sampled):
@@ -118,7 +119,7 @@ def _by_block(weights: torch.Tensor) -> torch.Tensor:
 def measure(
     load: Callable[[int], LayerTensors], layers: list[int], geometry: BlockGeometry
 ) -> list[Row]:
-    """Errors of each selection over the heads of these layers."""
+    """Measures the errors of each selection over the heads of these layers."""
     errors: dict[str, list[float]] = {}
     for layer in track(layers, "layers"):
         rows = Rows(load(layer), geometry)

@@ -17,9 +17,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.profiles import uniform_profile
-from benchmarks.table import Row, benchmark_parser, make_row, ratio_row, report_rows
+from benchmarks.timing import ratio_row
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
@@ -50,6 +52,7 @@ DECODES = (Decode(1, 4096), Decode(8, 4096))
 
 def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> list[Job]:
     """The engines to compare, the baselines first."""
+    """Makes the jobs of the engines to compare; the first is the baseline."""
     from transformers import AutoConfig
 
     (folder / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
@@ -86,7 +89,7 @@ def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> lis
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """The figures, and each engine's ratio to the faster of the baselines that ran."""
+    """Makes rows of the figures and of each engine's ratio to the faster baseline that ran."""
     baselines = [result for name, result in results.items() if name in BASELINES]
     rows = []
     for name, result in results.items():
@@ -112,9 +115,11 @@ def main() -> None:
     """Runs the benchmark."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--longest", type=int, default=LONG[-1], help="longest prompt")
+    parser.add_argument(
+        "--longest", type=int, default=LONG[-1], help="tokens of the longest prompt"
+    )
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
-    parser.add_argument("--engines", nargs="+", help="only these of the engines, by name")
+    parser.add_argument("--engines", nargs="+", help="run only these engines, by name")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -2,15 +2,15 @@
 
     python -m benchmarks.texts DIR
 
-Writes two texts of each kind, with nothing in common, as ``NAME-calibration.txt`` and
-``NAME-measured.txt``, and prints how ``tuner_arms --texts`` is told of them:
+Writes two texts of each kind, which have nothing in common, as ``NAME-calibration.txt`` and
+``NAME-measured.txt``. Prints the arguments of ``tuner_arms --texts`` that name them:
 
-- *austen*: novels by Jane Austen (public domain). Northanger Abbey and Persuasion to calibrate on,
+- *austen*: novels by Jane Austen (public domain): Northanger Abbey and Persuasion to calibrate on,
   Emma to measure on.
-- *postgres*: the PostgreSQL 15 manual (PostgreSQL licence). Its pages take turns.
+- *postgres*: the PostgreSQL 15 manual (PostgreSQL licence). Its pages go to the two texts in turn.
 
-Needs ``apt-get`` and ``dpkg-deb``, so a Debian or one of its kin; a machine without a network is
-brought the files.
+Needs ``apt-get`` and ``dpkg-deb``, as on Debian and Ubuntu, and a network. For a machine without a
+network, write the texts elsewhere and copy them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 MAX_CHARACTERS = 600_000
-"""Of a text: more than five seeds' windows need."""
+"""Longest text: more than the windows of five seeds need."""
 _NOVELS = (
     "emma",
     "mansfield park",
@@ -42,7 +42,7 @@ _BEFORE |= {"tr": "\n", "td": " ", "br": "\n"}
 
 
 def austen(root: Path) -> tuple[str, str]:
-    """The novels, from an unpacked ``r-cran-janeaustenr``."""
+    """Reads the novels from an unpacked ``r-cran-janeaustenr``."""
     data = (root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     novels = {}
     for name in _NOVELS:  # the database holds them in this order
@@ -54,7 +54,7 @@ def austen(root: Path) -> tuple[str, str]:
 
 
 def r_strings(serialised: bytes) -> list[str]:
-    """The strings of a serialised R vector of them."""
+    """Reads the strings of a serialised R character vector."""
     strings = []
     at = serialised.find(_R_STRING)
     while serialised.startswith(_R_STRING, at):
@@ -65,7 +65,7 @@ def r_strings(serialised: bytes) -> list[str]:
 
 
 def postgres(root: Path) -> tuple[str, str]:
-    """The manual, from an unpacked ``postgresql-doc-15``."""
+    """Reads the manual from an unpacked ``postgresql-doc-15``."""
     pages = []
     for path in sorted((root / "usr/share/doc/postgresql-doc-15/html").glob("*.html")):
         page = _Page()
@@ -109,7 +109,7 @@ def unpack(package: str, directory: Path) -> Path:
     """Downloads a package of the system's release and unpacks it, installing nothing.
 
     Raises:
-        CalledProcessError: It cannot be had.
+        CalledProcessError: The package cannot be downloaded or unpacked.
     """
     subprocess.run(["apt-get", "download", "-qq", package], cwd=directory, check=True)
     archive = next(directory.glob(f"{package}_*.deb"))

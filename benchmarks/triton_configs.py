@@ -1,4 +1,4 @@
-"""Which launch configuration of the Triton prefill kernel is fastest, per head size.
+"""Finds the fastest launch configuration of the Triton prefill kernel for each head size.
 
     python -m benchmarks.triton_configs --write --output results.csv
 
@@ -14,9 +14,11 @@ import statistics
 import torch
 import triton
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.lists import random_blocks
 from benchmarks.prefill_gpu import BLOCK, Case
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows, time_in_turns
+from benchmarks.timing import time_in_turns
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import TileLists, build_tile_lists
 from vllm_afbs.kernels.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
@@ -27,7 +29,7 @@ DENSITY = 0.2
 
 
 def candidates(head_dim: int) -> list[LaunchConfig]:
-    """Configurations that may fit an H100's shared memory."""
+    """Lists configurations that may fit into an H100's shared memory."""
     block_ns = (64, 128) if head_dim <= 128 else (32, 64)
     return [LaunchConfig(*each) for each in itertools.product(block_ns, (4, 8), (2, 3))]
 
@@ -42,7 +44,7 @@ def attend(case: Case, lists: TileLists, config: LaunchConfig) -> None:
 
 
 def measure(head_dim: int, rounds: int) -> tuple[list[Row], LaunchConfig]:
-    """Times every candidate that fits, in turns; the rows, and the fastest."""
+    """Times every candidate that fits, in turns; returns the rows and the fastest."""
     case = Case(LENGTH, 32, 8, head_dim, structured=False)
     generator = torch.Generator("cuda").manual_seed(0)
     keep = random_blocks(32, case.geometry, 1 - DENSITY, generator)

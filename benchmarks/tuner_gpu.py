@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.serving_gpu import LLAMA_8B
-from benchmarks.table import Row, benchmark_parser, make_row, report_rows
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.profile.schema import HeadProfile
 from vllm_afbs.tuning.capture import (

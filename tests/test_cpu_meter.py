@@ -17,7 +17,7 @@ from tests.problems import SCALE, make_problem, relative_l1
 from vllm_afbs.backends.cpu.backend import AfbsCPUImpl, AfbsCPUMetadata, ServedLayer
 from vllm_afbs.backends.cpu.meter import DenseCost, HostMeter, LayerWork
 from vllm_afbs.backends.cpu.sparse import CacheFormat
-from vllm_afbs.demo.client import Counters, parse_counters
+from vllm_afbs.commands.client import Counters, parse_counters
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest
 from vllm_afbs.kernels.reference import reference_attention, reference_select

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import LLAMA_8B
-from vllm_afbs.demo.divergence import total_variation
+from vllm_afbs.evaluate.divergence import total_variation
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.observability import metrics

@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.multiprocess import MultiProcessCollector
 from rich.console import Console
 
+from vllm_afbs.commands.client import Completion, Counters, growth, parse_counters
 from vllm_afbs.demo import __main__ as demo
 from vllm_afbs.demo import report
-from vllm_afbs.demo.client import Completion, Counters, growth, parse_counters
 from vllm_afbs.demo.comparison import Arm, Outcome, arms, shift
 from vllm_afbs.observability import fallbacks, metrics
 

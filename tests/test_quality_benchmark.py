@@ -11,7 +11,7 @@ from benchmarks import plot
 from benchmarks.domains import Domain
 from benchmarks.quality.bench import Bench, Plan, Setting
 from benchmarks.quality.results import rows_of
-from benchmarks.table import write_rows
+from vllm_afbs.commands.results import write_rows
 from vllm_afbs.evaluate.baselines import Tuned, UniformTau
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.evaluate.suite import Amounts

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.profiles import uniform_profile
 from tests.prometheus import assert_everything_has_data, running_prometheus, tool
-from vllm_afbs.demo.client import Counters, complete, growth, scrape, total
-from vllm_afbs.demo.divergence import kl_divergence
+from vllm_afbs.commands.client import Counters, complete, growth, scrape, total
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
 from vllm_afbs.evaluate.baselines import of_profile
+from vllm_afbs.evaluate.divergence import kl_divergence
 from vllm_afbs.evaluate.in_process import InProcess, Runner
 from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.evaluate.predictor import end_tokens

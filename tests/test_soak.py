@@ -9,7 +9,7 @@ import torch
 from benchmarks.soak import checks, plan
 from benchmarks.soak.checks import FALLBACKS, PRODUCTS, TOKENS
 from tests.profiles import uniform_profile
-from vllm_afbs.demo.client import Counters
+from vllm_afbs.commands.client import Counters
 from vllm_afbs.serving.batch import sort_requests
 
 LENGTHS = [1, 2, 127, 128, 1023, 1024, 1500, 4097, 8192]

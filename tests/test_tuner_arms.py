@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import plot, texts
-from benchmarks.table import write_rows
 from benchmarks.tuner_arms import per_head, sweeps
 from benchmarks.tuner_arms.arms import HeadCapture
 from benchmarks.tuner_arms.results import (
@@ -28,6 +27,7 @@ from benchmarks.tuner_arms.samples import (
 from benchmarks.tuner_arms.times import WAYS, without_cache
 from benchmarks.tuner_arms.unseen import Choice, Meter, meet
 from tests.test_tuning_search import captured, hidden
+from vllm_afbs.commands.results import write_rows
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator

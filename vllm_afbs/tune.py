@@ -1,7 +1,7 @@
 """The tuner's command line: ``python -m vllm_afbs.tune --model MODEL --output profile.json``.
 
-Torch and Ax are imported only once the arguments are known to be usable: ``--help`` and a
-mistyped option answer at once.
+Torch and Ax are imported only after the arguments have been checked, so that ``--help`` and the
+message about a mistyped option appear at once.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.arguments import positive, unusable_output
+from vllm_afbs.commands.arguments import positive, unusable_output
+from vllm_afbs.commands.extras import missing_extra
 
 if TYPE_CHECKING:
     from vllm_afbs.profile.schema import Profile
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 LENGTHS = [2048, 4096, 8192, 16384, 32768]
 CPU_LONGEST = 8192
-"""Longest default without a GPU, where each further doubling takes four times as long."""
+"""Longest default length without a GPU: each doubling takes four times as long."""
 DEFAULT_TOLERANCE = 0.05
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -37,15 +38,15 @@ EXIT_INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
-    0: the profile is written. 2: something given cannot be used, said in one line. 1: the disk is
-    full or the like. 130: interrupted; ``--resume`` goes on.
+    0: the profile is written. 2: an argument cannot be used; one line says which. 1: a file cannot
+    be written, for instance because the disk is full. 130: interrupted; ``--resume`` continues.
     """
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
     except KeyboardInterrupt:
         print(
-            f"\nInterrupted. Go on with: {_command(arguments)} --resume",
+            f"\nInterrupted. Continue with: {_command(arguments)} --resume",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
@@ -63,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         required=True,
         type=Path,
-        help="the profile to write (JSON), with a report of the same name ending in .html",
+        help="the profile to write (JSON); a report of the same name ending in .html is written "
+        "beside it",
     )
     parser.add_argument(
         "--calibration",
@@ -71,18 +73,17 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="texts like what will be served: UTF-8 files, or directories of Hugging Face data "
-        "sets with a column 'text' (extra 'datasets'); without any, Python's own language "
-        "reference",
+        help="texts like those that will be served: UTF-8 files, or directories of Hugging Face "
+        "data sets with a column 'text' (extra 'datasets'); default: Python's language reference",
     )
     parser.add_argument(
         "--lengths",
         type=positive,
         nargs="+",
         metavar="TOKENS",
-        help="context lengths, at least two; short ones explore cheaply, the longest decides "
-        f"(default: the three longest of {', '.join(map(str, LENGTHS))} that the model's positions "
-        f"reach; without a GPU, up to {CPU_LONGEST})",
+        help="at least two context lengths: short ones make exploring cheap, the longest decides "
+        f"(default: the three longest of {', '.join(map(str, LENGTHS))} that the model supports; "
+        f"without a GPU, up to {CPU_LONGEST})",
     )
     parser.add_argument(
         "--layers",
@@ -102,14 +103,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_ratio,
         metavar="RATIO",
         help="divide the error among layers so that the model skips at least this share of its "
-        "block products, for the least change of its predictions",
+        "block products and its predictions change as little as possible",
     )
     goal.add_argument(
         "--max-perplexity-increase",
         type=_ratio,
         metavar="RATIO",
-        help="divide the error among layers so that the model skips the most while its perplexity "
-        "on held-out text grows by at most this ratio, for instance 0.01",
+        help="divide the error among layers so that the model skips as many block products as "
+        "possible while its perplexity on held-out text grows by at most this ratio, for instance "
+        "0.01",
     )
     parser.add_argument(
         "--block-q", type=positive, default=128, help="rows of a query block (default: 128)"
@@ -118,26 +120,27 @@ def _parser() -> argparse.ArgumentParser:
         "--block-k",
         type=positive,
         default=128,
-        help="keys of a key block, a multiple of the server's page (default: 128, the CPU's page)",
+        help="keys of a key block, a multiple of the server's page size (default: 128, the size on "
+        "CPUs)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the search (default: 0)")
     parser.add_argument(
         "--workers",
         type=positive,
         metavar="N",
-        help="tune N layers at once in N workers of a Ray on this machine, each with its own copy "
-        "of the memory that a layer takes (extra 'ray'; default: one layer after another)",
+        help="tune N layers at once in N Ray workers on this machine; each needs the memory of one "
+        "layer (extra 'ray'; default: one layer after another)",
     )
     parser.add_argument(
         "--ray-address",
         type=_ray_address,
         metavar="ADDRESS",
-        help="use a running Ray cluster instead, 'auto' or HOST:PORT, with --workers layers at "
-        "once (default: one per GPU, or without GPUs one per machine); the output's directory has "
-        "to be on a file system that all of its machines share",
+        help="use a running Ray cluster, 'auto' or HOST:PORT, with --workers layers at once "
+        "(default: one per GPU, or one per machine without GPUs); all machines of the cluster must "
+        "share the file system of the output's directory",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with a job that was stopped or killed"
+        "--resume", action="store_true", help="continue a job that was stopped or killed"
     )
     return parser
 
@@ -145,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 def _ray_address(text: str) -> str:
     match = re.fullmatch(r"[^/\s]+:(\d{1,5})", text, re.ASCII)
     if text != "auto" and (match is None or int(match[1]) > 65535):
-        raise argparse.ArgumentTypeError(f"auto or HOST:PORT expected, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected auto or HOST:PORT, got {text!r}")
     return text
 
 
@@ -154,7 +157,7 @@ def _layer_ranges(text: str) -> list[range]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise argparse.ArgumentTypeError(f"layers like 0-3,7 expected, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected layers, for instance 0-3,7, got {text!r}")
         ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
     return ranges
 
@@ -162,18 +165,18 @@ def _layer_ranges(text: str) -> list[range]:
 def _ratio(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and 0.0 < value < 1.0):
-        raise argparse.ArgumentTypeError(f"a number between 0 and 1 expected, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
     return value
 
 
 def _run(options: argparse.Namespace) -> int:
-    if reason := _unusable_output(options.output):
+    if reason := missing_extra("tune") or _unusable_output(options.output):
         return _refuse(reason)
     work = Path(f"{options.output}.work")
     if work.exists() and not options.resume:
         return _refuse(
-            f"{work}: left by a job that was stopped: pass --resume to go on with it, "
-            "or remove it to start anew"
+            f"{work}: left by a job that was stopped: pass --resume to continue it, or remove the "
+            "directory to start again"
         )
     from vllm_afbs.tuning.model import InputError, one_line, open_model
     from vllm_afbs.tuning.texts import read_texts
@@ -232,7 +235,9 @@ def _goal(options: argparse.Namespace) -> "Goal | None":
     else:
         return None
     if options.layers is not None:
-        raise InputError("--layers: all layers expected with a goal for the whole model")
+        raise InputError(
+            "--layers: all layers expected with --target-sparsity or --max-perplexity-increase"
+        )
     return goal
 
 
@@ -264,11 +269,11 @@ def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSetti
 
 
 def default_lengths(reach: int, has_gpu: bool) -> list[int]:
-    """Context lengths where the user names none.
+    """Chooses context lengths if the user gives none.
 
     Args:
         reach: Longest context of the model, in tokens.
-        has_gpu: Whether the job runs on one.
+        has_gpu: Whether the job runs on a GPU.
     """
     longest = reach if has_gpu else min(reach, CPU_LONGEST)
     return [length for length in LENGTHS if length <= longest][-3:]
@@ -292,7 +297,7 @@ def _unusable_output(output: Path) -> str | None:
     if reason := unusable_output(output):
         return reason
     if output == _report_file(output):
-        return f"{output}: another ending than .html expected, which is the report's"
+        return f"{output}: a name ending in .json expected: .html is the report's ending"
     return None
 
 

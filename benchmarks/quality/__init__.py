@@ -1,14 +1,14 @@
-"""Tuned profiles beside every sparse baseline at equal sparsity, on several kinds of text.
+"""Compares tuned profiles with sparse baselines at equal sparsity, on several kinds of text.
 
     python -m benchmarks.quality --texts python NAME=CALIBRATION,MEASURED ...
         --profile NAME=profile.json ... --output results.csv
 
-Thresholds are tuned on a text's calibration part and measured on its other part, where one number
-a method, its knob, brings all of them to the same sparsity; the last setting measures the first
-text with what the second one calibrated. Of several candidates of one name (profiles of one text,
-SpargeAttn's tuner at several tolerances) the one that has to be moved least counts. SpargeAttn's
-tuner searches the thresholds of the served selector, as in ``tuner_arms``; with its defaults its
-own selector runs. The sparsity that is reported is the one measured. Methods that come with a
-setting of their own are measured with that as well. Facts to be retrieved are hidden in the first
-text.
+Thresholds are tuned on the calibration part of a text and measured on its other part. There, each
+method's one number, its knob, is set so that all methods reach the same sparsity. The last setting
+measures on the first text what was calibrated on the second. A name can stand for several
+candidates: profiles of one text, or SpargeAttn's tuner at several tolerances. The candidate whose
+knob has to be moved least counts. SpargeAttn's tuner searches thresholds for the served selector,
+as in ``tuner_arms``; with its default thresholds, SpargeAttn runs its own selector. Methods with a
+knob of their own are measured with it, too. The reported sparsity is the measured one. Facts for
+retrieval are hidden in the first text.
 """

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import quality
+from benchmarks.command import benchmark_parser
 from benchmarks.domains import Domain, add_texts, read_domains
 from benchmarks.quality.bench import Bench, Candidates, Plan, Record, Setting
 from benchmarks.quality.results import rows_of, show
-from benchmarks.table import benchmark_parser, write_rows
+from vllm_afbs.commands.results import write_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.evaluate.baselines import VARIANTS, baselines, of_profile, variants
 from vllm_afbs.evaluate.in_process import Runner
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
-        # As it is read back: with lists for tuples.
+        # In the form in which it is read back, with lists instead of tuples.
         header = json.loads(json.dumps({**asdict(plan), "texts": sorted(args.texts)}))
         journal = Journal(work / FILE_NAME, header)
         runner = Runner(model)
@@ -63,19 +64,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _settings(domains: Sequence[Domain], wanted: Sequence[str] | None) -> list[Setting]:
-    """Each kind of text on its own, and the first one with methods set on the second."""
-    # Facts are hidden in one kind of text only: more prompts there say as much as more kinds.
+    """Makes a setting of each kind of text, and one of the first with methods set on the second."""
+    # Facts are hidden in one kind of text only: more prompts there tell as much as more kinds.
     settings = [Setting(domain, domain, domain is domains[0]) for domain in domains]
     if len(domains) > 1:
         settings.append(Setting(domains[1], domains[0]))
     names = [setting.name for setting in settings]
     if unknown := sorted(set(wanted or names) - set(names)):
-        raise SystemExit(f"--settings: {unknown[0]}: one of {', '.join(names)} expected")
+        raise SystemExit(f"--settings: one of {', '.join(names)} expected, got {unknown[0]}")
     return [setting for setting in settings if setting.name in (wanted or names)]
 
 
 def _candidates(bench: Bench, ours: Sequence[str], args: argparse.Namespace) -> Candidates:
-    """The methods of a setting by name, those that are asked for."""
+    """Makes the methods that were asked for, by name."""
     methods = [*baselines(), *(variants() if args.variants else ())]
     candidates = {method.name: [method] for method in methods}
     if ours:
@@ -91,7 +92,7 @@ def _candidates(bench: Bench, ours: Sequence[str], args: argparse.Namespace) -> 
 
 def _of_file(path: Path, **fields: Any) -> Method:
     profile = load_profile(path)
-    # Steps are kept under this name, so that another profile in the same file is measured anew.
+    # The journal keeps steps under this name: another profile in the same file is measured again.
     return of_profile(f"{path.stem} {profile.profile_id}", profile, min_length=0, **fields)
 
 
@@ -103,27 +104,35 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=PROFILE",
-        help=f"a profile tuned on the text of that name, or with {ANY!r} for all texts; may be "
-        "given several times",
+        help=f"a profile tuned on the text of this name, or with the name {ANY!r} for all texts "
+        "(may be given several times)",
     )
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these, by name")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="measure only these, by name"
+    )
     parser.add_argument(
         "--settings",
         nargs="+",
         metavar="SETTING",
-        help="only these, as results call them: a text's name, or 'TEXT by TEXT'",
+        help="measure only these, as the results name them: a text's name, or 'TEXT by TEXT'",
     )
-    parser.add_argument("--variants", action="store_true", help="variants of the selector too")
+    parser.add_argument(
+        "--variants", action="store_true", help="measure variants of the selector, too"
+    )
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--windows", type=int, default=2, help="of text, for perplexity")
-    parser.add_argument("--prefixes", type=int, default=8, help="scored by one token each")
-    parser.add_argument("--per-task", type=int, default=5, help="retrieval prompts of a task")
+    parser.add_argument("--windows", type=int, default=2, help="windows to measure perplexity on")
+    parser.add_argument(
+        "--prefixes", type=int, default=8, help="prompts whose next token is scored"
+    )
+    parser.add_argument("--per-task", type=int, default=5, help="prompts of each retrieval task")
     parser.add_argument("--retrieval-sparsities", type=float, nargs="*", default=[0.7])
     parser.add_argument("--sparge-tolerances", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--sparge-length", type=int, default=4096)
     parser.add_argument(
-        "--work", type=Path, help="folder for what was measured, which another run goes on from"
+        "--work",
+        type=Path,
+        help="folder for the measurements; another run with it continues from there",
     )
     return parser
 
@@ -134,7 +143,7 @@ def _profiles(given: Sequence[str], texts: set[str]) -> dict[str, list[str]]:
         name, _, path = each.partition("=")
         if name not in texts | {ANY} or not path:
             names = ", ".join(sorted(texts | {ANY}))
-            raise SystemExit(f"--profile: {each}: NAME=PROFILE expected, NAME one of {names}")
+            raise SystemExit(f"--profile: NAME=PROFILE with a NAME of {names} expected, got {each}")
         profiles.setdefault(name, []).append(path)
     return profiles
 

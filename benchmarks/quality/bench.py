@@ -29,7 +29,7 @@ from vllm_afbs.tuning.windows import CALIBRATION, cut_windows, load_tokenizer
 
 @dataclass(frozen=True)
 class Setting:
-    """Where methods are set and where they are measured.
+    """The texts that methods are set on and measured on.
 
     Attributes:
         calibration: The kind of text whose calibration part sets them.
@@ -43,22 +43,22 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As results call it."""
+        """Name in the results."""
         own = self.calibration.name == self.measured.name
         return self.measured.name if own else f"{self.measured.name} by {self.calibration.name}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every setting shares; a journal of another plan is refused.
+    """What all settings share; a journal of another plan is refused.
 
     Attributes:
         model: The model's directory.
-        amounts: What is asked of texts.
-        per_kind: Retrieval prompts of a kind.
-        retrieval: The sparsities at which they are asked.
-        tolerances: Of SpargeAttn's tuner.
-        sparge_length: Tokens that it tunes on.
+        amounts: How much is asked about texts.
+        per_kind: Retrieval prompts of each kind.
+        retrieval: The sparsities at which retrieval is measured.
+        tolerances: Tolerances of SpargeAttn's tuner.
+        sparge_length: Tokens of the text that SpargeAttn's tuner uses.
     """
 
     model: str
@@ -80,10 +80,10 @@ class Bench:
 
     Args:
         plan: What all settings share.
-        setting: This one.
+        setting: The setting.
         model: The model.
-        runner: It, loaded.
-        journal: Where steps are kept.
+        runner: The loaded model.
+        journal: The journal that keeps finished steps.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Bench:
         self._journal = journal
 
     def run(self, candidates: Candidates, sparsities: Sequence[float]) -> Iterator[Record]:
-        """Measures every method at every sparsity; yields each as it is done, or was before."""
+        """Measures every method at every sparsity; yields each record as soon as it is there."""
         levels = self._levels(candidates, sparsities)
         for name, methods in candidates.items():
             for sparsity in sparsities:
@@ -108,7 +108,7 @@ class Bench:
                     yield self._step(f"{full}, as given", method.name, alone)
 
     def tuned_by_spargeattn(self) -> list[Method]:
-        """SpargeAttn's tuner on the calibration text, at every tolerance."""
+        """Runs SpargeAttn's tuner on the calibration text, at every tolerance."""
         methods: list[Method] = []
         for tolerance in self._plan.tolerances:
             record = self._journal.step(
@@ -137,7 +137,7 @@ class Bench:
     def _levels(
         self, candidates: Candidates, sparsities: Sequence[float]
     ) -> dict[int, list[torch.Tensor]]:
-        """Of a dense run, by identity of the methods that have still something to do."""
+        """Takes levels from a dense run, by ``id`` of the methods that are not yet measured."""
         methods = [
             method
             for name, each in candidates.items()
@@ -157,7 +157,7 @@ class Bench:
         sparsity: float,
     ) -> Record:
         def compute() -> Record:
-            # Tuned ones' knobs say how far they are moved; others stand alone.
+            # A tuned method's knob says how far its thresholds are moved. Others have no rival.
             method = min(methods, key=lambda each: abs(knob_at(levels[id(each)], sparsity)))
             dense = levels[id(method)]
             selection = settle(self._runner, self._matched, method, dense, sparsity)
@@ -199,9 +199,9 @@ class Bench:
 
     @property
     def _matched(self) -> Sequence[list[int]]:
-        """Where methods are brought to a sparsity: what is measured, for that they be equal there.
+        """The windows on which methods are set to one sparsity: those that are measured.
 
-        One number is set so, the same way for all; thresholds stay as calibration left them.
+        This sets one number, in the same way for all methods. Thresholds stay as calibrated.
         """
         return self._on_text[0].windows
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality.bench import Record
-from benchmarks.table import Row, make_row
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.evaluate.comparison import KL, LOSS, PERPLEXITY, RETRIEVAL, Comparison, worst
 
 _TEXT_FIGURES = {
@@ -18,7 +18,7 @@ _TEXT_FIGURES = {
 
 
 def rows_of(records: Sequence[Record], length: int) -> list[Row]:
-    """What is kept of every measurement."""
+    """Makes the rows of all measurements."""
     rows = []
     for record in records:
         shape = f"{record['setting']}-L{length}"
@@ -41,7 +41,7 @@ def rows_of(records: Sequence[Record], length: int) -> list[Row]:
 
 
 def show(records: Sequence[Record]) -> None:
-    """Prints the ratios of perplexity, KL divergences and retrieval."""
+    """Prints perplexity ratios, KL divergences and retrieval."""
     table = Table("text", "method", "sparsity", "perplexity", "95 %", "KL", "retrieval")
     for record in records:
         found = {(e["test"], e["part"]): e for e in record["results"]}

@@ -1,1 +1,1 @@
-"""Hours of a server's life in minutes: a mix of requests, and totals that have to add up."""
+"""Sends a server a mix of requests for minutes and checks answers, memory and counters."""

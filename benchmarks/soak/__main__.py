@@ -2,9 +2,10 @@
 
     python -m benchmarks.soak --profile profile.json --output soak.csv
 
-Serves the demo's model with this backend and sends it short and long prompts, some of them over
-the model's length, several at a time, streamed and not, malformed bodies, and clients that hang up
-before or after the first token. Ends with status 1 and a list of what did not hold.
+Serves the demo's model with the afbs backend. Several clients at a time send short and long
+prompts, some longer than the model allows, some streamed, and malformed bodies; some clients hang
+up before or after the first token. If a check fails, the exit status is 1 and the faults are
+listed.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.soak.checks import memory_faults
 from benchmarks.soak.client import Client
 from benchmarks.soak.plan import (
@@ -29,7 +31,6 @@ from benchmarks.soak.plan import (
 )
 from benchmarks.soak.results import rows_of
 from benchmarks.soak.run import NUM_CLIENTS, Soak
-from benchmarks.table import benchmark_parser, report_rows
 from vllm_afbs.demo.__main__ import end_in_order
 from vllm_afbs.demo.assets import Assets, prepare, read_token_ids
 from vllm_afbs.demo.comparison import Arm
@@ -37,7 +38,7 @@ from vllm_afbs.demo.server import running_server
 from vllm_afbs.profile.file import load_profile
 
 KV_CACHE_GIB = 2
-"""Room for every client's longest prompt at once: nothing is preempted and computed anew."""
+"""Room for every client's longest prompt at once, so that nothing is preempted."""
 SAMPLE_SECONDS = 1.0
 REQUEST_SECONDS = 300.0
 
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--profile", type=Path, required=True, help="of the demo's model")
-    parser.add_argument("--minutes", type=float, default=15.0, help="to last at least")
+    parser.add_argument("--profile", type=Path, required=True, help="a profile of the demo's model")
+    parser.add_argument("--minutes", type=float, default=15.0, help="shortest duration")
     parser.add_argument("--requests", type=int, default=1100)
     parser.add_argument("--work", type=Path, help="folder for the server's log")
     return parser
@@ -66,13 +67,13 @@ def _parser() -> argparse.ArgumentParser:
 def _server(profile: Path, model_dir: Path, most_tokens: int, log_file: Path) -> Iterator[str]:
     arm = Arm("soak", "afbs", plugins=True, profile=profile)
     command = arm.command(model_dir)
-    # A prompt is one step's, whatever runs beside it, so its length tells what it must count.
+    # Every prompt fits into one step, so that its length alone determines what is counted.
     command += ["--max-num-batched-tokens", str(max(most_tokens, MAX_MODEL_LEN))]
     command += ["--no-enable-prefix-caching", "--enforce-eager"]  # compiling takes minutes
     environment = arm.environment() | {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
-        # oneDNN keeps a product for every number of rows that it has seen, up to 1024 of them: it
-        # grows for thousands of requests, stock vLLM's as well, and would hide what leaks.
+        # oneDNN caches a kernel for every number of rows that it has seen, up to 1024 of them. With
+        # stock vLLM, too, the cache grows for thousands of requests, which would hide a leak.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     }
     with running_server(command, environment, log_file) as url:
@@ -106,9 +107,9 @@ async def _run(args: argparse.Namespace, assets: Assets, log_file: Path) -> int:
 
 
 async def _sample_memory(into: list[float]) -> None:
-    """Adds the server's resident bytes, summed over its processes, once a second.
+    """Appends the resident bytes of all the server's processes once a second.
 
-    This process has no other children, and what they are is asked each time.
+    The server's processes are this one's only children. They are listed anew each time.
     """
     while True:
         total = 0

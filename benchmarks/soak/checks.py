@@ -1,7 +1,7 @@
-"""What a server's counters and memory must be, reckoned from the requests alone.
+"""Checks a server's counters and memory against what the requests alone must give.
 
-The server is started so that a prompt is one step's (no chunks, no prefix cache, no preemption).
-Then its lengths say everything: nothing here looks at what the backend calls a block.
+The server computes every prompt in one step: without chunks, prefix cache or preemption. The
+prompts' lengths then determine all counters, and no code of the backend is used here.
 """
 
 from collections import Counter
@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from vllm_afbs.demo.client import Counters, total
+from vllm_afbs.commands.client import Counters, total
 from vllm_afbs.profile.schema import Profile
 
 MAX_GROWTH_RATIO = 0.02
-"""Of the memory's median over the last third of a run to that over the second third. In the first
-one the KV cache is filled (``plan.fill``), and the allocator comes to what it needs."""
+"""Largest growth of the median memory from the second third of a run to the last. In the first
+third the KV cache is filled (``plan.fill``) and the allocator reaches its size."""
 
 TOKENS = "vllm_afbs_prefill_tokens_total"
 PRODUCTS = "vllm_afbs_block_products_total"
@@ -23,14 +23,14 @@ FALLBACKS = "vllm_afbs_dense_fallbacks_total"
 
 @dataclass(frozen=True)
 class Expected:
-    """Totals over a server's layers that prompts of some lengths come to.
+    """Totals over a server's layers that prompts of given lengths must give.
 
     Attributes:
         tokens: Query tokens of prefills.
-        long_tokens: Of them, those that sparse layers may run sparse.
+        long_tokens: Query tokens that sparse layers may run sparse.
         products: Block products, ``[num_layers]``.
-        fallbacks: Prefills left to the dense parent by reason; ``dense_is_faster`` depends on
-            what a prompt says, not on its length, and is not among them.
+        fallbacks: Prefills left to vLLM's dense backend, by reason. ``dense_is_faster`` is left
+            out: it depends on a prompt's content, not on its length.
     """
 
     tokens: int
@@ -40,13 +40,13 @@ class Expected:
 
 
 def expect(lengths: Iterable[int], profile: Profile) -> Expected:
-    """Adds up what prompts of these lengths, each in a step of its own or not, must count."""
+    """Adds up what a server must count for prompts of these lengths, in shared steps or not."""
     num_layers = len(profile.layers)
     num_sparse = sum(layer.is_sparse for layer in profile.layers)
     tokens = long_tokens = blocks = 0
     fallbacks: Counter[str] = Counter()
     for length in lengths:
-        if length == 1:  # one row is a decode's shape, and not counted as a prefill
+        if length == 1:  # one row has the shape of a decode and is not counted as a prefill
             continue
         tokens += length * num_layers
         if length < profile.block_q:
@@ -65,7 +65,7 @@ def expect(lengths: Iterable[int], profile: Profile) -> Expected:
 
 
 def visible_blocks(length: int, block_q: int, block_k: int) -> int:
-    """Blocks that one head's causal attention to a whole prompt computes.
+    """Counts the blocks that one head's causal attention to a whole prompt computes.
 
     A query block's last row ``r`` sees keys 0 to r, so it reaches ``r // block_k + 1`` blocks.
     """
@@ -74,12 +74,13 @@ def visible_blocks(length: int, block_q: int, block_k: int) -> int:
 
 
 def count_faults(grown: Counters, sure: Expected, possible: Expected) -> list[str]:
-    """Compares a server's growth with what the requests come to; one line for each difference.
+    """Compares the growth of a server's counters with the expected totals, a line for each fault.
 
     Args:
         grown: How much every counter grew.
-        sure: Of the prompts that were certainly computed.
-        possible: Of these and of all others that may have been: whose client hung up early.
+        sure: Totals of the prompts that were certainly computed.
+        possible: Totals of these and of the prompts that may have been computed, because their
+            clients hung up early.
     """
     faults = []
 
@@ -89,7 +90,7 @@ def count_faults(grown: Counters, sure: Expected, possible: Expected) -> list[st
             faults.append(f"{what}: {bounds} expected, {counted:g} counted")
 
     compare("prefill tokens", total(grown, TOKENS), sure.tokens, possible.tokens)
-    # Long prompts whose selection keeps nearly everything run dense, as the backend sees fit.
+    # The backend runs a long prompt dense if its selection keeps nearly everything.
     sparse = total(grown, TOKENS, path="sparse")
     undecided = total(grown, FALLBACKS, reason="dense_is_faster") > 0
     compare("sparse tokens", sparse, 0 if undecided else sure.long_tokens, possible.long_tokens)
@@ -105,13 +106,13 @@ def count_faults(grown: Counters, sure: Expected, possible: Expected) -> list[st
 
 
 def thirds(samples: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """The second and the last third of a run's samples."""
+    """Returns the second and the last third of a run's samples."""
     first, second = len(samples) // 3, 2 * len(samples) // 3
     return samples[first:second], samples[second:]
 
 
 def growth_ratio(samples: Sequence[float]) -> float:
-    """By how much the median of the last third lies above that of the second third.
+    """Computes how far the median of the last third lies above that of the second, as a ratio.
 
     Raises:
         ValueError: There are fewer than three samples.
@@ -123,7 +124,7 @@ def growth_ratio(samples: Sequence[float]) -> float:
 
 
 def memory_faults(samples: Sequence[float]) -> list[str]:
-    """Says, in one line, if memory grew by more than ``MAX_GROWTH_RATIO``."""
+    """Reports, in one line, memory that grew by more than ``MAX_GROWTH_RATIO``."""
     growth = growth_ratio(samples)
     if growth <= MAX_GROWTH_RATIO:
         return []

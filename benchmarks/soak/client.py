@@ -1,4 +1,4 @@
-"""One request of a soak: sent, read or left, and whether its answer was right."""
+"""Sends one request of a soak, reads the answer or hangs up, and checks the answer."""
 
 import asyncio
 import json
@@ -14,12 +14,12 @@ from benchmarks.soak.plan import Request
 from vllm_afbs.demo.comparison import SERVED_NAME
 
 Fate = Literal["computed", "unsure", "refused"]
-"""Of a prompt: unsure is one whose client hung up before it saw a token."""
+"""What became of a prompt; it is unsure if the client hung up before the first token."""
 
 LEAST_PATIENCE_SECONDS = 0.02
 PATIENCE_SECONDS = 0.5
 TOKENS_PER_SECOND = 500
-"""Of this machine's prefills, roughly: clients leave within the time that a prompt may take."""
+"""Rough speed of prefills: clients hang up within the time that a prompt may take."""
 
 _VALID: dict[str, Any] = {"model": SERVED_NAME, "prompt": [1, 2, 3], "max_tokens": 1}
 _JSON = {"Content-Type": "application/json"}
@@ -27,7 +27,7 @@ _JSON = {"Content-Type": "application/json"}
 
 @dataclass(frozen=True)
 class Malformed:
-    """A body that is no request, and what has to answer it."""
+    """A body that is not a valid request, and the status that must answer it."""
 
     name: str
     content: bytes
@@ -56,7 +56,7 @@ MALFORMED = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a request.
+    """The outcome of a request.
 
     Attributes:
         request: The request.
@@ -77,7 +77,7 @@ class Client:
     def __init__(self, url: str, tokens: Sequence[int], timeout_seconds: float) -> None:
         """Takes the text, as token ids, that prompts are cut out of.
 
-        Its length must be that of the longest prompt that the model takes, at least.
+        The text must be at least as long as the longest prompt that the model accepts.
         """
         self._tokens = tokens
         self._http = httpx.AsyncClient(
@@ -144,7 +144,7 @@ class Client:
     def _body(self, request: Request) -> dict[str, Any]:
         start = int(request.where * max(len(self._tokens) - request.num_tokens, 1))
         prompt = self._tokens[start : start + request.num_tokens]
-        if request.kind == "too_long":  # the text itself may be shorter than that
+        if request.kind == "too_long":  # the text may be shorter than the prompt
             prompt = [self._tokens[start]] * request.num_tokens
         body = {
             "model": SERVED_NAME,

@@ -1,4 +1,4 @@
-"""Which requests a soak sends: the same for the same number and seed."""
+"""Plans the requests of a soak; the same number and seed give the same plan."""
 
 import math
 import random
@@ -10,18 +10,18 @@ from typing import Literal
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 Kind = Literal["whole", "leave_waiting", "leave_reading", "too_long", "malformed"]
-"""Whole: answered to the end. Leave: the client hangs up, waiting for the first token or after it.
-The other two are to be refused."""
+"""Whole: answered to the end. Leave: the client hangs up before or after the first token. The
+server must refuse the other two."""
 
 SEED = 8
 MAX_MODEL_LEN = 8192
 MAX_TOKENS = 8
 """Longest answer that is read to its end."""
 LEFT_TOKENS = 200
-"""Length of the answers that nobody reads to the end: far more than a client waits for."""
+"""Tokens asked for by clients that hang up: far more than they wait for."""
 NUM_WAVES = 11
 STRIDE = 4
-"""From one wave to that of the next request that is dealt out: coprime to their number."""
+"""Step from a request's wave to the next request's; coprime to ``NUM_WAVES``."""
 
 LENGTHS = (
     ((1, 1), 0.030),
@@ -34,10 +34,10 @@ LENGTHS = (
 )
 """First and last length of a class, and its share of all requests."""
 SHARE_TOO_LONG = 0.024
-"""What is left is malformed."""
+"""The requests that remain are malformed."""
 
 SHARE_LEAVE_WAITING = 0.15
-"""Of the requests in waves of odd number; in the others none does, so their totals are exact."""
+"""Share in odd waves. In even waves no client leaves waiting, so their totals are exact."""
 SHARE_LEAVE_READING = 0.06
 SHARE_STREAMED = 0.5
 FILL_TOKENS = 2048
@@ -48,11 +48,12 @@ class Request:
     """One request.
 
     Attributes:
-        kind: What becomes of it.
-        num_tokens: Of the prompt; 0 of a malformed one.
-        max_tokens: To ask for.
+        kind: What the client does, or why the server must refuse the request.
+        num_tokens: Length of the prompt; 0 if the body is malformed.
+        max_tokens: Tokens of the answer.
         stream: Whether the answer comes token by token.
-        where: In [0, 1): which part of the text, which malformed body, how soon a client leaves.
+        where: In [0, 1): chooses the part of the text, the malformed body, and how soon a client
+            leaves.
     """
 
     kind: Kind
@@ -65,13 +66,13 @@ class Request:
 def make_plan(num_requests: int, seed: int = SEED) -> list[list[Request]]:
     """Draws the requests and deals them into waves.
 
-    Every wave gets its share of each class of lengths, and the longest prompts waves of their own:
-    the server's memory would tell where they met, not what leaks. All of a wave is done before the
-    next begins, so the server's totals can be read in between.
+    Every wave gets its share of each class of lengths. The longest prompts are in different waves,
+    because two of them at once would raise the server's memory. A wave is finished before the next
+    begins, so that the server's totals can be read in between.
 
     Args:
-        num_requests: Of all waves.
-        seed: Of the draw.
+        num_requests: Number of requests in all waves.
+        seed: Seed of the draw.
     """
     draw = random.Random(seed)
     kinds: list[tuple[Kind, int]] = []
@@ -121,17 +122,17 @@ def _drawn(draw: random.Random, kind: Kind, num_tokens: int, wave: int) -> Reque
 
 
 def most_tokens_at_once(waves: Sequence[Sequence[Request]], num_clients: int) -> int:
-    """The largest step that can come of the plan: the longest prompts of a wave together.
+    """Computes the most tokens that one step can hold: the longest prompts of a wave together.
 
-    No more are asked for at a time than there are clients, and a request that is being answered
-    adds one token instead of its prompt.
+    There are no more requests at a time than clients, and a request that is being answered adds one
+    token instead of its prompt.
     """
     computed = [[r.num_tokens for r in wave if r.kind != "too_long"] for wave in waves]
     return max(sum(sorted(lengths)[-num_clients:]) for lengths in computed) + num_clients
 
 
 def describe(waves: Sequence[Sequence[Request]], seed: int = SEED) -> list[str]:
-    """The plan in lines that fit a terminal."""
+    """Describes the plan in lines for the terminal."""
     requests = [request for wave in waves for request in wave]
     kinds = Counter(request.kind for request in requests)
     answered = [r for r in requests if r.kind not in ("too_long", "malformed")]

@@ -1,4 +1,4 @@
-"""A soak's figures as a benchmark's rows."""
+"""Turns a soak's figures into rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from benchmarks.soak.checks import (
 )
 from benchmarks.soak.plan import LENGTHS
 from benchmarks.soak.run import NUM_CLIENTS, Soak, bounds
-from benchmarks.table import Row, make_row
-from vllm_afbs.demo.client import total
+from vllm_afbs.commands.client import total
+from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.profile.schema import Profile
 
 GIB = 2**30
@@ -22,14 +22,14 @@ GIB = 2**30
 def rows_of(
     soak: Soak, profile: Profile, memory_bytes: Sequence[float], seconds: float, num_faults: int
 ) -> list[Row]:
-    """Requests by what became of them, memory, time to first token, and totals beside their bounds.
+    """Makes rows of requests by outcome, memory, time to first token, and totals with their bounds.
 
     Args:
-        soak: Done.
-        profile: The served one.
-        memory_bytes: The server's, once a second.
-        seconds: That it took.
-        num_faults: Of all kinds.
+        soak: The finished soak.
+        profile: The served profile.
+        memory_bytes: The server's memory, sampled once a second.
+        seconds: Duration of the soak.
+        num_faults: Number of faults of all kinds.
     """
     shape = f"N{len(soak.answers)}-C{NUM_CLIENTS}"
 

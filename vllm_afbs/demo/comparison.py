@@ -1,4 +1,4 @@
-"""The same prompt to one server after the other, and what is to be said about the answers."""
+"""Sends one prompt to several servers in turn and compares their answers."""
 
 import os
 from collections.abc import Sequence
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from vllm_afbs.demo import client, divergence
-from vllm_afbs.demo.client import Completion, Counters, matching
+from vllm_afbs.commands import client
+from vllm_afbs.commands.client import Completion, Counters, matching
+from vllm_afbs.demo.assets import MAX_MODEL_LEN
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
+from vllm_afbs.evaluate import divergence
 from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
-MAX_MODEL_LEN = 8192
 SERVED_NAME = "demo"
 
 
@@ -20,9 +21,9 @@ class Arm:
     """One way to serve the model.
 
     Attributes:
-        name: For the report and the log's file name.
+        name: Name in the report and in the log's file name.
         backend: Value of ``--attention-backend``.
-        plugins: Whether vLLM may load plugins; without, it is stock vLLM down to the platform.
+        plugins: Whether vLLM may load plugins; without them, it is stock vLLM in every part.
         profile: The profile to serve.
     """
 
@@ -32,7 +33,7 @@ class Arm:
     profile: Path | None
 
     def environment(self) -> dict[str, str]:
-        """This process's environment with what the server needs."""
+        """Environment of the server: this process's, with the settings of the arm."""
         environment = os.environ | SERVER_ENVIRONMENT
         for name in (PROFILE_VARIABLE, "VLLM_PLUGINS"):
             environment.pop(name, None)
@@ -56,7 +57,7 @@ class Arm:
 
 
 def arms(profile: Path) -> list[Arm]:
-    """Stock vLLM, our backend without a profile, and our backend with it."""
+    """Makes the demo's arms: stock vLLM, our backend without a profile, our backend with it."""
     return [
         Arm("stock", "CPU_ATTN", plugins=False, profile=None),
         Arm("dense", "afbs", plugins=True, profile=None),
@@ -66,30 +67,30 @@ def arms(profile: Path) -> list[Arm]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm's completion, and how much its counters grew over it."""
+    """An arm's completion, and how much the server's counters grew meanwhile."""
 
     arm: Arm
     completion: Completion
     counters: Counters
 
     def total(self, name: str, **labels: str) -> float | None:
-        """Sum of a metric over all label sets that contain these; None if there is none."""
+        """Sums a metric over all label sets with the given labels; None if there is none."""
         values = matching(self.counters, name, **labels)
         return sum(values) if values else None
 
     @property
     def attention_seconds(self) -> float | None:
-        """Prefill attention over all layers, selection included; None from a stock server."""
+        """Seconds of prefill attention over all layers, with selection; None from stock vLLM."""
         return self.total("vllm_afbs_prefill_attention_seconds_sum")
 
     @property
     def selector_seconds(self) -> float | None:
-        """Selection and list building over all layers."""
+        """Seconds of selection over all layers; None from stock vLLM."""
         return self.total("vllm_afbs_selector_seconds_sum")
 
     @property
     def sparsity_by_layer(self) -> dict[int, float]:
-        """Share of the block products skipped, of the layers that counted any."""
+        """Share of the block products skipped, by layer; layers that counted none are left out."""
         layers = {
             int(layer)
             for (name, labels), value in self.counters.items()
@@ -101,7 +102,7 @@ class Outcome:
 
     @property
     def sparsity(self) -> float | None:
-        """Share of all counted block products skipped."""
+        """Share of all counted block products that were skipped; None if none were counted."""
         return self._sparsity() if self.sparsity_by_layer else None
 
     def _sparsity(self, **labels: str) -> float:
@@ -112,7 +113,7 @@ class Outcome:
 
     @property
     def fallbacks(self) -> dict[str, float]:
-        """Prefills that layers left to the dense parent, by reason."""
+        """Prefills that layers left to vLLM's dense backend, by reason."""
         return {
             dict(labels)["reason"]: value
             for (name, labels), value in self.counters.items()
@@ -124,8 +125,8 @@ class Outcome:
 class Shift:
     """How far an answer moved from the stock server's.
 
-    The divergences are lower bounds in the sense of `divergence.coarsen`. The means are over
-    ``agreed_tokens`` and the token after them, at most: as long as the chosen tokens agree, both
+    The divergences are lower bounds, as ``divergence.coarsen`` explains. The means are taken over
+    the ``agreed_tokens`` and the token after them: only as long as the chosen tokens agree do both
     servers predict from the same text.
 
     Attributes:
@@ -134,7 +135,7 @@ class Shift:
         same_top_1: Whether both chose the same first token.
         kl_mean: Mean KL, in nats.
         tv_mean: Mean total variation.
-        agreed_tokens: Length of the greedy continuations' common start.
+        agreed_tokens: Number of tokens that the greedy continuations have in common from the start.
     """
 
     kl_first: float
@@ -167,16 +168,16 @@ def measure(
     Args:
         arm: How to serve.
         model_dir: The Hugging Face checkpoint.
-        prompt: Token ids.
-        warm_up: Token ids of another prompt, which must not share the prompt's start: what is
-            measured is a prefill without help from the prefix cache.
+        prompt: Token ids of the prompt.
+        warm_up: Token ids of another prompt. It must not begin like ``prompt``, whose prefill would
+            then be shortened by the prefix cache.
         max_tokens: Length of the answer.
-        log_file: For the server's log.
+        log_file: Where the server's log goes.
 
     Raises:
         ServerError: The server did not start.
         openai.OpenAIError: A request failed.
-        httpx.HTTPError: ``/metrics`` failed.
+        httpx.HTTPError: The server's ``/metrics`` cannot be read.
     """
     command = arm.command(model_dir)
     with running_server(command, arm.environment(), log_file) as url:

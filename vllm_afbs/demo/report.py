@@ -1,4 +1,4 @@
-"""The demo's results: tables for the terminal, JSON and CSV for everything else."""
+"""The demo's results: tables for the terminal, and JSON and CSV files."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ SECONDS = ("ttft_seconds", "attention_seconds", "selector_seconds", "total_secon
 
 
 def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """One record per server; the first outcome is the one the others are compared with."""
+    """Makes one record for each server; all are compared with the first."""
     stock = outcomes[0].completion
     return [
         {
@@ -76,13 +76,13 @@ def show(outcomes: list[Outcome], console: Console) -> None:
         if outcome.sparsity_by_layer:
             console.print(_layers(outcome))
         for reason, count in outcome.fallbacks.items():
-            console.print(f"{outcome.arm.name}: left to the dense parent: {count:g} x {reason}")
+            console.print(f"{outcome.arm.name}: left to vLLM's dense backend: {count:g} x {reason}")
 
 
 def _times(servers: list[dict[str, Any]]) -> Table:
     table = Table(title="One prompt, one server after the other", title_justify="left")
     table.add_column("server")
-    for heading in ("time to first token", "attention", "of it selector", "whole answer"):
+    for heading in ("time to first token", "attention", "selector alone", "whole answer"):
         table.add_column(heading, justify="right")
     table.add_column("sparsity", justify="right")
     for server in servers:
@@ -92,8 +92,8 @@ def _times(servers: list[dict[str, Any]]) -> Table:
             *(_seconds(server[name], servers[0][name]) for name in SECONDS),
             "-" if sparsity is None else f"{sparsity:.1%}",
         )
-    table.caption = "In brackets: how many times faster than stock. A stock server does not say "
-    table.caption += "what attention took: the dense parent's figure stands in the row below it."
+    table.caption = "In brackets: how many times faster than stock. A stock server does not report "
+    table.caption += "its attention time; the row below it gives that of the same dense kernel."
     return table
 
 
@@ -119,8 +119,12 @@ def _shifts(servers: list[dict[str, Any]]) -> Table:
             f"{server['kl_mean']:.2e}",
             str(server["agreed_tokens"]),
         )
-    table.caption = "From each side's 20 likeliest tokens, the rest as one outcome: lower bounds. "
-    table.caption += "The mean is over the positions where both predict from the same text."
+    table.caption = (
+        "Lower bounds: computed from each side's 20 likeliest tokens, with all others as "
+    )
+    table.caption += (
+        "one outcome. The mean is over positions where both predict from the same text."
+    )
     return table
 
 

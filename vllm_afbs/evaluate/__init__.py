@@ -1,7 +1,8 @@
-"""What sparsity costs a model in quality, and how selections compare at equal sparsity.
+"""Measures what sparsity costs a model in quality, and compares selections at equal sparsity.
 
-``python -m vllm_afbs.evaluate`` asks a model the same questions dense and sparse (``suite``), in
-this process (``in_process``) or through a server (``server``), and reports the difference with
-confidence intervals (``comparison``, ``report``). ``baselines`` holds other ways to choose blocks,
-and ``matching`` brings them to one sparsity.
+``python -m vllm_afbs.evaluate`` asks a model the same questions with dense and with sparse
+attention (``suite``). The model runs in this process (``in_process``) or behind a server
+(``server``). ``comparison`` and ``report`` give the differences with confidence intervals.
+``baselines`` holds other published ways to choose blocks, and ``matching`` sets them all to the
+same sparsity.
 """

@@ -9,11 +9,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.arguments import positive, unusable_output
+from vllm_afbs.commands.arguments import positive, unusable_output
+from vllm_afbs.commands.extras import missing_extra
 
 if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor
@@ -22,21 +22,20 @@ if TYPE_CHECKING:
     from vllm_afbs.tuning.model import SourceModel
     from vllm_afbs.tuning.texts import Text
 
+PROGRAM = "python -m vllm_afbs.evaluate"
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 TESTS = ("perplexity", "prefixes", "agreement", "retrieval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the evaluation; returns the exit status: 2 where what was given cannot be used."""
+    """Runs the evaluation; returns the exit status.
+
+    0: the report is written. 2: an argument cannot be used; one line says which. 1: a file cannot
+    be written, for instance because the disk is full.
+    """
     options = _parser().parse_args(argv)
-    asks_servers = options.server or options.dense_server
-    needed = ["matplotlib", *(["httpx", "openai"] if asks_servers else [])]
-    if missing := [name for name in needed if find_spec(name) is None]:
-        return _refuse(f"{missing[0]} is not installed: pip install 'vllm-afbs[evaluate]'")
-    if options.output.suffix in (".csv", ".svg"):
-        return _refuse(f"{options.output}: another ending expected for --output, as .json")
-    if reason := unusable_output(options.output):
+    if reason := missing_extra("evaluate") or _unusable_output(options.output):
         return _refuse(reason)
     from vllm_afbs.profile.errors import ProfileError
     from vllm_afbs.tuning.model import InputError, one_line
@@ -52,50 +51,84 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_afbs.evaluate",
-        description="Measure what a profile costs a model in quality, against itself run dense.",
+        prog=PROGRAM,
+        description="Measure how much quality a model loses with a profile, compared with the same "
+        "model run dense.",
     )
-    parser.add_argument("--model", required=True, help="directory or hub id, as tuned")
-    parser.add_argument("--profile", required=True, type=Path)
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="the checkpoint that the profile was tuned for: directory or hub id",
+    )
+    parser.add_argument("--profile", required=True, type=Path, help="the profile to evaluate")
     parser.add_argument(
         "--output",
         required=True,
         type=Path,
-        help="JSON to write; a CSV and an SVG of the same name appear beside it",
+        help="the JSON file to write; a CSV and an SVG of the same name are written beside it",
     )
     parser.add_argument(
         "--text",
         type=Path,
-        help="held-out text: a UTF-8 file, or a directory of a data set; by default the part of "
-        "Python's language reference that the demo does not calibrate on",
+        help="text that the profile was not tuned on: a UTF-8 file, or the directory of a Hugging "
+        "Face data set (default: the part of Python's language reference that the demo does not "
+        "tune on)",
     )
     parser.add_argument(
         "--length",
         type=positive,
-        help="tokens of the longest prompt (default: the longest that the profile is for)",
+        help="tokens of the longest prompt (default: the longest context of the profile)",
     )
     parser.add_argument(
         "--server",
         metavar="URL",
-        help="ask a running server of this profile instead of running the model here; "
-        "VLLM_API_KEY is its key, if it has one",
+        help="ask a running server with this profile instead of running the model here; if the "
+        "server needs an API key, set VLLM_API_KEY",
     )
     parser.add_argument(
         "--dense-server",
         metavar="URL",
-        help="a stock server of the same model as the dense reference (default: run here)",
+        help="ask a stock server of the same model for the dense reference (default: run it here)",
     )
-    parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS))
     parser.add_argument(
-        "--windows", type=positive, default=4, help="of text, at most, for perplexity"
+        "--tests", nargs="+", choices=TESTS, default=list(TESTS), help="run these (default: all)"
     )
-    parser.add_argument("--prefixes", type=positive, default=64, help="scored by one token each")
-    parser.add_argument("--continuations", type=positive, default=16)
-    parser.add_argument("--new-tokens", type=positive, default=64, help="of a continuation")
     parser.add_argument(
-        "--per-task", type=positive, default=11, help="retrieval prompts of a task, by depth"
+        "--windows",
+        type=positive,
+        default=4,
+        help="windows of text to measure perplexity on, at most (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--prefixes",
+        type=positive,
+        default=64,
+        help="prompts whose next token is scored (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--continuations",
+        type=positive,
+        default=16,
+        help="prompts that are continued greedily (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=positive,
+        default=64,
+        help="tokens of each continuation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--per-task",
+        type=positive,
+        default=11,
+        help="prompts of each retrieval task, at evenly spaced depths (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of all that is drawn at random (default: %(default)s)",
+    )
     return parser
 
 
@@ -142,6 +175,12 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _unusable_output(output: Path) -> str | None:
+    if output.suffix in (".csv", ".svg"):
+        return f"{output}: a name ending in .json expected for --output"
+    return unusable_output(output)
+
+
 def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceModel") -> "Amounts":
     from vllm_afbs.evaluate.suite import Amounts
     from vllm_afbs.tuning.model import InputError
@@ -150,8 +189,8 @@ def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceMode
     length = options.length or reach
     if not profile.min_seq_len <= length <= reach:
         raise InputError(
-            f"--length: {profile.min_seq_len} to {reach} expected, where the profile makes the "
-            f"model sparse, got {length}"
+            f"--length: {profile.min_seq_len} to {reach} expected, the contexts that the profile "
+            f"makes sparse, got {length}"
         )
 
     def if_asked(test: str, amount: int) -> int:
@@ -170,7 +209,7 @@ def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceMode
 
 
 def _text(path: Path | None, profile: "Profile") -> "Text":
-    """The text to evaluate on, which the profile must not have been tuned on."""
+    """Reads the text to evaluate on; the profile must not have been tuned on it."""
     from vllm_afbs.tuning.model import InputError
     from vllm_afbs.tuning.texts import Text, read_texts
 
@@ -179,18 +218,18 @@ def _text(path: Path | None, profile: "Profile") -> "Text":
         if text.sha256 in {source.sha256 for source in profile.calibration_texts}:
             raise InputError(f"{path}: a held-out text expected: the profile was tuned on this one")
         return text
-    from vllm_afbs.demo.assets import python_reference
+    from vllm_afbs.commands.python_reference import python_reference
 
     # The tuner's default is the whole reference.
     if any(source.name.startswith("pydoc_data.topics") for source in profile.calibration_texts):
         raise InputError("--text: a text expected: the profile was tuned on the default one")
-    return Text("Python's language reference, held-out part", python_reference().prompt)
+    return Text("Python's language reference, held-out part", python_reference().held_out)
 
 
 def _predictors(
     options: argparse.Namespace, profile: "Profile", model: "SourceModel"
 ) -> "tuple[Predictor, Predictor]":
-    """The dense model and the sparse one; weights are loaded only where one of them runs here."""
+    """Makes the dense and the sparse predictor; loads weights only if one of them runs here."""
     from vllm_afbs.evaluate.baselines import of_profile
     from vllm_afbs.evaluate.in_process import InProcess, Runner
     from vllm_afbs.evaluate.methods import Selection
@@ -201,7 +240,7 @@ def _predictors(
 
         return Served(url, end_tokens(model), profile_id)
 
-    # Servers first: they are asked whether they will do before weights are loaded.
+    # Servers come first: an unusable one is refused before weights are loaded.
     sparse = served(options.server, profile.profile_id) if options.server else None
     dense = served(options.dense_server, None) if options.dense_server else None
     if sparse is None or dense is None:
@@ -212,7 +251,7 @@ def _predictors(
 
 
 def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> int:
-    print(f"vllm-afbs-evaluate: error: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return status
 
 

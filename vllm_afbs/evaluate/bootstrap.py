@@ -8,14 +8,14 @@ REPLICATES = 2000
 
 
 def bootstrap_means(differences: Sequence[float], seed: int = 0) -> np.ndarray:
-    """Means of samples drawn again with replacement (Efron's bootstrap).
+    """Takes the means of samples drawn with replacement (Efron's bootstrap).
 
-    The samples are differences of pairs, so what makes a prompt hard for both is not counted as
-    noise.
+    The samples are differences between paired answers, so a prompt that is hard for both models
+    adds no noise.
 
     Args:
-        differences: One of each prompt, window or segment of text.
-        seed: Of the drawing.
+        differences: One difference for each prompt, window or segment of text.
+        seed: Seed of the draws.
 
     Returns:
         ``[REPLICATES]``, fp64.
@@ -27,6 +27,6 @@ def bootstrap_means(differences: Sequence[float], seed: int = 0) -> np.ndarray:
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float]:
-    """The middle 95 %."""
+    """Returns the 2.5th and the 97.5th percentile: a 95 % confidence interval."""
     low, high = np.percentile(replicates, (2.5, 97.5))
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Sparse answers against dense ones, pair by pair."""
+"""Compares sparse answers with dense ones, pair by pair."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,8 +8,8 @@ from statistics import fmean
 
 import torch
 
-from vllm_afbs.demo.divergence import agreement_length, kl_divergence
 from vllm_afbs.evaluate.bootstrap import bootstrap_means, interval
+from vllm_afbs.evaluate.divergence import agreement_length, kl_divergence
 from vllm_afbs.evaluate.predictor import NextToken
 from vllm_afbs.evaluate.retrieval import WITHOUT_DEPTH
 from vllm_afbs.evaluate.suite import Answers, Suite
@@ -25,15 +25,15 @@ class Comparison:
     """One figure of the sparse model beside the dense one's.
 
     Attributes:
-        test: Which test.
-        part: Of it, for instance a range of positions.
-        unit: Of ``dense`` and ``sparse``.
-        dense: Mean, or perplexity.
-        sparse: Likewise.
-        change: Sparse less dense; for perplexity sparse / dense.
-        low: Of its 95 % confidence interval.
-        high: Likewise.
-        samples: Pairs.
+        test: Name of the test.
+        part: Part of the test, for instance a range of positions.
+        unit: Unit of ``dense`` and ``sparse``.
+        dense: The dense model's mean, or its perplexity.
+        sparse: The sparse model's.
+        change: ``sparse - dense``; for perplexity ``sparse / dense``.
+        low: Lower end of the 95 % confidence interval of ``change``.
+        high: Upper end of the interval.
+        samples: Number of pairs.
         worse: Whether a larger change is worse.
     """
 
@@ -50,13 +50,13 @@ class Comparison:
 
     @property
     def is_significant(self) -> bool:
-        """Whether all of the interval is on the worse side of no change."""
+        """Whether the whole interval lies on the worse side of no change."""
         neutral = 1.0 if self.test == PERPLEXITY else 0.0
         return self.low > neutral if self.worse else self.high < neutral
 
 
 def compare(suite: Suite, dense: Answers, sparse: Answers) -> list[Comparison]:
-    """All figures of a suite that was answered twice."""
+    """Computes all figures of a suite that both models answered."""
     return [
         *_perplexities(dense.losses, sparse.losses),
         *_next_tokens(dense.next_tokens, sparse.next_tokens),
@@ -66,7 +66,7 @@ def compare(suite: Suite, dense: Answers, sparse: Answers) -> list[Comparison]:
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
-    """Ranges of positions: to 2K, to 4K, to 8K and so on, and shorter ones where that is all."""
+    """Divides positions at 2048, 4096, 8192 and so on, up to the length."""
     edges = [1]
     edge = 2048
     while edge < length:
@@ -98,7 +98,7 @@ def _perplexities(
 
 
 def _segments(losses: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Equal parts of about so many tokens."""
+    """Cuts losses into equal parts of about ``SEGMENT`` tokens."""
     return losses.tensor_split(max(1, len(losses) // SEGMENT))
 
 
@@ -165,14 +165,14 @@ def _of_pairs(
 
 
 def _from_zero(test: str, part: str, unit: str, values: Sequence[float]) -> Comparison:
-    """Of a divergence, which is 0 for the dense model itself."""
+    """Makes the figure of a divergence, which is 0 for the dense model itself."""
     return _of_pairs(test, part, unit, [(0.0, value) for value in values], worse=True)
 
 
 def worst(comparisons: Sequence[Comparison]) -> Comparison | None:
-    """The retrieval task that loses the most; None where nothing was retrieved.
+    """Finds the retrieval task that loses the most; None if there was no retrieval.
 
-    Depths are other groupings of the same prompts, so tasks alone compete.
+    Depths group the same prompts in another way, so only tasks are compared.
     """
     tasks = [
         each

@@ -1,4 +1,4 @@
-"""A model in this process that does what the server does: prefill sparse, decoding dense."""
+"""A model in this process that computes what a server does: sparse prefills, dense decoding."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,24 +16,24 @@ from vllm_afbs.tuning.weights import load_weights
 
 _ATTENTION = "afbs_evaluated"
 _DECODED_AT_ONCE = 16
-_ROWS = 1024  # of logits, whose softmax is taken in fp32
+_ROWS = 1024  # of logits that are turned to fp32 at a time
 
 
 class Counter:
-    """Blocks computed and not, over all that was run since it was made."""
+    """Counts the blocks that were computed and skipped."""
 
     def __init__(self) -> None:
         self._kept: torch.Tensor | int = 0
         self._visible = 0
 
     def add(self, kept: torch.Tensor | int, visible: int) -> None:
-        """Counts one layer's blocks."""
+        """Adds one layer's kept and visible blocks."""
         self._kept = self._kept + kept
         self._visible += visible
 
     @property
     def sparsity(self) -> float:
-        """Share of dense causal attention's block products that was skipped."""
+        """Share of dense causal attention's block products that were skipped."""
         return 1.0 - int(self._kept) / self._visible if self._visible else 0.0
 
 
@@ -54,7 +54,7 @@ class Runner:
         self._selection: Selection | None = None
         self._counter = Counter()
         self._watched: Sequence[tuple[Method, list[torch.Tensor]]] = ()
-        self._padding: torch.Tensor | None = None  # of a batch that is decoded
+        self._padding: torch.Tensor | None = None  # of the batch that is being decoded
         self._ends = end_tokens(model)
 
     @contextmanager
@@ -73,12 +73,15 @@ class Runner:
         methods: Sequence[Method],
         selection: Selection | None = None,
     ) -> list[list[torch.Tensor]]:
-        """Levels of all visible blocks, by method, while the model runs over texts.
+        """Runs the model over texts and collects the levels of all visible blocks.
 
         Args:
-            windows: Token ids of each; their layers' levels follow each other.
-            methods: Whose levels.
-            selection: What the model runs with; dense by default.
+            windows: Token ids of each text.
+            methods: The methods that give the levels.
+            selection: The selection that the model runs with; None runs it dense.
+
+        Returns:
+            For each method, the levels of every layer of every window, in that order.
         """
         watched: list[tuple[Method, list[torch.Tensor]]] = [(method, []) for method in methods]
         self._watched = watched
@@ -112,7 +115,7 @@ class Runner:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-        """Greedy continuations, without the token that ended them."""
+        """Continues prompts greedily; an answer does not include the token that ended it."""
         answers = []
         for start in range(0, len(prompts), _DECODED_AT_ONCE):
             batch = prompts[start : start + _DECODED_AT_ONCE]
@@ -125,14 +128,14 @@ class Runner:
 
     @torch.inference_mode()
     def _logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
-        """Logits of the last so many positions, or with 0 of all, ``[positions, vocabulary]``."""
+        """Logits of the last ``last`` positions, of all if it is 0: ``[positions, vocabulary]``."""
         ids = torch.tensor([tokens], device=self._device)
         output = self._model(input_ids=ids, use_cache=False, logits_to_keep=last)
         logits: torch.Tensor = output.logits[0]
         return logits
 
     def _decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-        """Prefills prompts one by one, then decodes them together, padded on the left."""
+        """Prefills prompts one by one, then decodes them as one batch, padded on the left."""
         from transformers import DynamicCache
 
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
@@ -194,7 +197,7 @@ class Runner:
 
 
 def _padded(rows: Sequence[torch.Tensor], length: int) -> torch.Tensor:
-    """Caches of single prompts as one batch, zeros before the shorter ones."""
+    """Joins the caches of single prompts into one batch, with zeros before the shorter ones."""
     return torch.cat(
         [torch.nn.functional.pad(each, (0, 0, length - each.shape[2], 0)) for each in rows]
     )
@@ -211,11 +214,11 @@ def _visible_levels(method: Method, layer: Layer) -> torch.Tensor:
 
 
 class InProcess:
-    """The model with one selection, asked through ``Predictor``.
+    """A ``Predictor`` that runs the model in this process with one selection.
 
     Args:
-        runner: The loaded model, which several of these may share.
-        selection: What it runs with; None for dense.
+        runner: The loaded model; several predictors may share it.
+        selection: The selection; None runs the model dense.
     """
 
     def __init__(self, runner: Runner, selection: Selection | None) -> None:

@@ -1,8 +1,8 @@
-"""Bringing methods to one sparsity: the knob that leaves it on a text's windows.
+"""Sets a method's knob so that the whole model reaches a given sparsity.
 
-No bisection is needed, since every block's level is known: the knob is a quantile of the levels
-over the whole model. They are taken from a dense run first, and then from a run with the knob that
-this gave, because layers see different inputs once those before them are sparse.
+Every block's level is known, so no bisection is needed: the knob is a quantile of the levels over
+the whole model. The levels are taken from a dense run first. They are then taken again from a run
+with that knob, because a layer sees other inputs once the layers before it are sparse.
 """
 
 import math
@@ -17,11 +17,11 @@ _LEAST = float(torch.finfo(torch.float64).min)
 
 
 def knob_at(levels: Sequence[torch.Tensor], sparsity: float) -> float:
-    """The knob under which a share of 1 - ``sparsity`` of all levels lies.
+    """Finds the knob that lies above a share of 1 - ``sparsity`` of all levels.
 
     Args:
-        levels: Of all visible blocks, by layer.
-        sparsity: Wanted; the nearest that the method reaches counts.
+        levels: Levels of all visible blocks, by layer.
+        sparsity: The wanted sparsity; the nearest one that the method can reach is taken.
     """
     ordered = torch.cat([each.flatten() for each in levels]).sort().values
     kept = round((1.0 - sparsity) * len(ordered))
@@ -38,14 +38,14 @@ def settle(
     dense: Sequence[torch.Tensor],
     sparsity: float,
 ) -> Selection:
-    """Sets a method's knob for a sparsity over the whole model.
+    """Sets a method's knob so that the whole model reaches a sparsity.
 
     Args:
         runner: The model.
         windows: Token ids of the texts' windows.
-        method: What to set.
-        dense: Its levels from a dense run over them.
-        sparsity: Wanted.
+        method: The method to set.
+        dense: The method's levels from a dense run over the windows.
+        sparsity: The wanted sparsity.
     """
     first = Selection(method, knob_at(dense, sparsity))
     (again,) = runner.levels(windows, [method], first)

@@ -1,8 +1,8 @@
-"""What a way of choosing blocks is here: for every block, the knob at which it joins.
+"""Ways to choose blocks, described by one number for each block.
 
-A method reads one layer's queries and keys and gives each block a *level*. It keeps the blocks
-whose level lies below its one *knob*, so a larger knob keeps more, and the knob that leaves a given
-sparsity is read off the levels themselves (``matching``).
+A method reads one layer's queries and keys and gives each block a *level*. It has one *knob*, and
+keeps the blocks whose levels lie below it; a larger knob keeps more. The knob for a given sparsity
+follows from the levels themselves (``matching``).
 """
 
 import math
@@ -20,13 +20,13 @@ NEVER = torch.inf
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's attention to a whole prompt, as a method sees it.
+    """What a method sees of one layer's attention to a whole prompt.
 
     Attributes:
-        index: Of the layer.
+        index: Index of the layer.
         query: ``[length, num_heads, head_dim]``.
         key: ``[length, num_kv_heads, head_dim]``.
-        softmax_scale: Factor of the scores.
+        softmax_scale: Factor that the scores are multiplied by.
     """
 
     index: int
@@ -36,11 +36,11 @@ class Layer:
 
     @property
     def group(self) -> int:
-        """Query heads of a KV head."""
+        """Number of query heads that share a KV head."""
         return self.query.shape[1] // self.key.shape[1]
 
     def head_keys(self) -> torch.Tensor:
-        """Keys by query head, ``[num_heads, length, head_dim]``, fp32."""
+        """Keys for each query head, ``[num_heads, length, head_dim]``, fp32."""
         return self.key.float().transpose(0, 1).repeat_interleave(self.group, 0)
 
     def head_queries(self) -> torch.Tensor:
@@ -53,13 +53,13 @@ class Method(ABC):
     """A way to choose blocks.
 
     Attributes:
-        name: What results call it.
+        name: Name in the results.
         block_q: Rows of a query block.
         block_k: Keys of a key block.
-        given: The knob that its authors set, or its tuner; None where there is none.
+        given: The knob that the method's authors or its tuner set; None if there is none.
         corrects: Whether a dropped block still counts as its mean key and mean value.
         min_length: Shorter prompts run dense.
-        max_length: So do longer ones.
+        max_length: Longer prompts run dense.
     """
 
     name: str
@@ -71,24 +71,24 @@ class Method(ABC):
     max_length: float = math.inf
 
     def geometry(self, length: int) -> BlockGeometry:
-        """The blocks of a prompt."""
+        """Divides a prompt into blocks."""
         return BlockGeometry(length, length, self.block_q, self.block_k)
 
     def is_dense(self, layer: int, length: int) -> bool:
-        """Whether a layer's attention to a prompt of this length is left as it is."""
+        """Whether a layer's attention to a prompt of this length stays dense."""
         return not self.min_length <= length <= self.max_length
 
     @abstractmethod
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
-        """The levels that the definition gives, ``[num_heads, num_q_blocks, num_k_blocks]``."""
+        """Scores blocks by the method's definition: ``[num_heads, num_q_blocks, num_k_blocks]``."""
 
     def levels(self, layer: Layer) -> torch.Tensor:
-        """The levels of a layer's blocks.
+        """Computes the levels of a layer's blocks.
 
-        Diagonal blocks join at any knob whatever the method: a row must attend to itself.
+        Every method keeps diagonal blocks at any knob, because a row must attend to itself.
 
         Returns:
-            ``[num_heads, num_q_blocks, num_k_blocks]``, fp64; those of invisible blocks are inf.
+            ``[num_heads, num_q_blocks, num_k_blocks]``, fp64; invisible blocks have the level inf.
         """
         geometry = self.geometry(len(layer.query))
         levels = self.score(layer, geometry).double()
@@ -102,37 +102,37 @@ class Selection:
 
     Attributes:
         method: The method.
-        knob: Blocks of lower level are kept.
+        knob: Blocks with lower levels are kept.
     """
 
     method: Method
     knob: float
 
     def keep(self, layer: Layer) -> torch.Tensor:
-        """The kept blocks, ``[num_heads, num_q_blocks, num_k_blocks]``, bool."""
+        """Chooses blocks; returns a mask ``[num_heads, num_q_blocks, num_k_blocks]``, bool."""
         return self.method.levels(layer) < self.knob
 
 
 def sink(levels: torch.Tensor) -> torch.Tensor:
-    """The levels with the first block always kept, in place."""
+    """Changes levels in place so that the first block is always kept."""
     levels[..., 0] = ALWAYS
     return levels
 
 
 def ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Place of each entry in its row, the largest first, ``int64``."""
+    """Ranks the entries of each row, the largest first, from 0, int64."""
     return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 def mass_before(mass: torch.Tensor) -> torch.Tensor:
-    """Mass of the entries of a row that come before each one, the largest first.
+    """Sums, for each entry, the mass of all larger entries of its row.
 
-    The fewest entries that reach a share tau of the mass are those with less than tau before them.
+    The fewest entries that reach a share tau of the mass are those with a sum below tau.
     """
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(mass).scatter_(-1, order, ordered.cumsum(-1) - ordered)
 
 
 def depth(share: torch.Tensor) -> torch.Tensor:
-    """-log(1 - share) in fp64, inf from 1 on: the scale that tau is moved on (tuning.bracket)."""
+    """-log(1 - share) in fp64, inf if share >= 1: the scale that the tuner moves tau on."""
     return -torch.log1p(-share.double().clamp_max(1.0))

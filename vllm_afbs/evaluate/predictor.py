@@ -1,4 +1,4 @@
-"""What is asked of a model, wherever it runs."""
+"""The interface to a model, in this process or behind a server."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from vllm_afbs.tuning.model import SourceModel
 
 TOP = 20
-"""Of a next-token distribution what a server tells unless it is started to tell more."""
+"""Number of likeliest tokens that a server reports at most, unless started to report more."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class NextToken:
     Attributes:
         loss: Negative log likelihood of the token that follows in the text, nats.
         top: The likeliest token ids and their probabilities.
-        log_probs: Of the whole vocabulary, fp32; None where only the top is told.
+        log_probs: Log-probabilities of the whole vocabulary, fp32; None if only the top is known.
     """
 
     loss: float
@@ -37,14 +37,14 @@ class Predictor(Protocol):
         """Predicts the token after a prompt."""
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-        """Greedy continuations of at most so many tokens, without the token that ended them."""
+        """Continues prompts greedily; an answer does not include the token that ended it."""
 
     def sparsity(self) -> float:
-        """Share of the block products that was skipped in all that was asked so far."""
+        """Share of the block products that were skipped in all calls so far."""
 
 
 def end_tokens(model: SourceModel) -> set[int]:
-    """Token ids that end an answer, as vLLM takes them: from the generation's configuration."""
+    """Reads the token ids that end an answer, from ``generation_config.json`` as vLLM does."""
     from transformers import GenerationConfig
 
     directory = model.directory()

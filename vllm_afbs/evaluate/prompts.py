@@ -1,4 +1,4 @@
-"""Retrieval tasks brought to a length, as token ids in the model's chat template."""
+"""Retrieval tasks as prompts of a given length: token ids in the model's chat template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ class Prompt:
     """A finished prompt.
 
     Attributes:
-        task: Its kind's name.
-        depth: Where its fact lies; kinds without one take turns through the same values.
-        tokens: Token ids, the chat template's included.
+        task: Name of its kind.
+        depth: Where its fact lies, from 0 to 1; kinds without a place take the same values in turn.
+        tokens: Token ids, including the chat template's.
         answers: See ``Task``.
         num_tokens: See ``Task``.
     """
@@ -26,25 +26,25 @@ class Prompt:
     num_tokens: int
 
     def score(self, answer: str) -> float:
-        """Share of the expected strings in an answer, case aside."""
+        """Share of the expected strings that an answer contains, ignoring case."""
         return sum(each.lower() in answer.lower() for each in self.answers) / len(self.answers)
 
 
 def make_prompts(
     tokenizer: Any, text: str, length: int, per_kind: int, seed: int, kinds: Sequence[str]
 ) -> list[Prompt]:
-    """Prompts of every kind, their facts evenly from the beginning to the end.
+    """Makes prompts of every kind, with facts at evenly spaced depths.
 
     Args:
-        tokenizer: The model's.
-        text: What fills them.
-        length: Tokens of a prompt and its answer together, at most.
-        per_kind: Prompts of a kind.
-        seed: Of what is drawn.
-        kinds: Names out of ``KINDS``.
+        tokenizer: The model's tokenizer.
+        text: The text that fills the prompts.
+        length: Most tokens of a prompt and its answer together.
+        per_kind: Number of prompts of each kind.
+        seed: Seed of all that is drawn at random.
+        kinds: Names from ``KINDS``.
 
     Raises:
-        ValueError: There is no room for the facts, or the text has too few words.
+        ValueError: The facts do not fit into the length, or the text has too few words.
     """
     maker = Maker(text, length, seed)
     prompts = []
@@ -62,10 +62,12 @@ _FIRST_UNITS = 64
 
 
 def _fitted(tokenizer: Any, task: Task, room: int) -> list[int]:
-    """A version of a task that nearly fills the room; it grows almost evenly with its filling.
+    """Adds filling to a task until it takes nearly all of the room.
+
+    The number of tokens grows almost linearly with the units of filling, so a few tries suffice.
 
     Raises:
-        ValueError: Not even its facts have room.
+        ValueError: The task does not fit even without filling.
     """
     bare = _encoded(tokenizer, task, 0)
     if len(bare) > room:
@@ -82,7 +84,7 @@ def _fitted(tokenizer: Any, task: Task, room: int) -> list[int]:
 
 
 def _encoded(tokenizer: Any, task: Task, num_units: int) -> list[int]:
-    """Token ids of the prompt, in the model's chat template where it has one."""
+    """Encodes the prompt, in the model's chat template if it has one."""
     content = task.content(num_units)
     if tokenizer.chat_template:
         message = [{"role": "user", "content": content}]

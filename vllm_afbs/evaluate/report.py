@@ -1,5 +1,6 @@
-"""An evaluation as JSON, CSV and a picture."""
+"""Writes an evaluation as JSON, CSV and a picture."""
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.table import Row, make_row, write_rows
+from vllm_afbs.commands.results import Row, make_row, write_rows
 from vllm_afbs.evaluate.comparison import PERPLEXITY, RETRIEVAL, Comparison, worst
 from vllm_afbs.files import write_atomically
 
 
 def rows_of(comparisons: Sequence[Comparison], shape: str) -> list[Row]:
-    """The CSV's rows: dense, sparse and the change, its 95 % interval as the outer columns."""
+    """Makes the CSV's rows: dense, sparse, their change, and the ends of its 95 % interval."""
     rows = []
     for each in comparisons:
         what = f"{each.test}, {each.part}"
@@ -30,28 +31,28 @@ def rows_of(comparisons: Sequence[Comparison], shape: str) -> list[Row]:
 
 
 def change_name(comparison: Comparison) -> str:
-    """What ``Comparison.change`` is."""
+    """Says how ``Comparison.change`` is computed."""
     return "sparse / dense" if comparison.test == PERPLEXITY else "sparse - dense"
 
 
 def change_unit(comparison: Comparison) -> str:
-    """Its unit."""
+    """Unit of ``Comparison.change``."""
     return "ratio" if comparison.test == PERPLEXITY else comparison.unit
 
 
 def write_report(
     output: Path, comparisons: Sequence[Comparison], about: dict[str, Any], shape: str
 ) -> None:
-    """Writes OUTPUT, and beside it the same ending in .csv and .svg.
+    """Writes the JSON file, and beside it files of the same name ending in .csv and .svg.
 
     Args:
         output: The JSON file.
         comparisons: The figures.
-        about: Where they come from.
-        shape: Of the evaluation, for the CSV.
+        about: Model, profile, text and settings of the evaluation, for the JSON file.
+        shape: Model, length and sparsity in short, for the CSV and the picture's title.
 
     Raises:
-        OSError: One of them cannot be written.
+        OSError: One of the files cannot be written.
     """
     loser = worst(comparisons)
     content = {
@@ -65,7 +66,7 @@ def write_report(
 
 
 def show(comparisons: Sequence[Comparison], sparsity: float) -> None:
-    """Prints the figures, and which task lost the most."""
+    """Prints the figures, and the task that lost the most."""
     table = Table("test", "part", "dense", "sparse", "change", "95 % interval", "samples")
     for each in comparisons:
         marked = "[bold red]" if each.is_significant else ""
@@ -92,7 +93,7 @@ def draw(path: Path, comparisons: Sequence[Comparison], title: str) -> None:
     """Draws perplexity by position and retrieval by task, with intervals.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The picture cannot be written.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -119,4 +120,6 @@ def draw(path: Path, comparisons: Sequence[Comparison], title: str) -> None:
         axes.set_yticks(list(places), [each.part for each in found], fontsize="small")
         axes.set(xlabel=f"{test}: {change_name(found[0])}, with 95 % interval")
         axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    write_atomically(path, svg.getvalue())

@@ -1,10 +1,11 @@
-"""Retrieval prompts with known answers: passkey, and RULER's tasks, made here without a network.
+"""Retrieval prompts with known answers: passkey, and the tasks of RULER. No download is needed.
 
-The tasks are those that RULER defines (arXiv 2404.06654, section 3 and appendix B), with wording
-and words of our own: needles (*single*, with several keys, values or queries), *variable tracking*,
-*common words* and *frequent words*; *passkey* is the oldest of them (arXiv 2305.16300). A prompt is
-an introduction, filling into which the facts are put at a depth, and a question; as in RULER the
-answer's beginning is given. What counts is the share of the expected strings that the answer holds.
+RULER defines the tasks (arXiv 2404.06654, section 3 and appendix B); the wording and the words are
+our own. They are needles (*single*, and with several keys, values or queries), *variable tracking*,
+*common words* and *frequent words*. *Passkey* is older (arXiv 2305.16300). A prompt consists of an
+introduction, filling with facts hidden at a given depth, and a question. As in RULER, the prompt
+also contains the beginning of the answer. The score is the share of the expected strings that the
+answer contains.
 """
 
 import random
@@ -25,7 +26,7 @@ _NUM_NEEDLES = 4
 _NUM_HOPS = 4
 _COMMON = 10
 _TIMES = {4096: (30, 3), 0: (6, 1)}
-"""How often common and other words are listed, from a length on."""
+"""How often common and other words are listed, by the shortest length it applies to."""
 _FREQUENT, _CODED_WORDS, _ZETA = 3, 50, 2.0
 _SHORTEST_WORD, _LONGEST_WORD = 5, 9
 
@@ -35,13 +36,13 @@ class Task:
     """A prompt before it is brought to a length.
 
     Attributes:
-        intro: What comes first.
-        facts: Sentences, and where in the filling each belongs, from 0 to 1; in order.
-        fill: Makes that many units of filling.
-        question: What comes after the filling.
-        opening: How the answer begins.
-        answers: The strings that it should hold.
-        num_tokens: Room for the answer.
+        intro: The introduction, before the filling.
+        facts: Sentences with their depths in the filling, from 0 to 1, in ascending order.
+        fill: Makes a given number of units of filling.
+        question: The question, after the filling.
+        opening: The beginning of the answer.
+        answers: The strings that the answer should contain.
+        num_tokens: Most tokens of the answer.
     """
 
     intro: str
@@ -53,7 +54,7 @@ class Task:
     num_tokens: int
 
     def content(self, num_units: int) -> str:
-        """The user's message with so many units of filling."""
+        """The user's message with a number of units of filling."""
         units = self.fill(num_units)
         placed = [(round(depth * len(units)), fact) for depth, fact in self.facts]
         for at, fact in reversed(placed):
@@ -65,9 +66,9 @@ class Maker:
     """Makes tasks.
 
     Args:
-        text: Whose sentences and words fill the prompts.
+        text: The text whose sentences and words fill the prompts.
         length: Tokens of the prompts.
-        seed: Of all that is drawn.
+        seed: Seed of all that is drawn at random.
     """
 
     def __init__(self, text: str, length: int, seed: int) -> None:
@@ -114,7 +115,7 @@ class Maker:
         return self._needles(list(zip(keys, values, strict=True)), depths, keys, tuple(values))
 
     def variable_tracking(self, depth: float) -> Task:
-        """A chain of assignments that begins at the depth, its links evenly behind it."""
+        """A chain of assignments that begins at the depth and goes on evenly to the end."""
         value = self._number(5)
         names = [self._letters(5).upper() for _ in range(_NUM_HOPS + 1)]
         lines = [f"VAR {names[0]} = {value}."]
@@ -131,8 +132,8 @@ class Maker:
         )
 
     def common_words(self, depth: float) -> Task:
-        """Ten words that are often in a list among many that are seldom in it."""
-        del depth  # they are everywhere
+        """Ten words that a list repeats often, among many that it repeats seldom."""
+        del depth  # the words are spread over the whole list
         common = self._draw(_COMMON)
         others = [word for word in self._words if word not in common]
         others = self._rng.sample(others, len(others))
@@ -207,7 +208,7 @@ class Maker:
         return self._sentences * whole + self._sentences[:rest]
 
     def _draw(self, count: int) -> list[str]:
-        """Words none of which is a part of another: an answer is searched for as a string."""
+        """Draws words of which none is a part of another: answers are searched for as strings."""
         drawn: list[str] = []
         for word in self._rng.sample(self._words, len(self._words)):
             if not any(word in other or other in word for other in drawn):

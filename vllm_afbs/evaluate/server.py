@@ -1,10 +1,9 @@
-"""A model behind an OpenAI-compatible server, asked through ``Predictor``.
+"""A ``Predictor`` that asks a running vLLM server.
 
-``VLLM_API_KEY`` is the server's key, if it has one, as for vLLM itself.
+The environment variable ``VLLM_API_KEY`` holds the server's key, if it needs one.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from openai import OpenAI
 from openai.types import CompletionChoice
 
-from vllm_afbs.demo.client import REQUEST_SECONDS, Counters, growth, scrape
+from vllm_afbs.commands.client import REQUEST_SECONDS, Counters, growth, scrape, token_id, total
 from vllm_afbs.evaluate.predictor import TOP, NextToken
 from vllm_afbs.tuning.model import InputError, one_line
 
@@ -27,13 +26,13 @@ class Served:
     """A running vLLM server.
 
     Args:
-        url: Of the server, without ``/v1``.
-        ends: Token ids that end an answer, which are cut off.
-        profile_id: Of the profile that it has to serve; None for a dense reference, of which
-            nothing is asked.
+        url: URL of the server, with or without ``/v1``.
+        ends: Token ids that end an answer; they are cut off.
+        profile_id: Identity of the profile that the server must run; None for a dense reference,
+            which may run any.
 
     Raises:
-        InputError: It does not answer, or serves another profile.
+        InputError: The server does not answer, or runs another profile.
     """
 
     def __init__(self, url: str, ends: set[int], profile_id: str | None) -> None:
@@ -50,8 +49,8 @@ class Served:
             self._before = scrape(self._url)
         if profile_id is not None and profile_id != (served := _served_profile(self._before)):
             raise InputError(
-                f"{self._url}: a server of profile {profile_id} expected, "
-                f"it serves {served or 'none'}"
+                f"{self._url}: a server with profile {profile_id} expected, "
+                f"got one with {served or 'no profile'}"
             )
 
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -65,14 +64,14 @@ class Served:
     def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
         """See ``Predictor``.
 
-        The answer is held to the one token, whose probability is told as if it were not: what a
-        server tells is taken before that (``--logprobs-mode raw_logprobs``, the default).
+        The server may answer with the target only. The probabilities that it reports do not change
+        with this: it takes them before (``--logprobs-mode raw_logprobs``, the default).
         """
         choice = self._complete(tokens, 1, {"logprobs": TOP, "allowed_token_ids": [target]})
         assert choice.logprobs is not None
         assert choice.logprobs.token_logprobs is not None
         assert choice.logprobs.top_logprobs is not None
-        ids = {_token_id(name): value for name, value in choice.logprobs.top_logprobs[0].items()}
+        ids = {token_id(name): value for name, value in choice.logprobs.top_logprobs[0].items()}
         top = dict(sorted(ids.items(), key=lambda each: -each[1])[:TOP])
         probabilities = torch.tensor(list(top.values())).exp().tolist()
         loss = -float(choice.logprobs.token_logprobs[0])
@@ -84,7 +83,7 @@ class Served:
         for prompt in prompts:
             choice = self._complete(prompt, num_tokens, {"logprobs": 0})
             names = choice.logprobs.tokens if choice.logprobs is not None else None
-            ids = [_token_id(name) for name in names or []]
+            ids = [token_id(name) for name in names or []]
             answers.append(ids[:-1] if ids and ids[-1] in self._ends else ids)
         return answers
 
@@ -92,7 +91,9 @@ class Served:
         """See ``Predictor``."""
         with self._one_line():
             grown = growth(self._before, scrape(self._url))
-        skipped, computed = (_products(grown, outcome) for outcome in ("skipped", "computed"))
+        skipped, computed = (
+            total(grown, _PRODUCTS, outcome=outcome) for outcome in ("skipped", "computed")
+        )
         return skipped / (skipped + computed) if skipped + computed else 0.0
 
     def _complete(
@@ -116,15 +117,6 @@ class Served:
             raise InputError(f"{self._url}: {one_line(error)}") from None
 
 
-def _token_id(name: str) -> int:
-    return int(re.sub(r"^token_id:", "", name))
-
-
-def _products(counters: Counters, outcome: str) -> float:
-    wanted = ("outcome", outcome)
-    return sum(v for (name, have), v in counters.items() if name == _PRODUCTS and wanted in have)
-
-
 def _served_profile(counters: Counters) -> str | None:
-    """Identity of the profile that a server says it serves."""
+    """Identity of the profile that a server says it runs; None if it runs without one."""
     return next((dict(labels)["profile_id"] for name, labels in counters if name == _PROFILE), None)

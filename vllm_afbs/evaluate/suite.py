@@ -1,4 +1,4 @@
-"""What a model is asked, and what it answers."""
+"""The questions of an evaluation, and a model's answers to them."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ class Amounts:
 
     Attributes:
         length: Tokens of the longest prompt.
-        windows: Windows of text whose perplexity is taken; fewer where it holds fewer.
-        prefixes: Prompts cut out of the text whose next token alone is scored.
+        windows: Windows of text to measure perplexity on; fewer if the text is too short for them.
+        prefixes: Prompts cut out of the text of which only the next token is scored.
         continuations: Prompts cut out of the text that are continued greedily.
         new_tokens: Tokens of a continuation.
         per_kind: Retrieval prompts of each kind.
         kinds: Kinds of retrieval.
-        seed: Of where texts are cut and what is hidden in them.
-        shortest: Tokens from which a prompt runs sparse; one with fewer would compare dense answers
-            with dense ones.
+        seed: Seed of the places where texts are cut and of the facts hidden in them.
+        shortest: Fewest tokens with which a prompt runs sparse; with fewer, dense answers would be
+            compared with dense ones.
     """
 
     length: int
@@ -45,15 +45,15 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Suite:
-    """All that is asked, as token ids.
+    """All prompts of an evaluation, as token ids.
 
     Attributes:
-        windows: Of text, all of one length.
+        windows: Windows of text, all of one length.
         prefixes: Prompts, each with the token that follows it in the text.
         continued: Prompts that are continued greedily.
-        new_tokens: By so many tokens.
+        new_tokens: Tokens that they are continued by.
         retrieval: Prompts with known answers.
-        decode: Token ids as text.
+        decode: Turns token ids into text.
     """
 
     windows: Sequence[list[int]]
@@ -69,12 +69,12 @@ class Answers:
     """What a model answers to a suite, in the suite's order.
 
     Attributes:
-        losses: Of each window's tokens, ``[length - 1]`` each.
-        next_tokens: After each prefix.
-        continuations: Token ids.
-        retrieved: The share of what was to be found, of each prompt.
-        sparsity: Share of block products skipped in the windows, which are as long as prompts get;
-            without any, in all that was asked.
+        losses: The losses of each window's tokens, ``[length - 1]`` each.
+        next_tokens: The prediction after each prefix.
+        continuations: Token ids that continue each prompt.
+        retrieved: The share of the expected strings found, by retrieval prompt.
+        sparsity: Share of block products skipped in the windows, or in all prompts if there are no
+            windows.
     """
 
     losses: Sequence[torch.Tensor]
@@ -87,17 +87,19 @@ class Answers:
 def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
     """Cuts a text and hides facts in it.
 
-    Windows are spread evenly over the text and share no token; prefixes begin anywhere and are half
-    as long as the longest prompt, but no shorter than runs sparse, to as long as it.
+    Windows are spread evenly over the text and share no token. Prefixes begin anywhere; their
+    lengths lie between half of ``amounts.length`` (or ``amounts.shortest``, if that is larger) and
+    all of it.
 
     Raises:
-        InputError: The text is too short, or the longest prompt for all to run sparse.
+        InputError: The text is too short, or ``amounts.length`` is too short for every prompt to
+            run sparse.
     """
     prefix, tokens = first_tokens(tokenizer), tokenize(tokenizer, text)
     length = amounts.length - len(prefix)
     if len(tokens) <= length:
         raise InputError(
-            f"{text.name}: the text has {len(tokens)} tokens, at least {length + 1} expected for a "
+            f"{text.name}: the text has {len(tokens)} tokens; at least {length + 1} expected for a "
             f"window of {amounts.length}"
         )
     num_windows = min(amounts.windows, len(tokens) // length)
@@ -123,8 +125,8 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
     fewest = min(map(len, prompts), default=amounts.shortest)
     if fewest < amounts.shortest:
         raise InputError(
-            f"--length: prompts of {fewest} tokens would run dense, {amounts.shortest} expected: "
-            f"longer than {amounts.length} by {amounts.shortest - fewest}"
+            f"--length: at least {amounts.length + amounts.shortest - fewest} expected, got "
+            f"{amounts.length}: prompts of {fewest} tokens would run dense"
         )
     return Suite(
         windows=[[*prefix, *tokens[i * apart : i * apart + length]] for i in range(num_windows)],
@@ -137,7 +139,7 @@ def make_suite(tokenizer: Any, text: Text, amounts: Amounts) -> Suite:
 
 
 def ask(predictor: Predictor, suite: Suite) -> Answers:
-    """Asks a model everything."""
+    """Asks a model all questions of a suite."""
     losses = [predictor.losses(window) for window in suite.windows]
     sparsity = predictor.sparsity() if losses else None
     next_tokens = [predictor.next_token(*prefix) for prefix in suite.prefixes]

@@ -1,4 +1,4 @@
-"""Ways to choose blocks that others published, each by its definition, and what is served."""
+"""Published ways to choose blocks, each by its definition, beside the served selector."""
 
 from collections.abc import Sequence
 from math import log1p
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def baselines() -> Sequence[Method]:
-    """Those that need no tuning."""
+    """Makes all methods that need no tuning."""
     return [
         OracleTopK("oracle Top-K"),
         OracleTopP("oracle Top-p"),

@@ -1,4 +1,4 @@
-"""What knows the exact attention: bounds on selections, not methods that could be served."""
+"""Selections by the exact attention weights: bounds for comparison, too costly to serve."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from vllm_afbs.evaluate.methods import Layer, Method, depth, mass_before, ranks,
 from vllm_afbs.kernels import BlockGeometry
 
 _SLAB_ENTRIES = 1 << 28
-"""Attention weights at a time: 1 GiB."""
+"""Attention weights held at a time: 1 GiB."""
 
 
 def exact_mass(layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
-    """Attention mass of every key block, mean over the query block's rows.
+    """Computes the attention mass of every key block, averaged over the query block's rows.
 
     Returns:
         ``[num_heads, num_q_blocks, num_k_blocks]``, fp32; rows add up to 1.
@@ -43,7 +43,7 @@ def _sum_blocks(values: torch.Tensor, dim: int, block: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OracleTopK(Method):
-    """The same share of its visible blocks for every row: those of most exact mass.
+    """Keeps the same share of the visible blocks in every row: those of most exact mass.
 
     The knob is the share.
     """
@@ -57,9 +57,9 @@ class OracleTopK(Method):
 
 @dataclass(frozen=True)
 class OracleTopP(Method):
-    """The fewest blocks that make up a share of the exact mass, whichever row they are in.
+    """Keeps, in every row, the fewest blocks that make up a share of the exact mass.
 
-    The knob is the depth of that share. The first block is kept, as the served rule does.
+    The knob is the depth of the share. The first block is always kept, as in the served selector.
     """
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""SpargeAttn as published (arXiv 2502.18137, section 3) with the defaults of its code."""
+"""SpargeAttn as published (arXiv 2502.18137, section 3), with the defaults of its code."""
 
 from dataclasses import dataclass
 

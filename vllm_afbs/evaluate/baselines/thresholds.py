@@ -1,8 +1,8 @@
-"""The served rule with one tau for all heads or a tuned one for each, and variants of its scores.
+"""The served selector with one tau for all heads or tuned thresholds, and variants of its scores.
 
-A block's mass decides, as in ``kernels.selection``. The knob moves all heads' depth,
--log(1 - tau), alike: with one tau it is that depth, with tuned thresholds what is added to theirs,
-so that 0 is as tuned.
+Blocks are chosen by their mass, as in ``kernels.selection``. With one tau, the knob is tau's depth,
+-log(1 - tau). With tuned thresholds, the knob is added to the depth of every head's tau, so 0
+leaves them as tuned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,11 @@ class UniformTau(Method):
 
     Attributes:
         query_rows: Rows that are pooled into one query, a divisor of ``block_q``; a block's mass is
-            the mean over its queries. None for all of a block, as served; 1 takes every row's
-            softmax.
-        mean_key_share: Share of the mass that goes by blocks' mean keys.
-        local_blocks: So many query blocks' worth of keys up to the diagonal are always kept.
+            the mean over its queries. None pools the whole block, as served; 1 takes the softmax of
+            every row.
+        mean_key_share: Share of the mass that is computed from blocks' mean keys.
+        local_blocks: Number of query blocks whose width in keys, up to the diagonal, is always
+            kept.
     """
 
     query_rows: int | None = None
@@ -73,7 +74,7 @@ class UniformTau(Method):
 def _mean_over_queries(
     mass: torch.Tensor, finer: BlockGeometry, geometry: BlockGeometry
 ) -> torch.Tensor:
-    """Takes the mean over the queries of each query block, by their rows."""
+    """Averages over the queries of each query block, weighted by their rows."""
     if finer.block_q == geometry.block_q:
         return mass
     block_of_query = (finer.first_positions // geometry.block_q).to(mass.device)
@@ -85,10 +86,10 @@ def _mean_over_queries(
 
 @dataclass(frozen=True)
 class Tuned(UniformTau):
-    """Thresholds of each head.
+    """The served selector with each head's own thresholds.
 
     Attributes:
-        thresholds: By layer; those left out run dense.
+        thresholds: Thresholds by layer; layers left out run dense.
     """
 
     thresholds: Mapping[int, HeadThresholds] = field(default_factory=dict)
@@ -102,12 +103,12 @@ class Tuned(UniformTau):
 
 
 def of_profile(name: str, profile: Profile, **fields: Any) -> Tuned:
-    """What the server does with a profile, layers that it leaves dense included.
+    """Makes the method that a server with this profile runs; the same layers run dense.
 
     Args:
-        name: What results call it.
+        name: Name in the results.
         profile: The profile.
-        fields: Fields of the method to set otherwise.
+        fields: Fields of the method that replace the profile's.
     """
     num_heads = profile.model.num_heads
     plans = [plan_layer(profile, i, num_heads, 0, None) for i in range(profile.model.num_layers)]
@@ -133,9 +134,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "key blocks of 64": {"block_k": 64},
     "mean correction": {"corrects": True},
 }
-"""Selectors that are not served, each one change away from the served one."""
+"""Selectors that are not served; each differs from the served one in one respect."""
 
 
 def variants() -> Sequence[Method]:
-    """Those, with one tau for all heads."""
+    """Makes all variants, with one tau for all heads."""
     return [UniformTau(f"one tau, {change}", **fields) for change, fields in VARIANTS.items()]

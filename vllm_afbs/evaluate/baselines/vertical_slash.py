@@ -8,17 +8,17 @@ from vllm_afbs.evaluate.methods import Layer, Method, depth, mass_before, sink
 from vllm_afbs.kernels import BlockGeometry
 
 GAMMA = 0.9
-"""FlexPrefill's default for the share."""
+"""FlexPrefill's default of the share."""
 
 
 @dataclass(frozen=True)
 class VerticalSlash(Method):
-    """Key blocks, and distances in blocks, that the last query block attends to.
+    """Keeps the key blocks, and the distances in blocks, that the last query block attends to.
 
     Both are read off the exact attention of the prompt's last ``block_q`` rows. As in FlexPrefill
-    (arXiv 2502.20766, algorithm 2) the fewest lines of each kind are taken that make up a share of
-    the mass; its other pattern, for heads that pooled scores predict, is left out, and lines are as
-    wide as a block. The knob is the depth of the share.
+    (arXiv 2502.20766, algorithm 2), the fewest lines of each kind that make up a share of the mass
+    are kept. FlexPrefill's other pattern, for heads that pooled scores predict, is left out, and
+    lines are as wide as a block. The knob is the depth of the share.
     """
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:

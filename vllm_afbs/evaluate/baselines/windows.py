@@ -10,10 +10,10 @@ from vllm_afbs.kernels import BlockGeometry
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """The first block and the nearest ones.
+    """Keeps the first block and the nearest blocks.
 
-    The knob is the window in key blocks. Heads reach the next whole block one after another, so
-    that any sparsity can be met.
+    The knob is the window in key blocks. As it grows, heads take in the next block one after
+    another, so that any sparsity can be reached.
     """
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:

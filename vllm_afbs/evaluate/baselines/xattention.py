@@ -8,20 +8,21 @@ from vllm_afbs.evaluate.methods import Layer, Method, depth, mass_before, sink
 from vllm_afbs.kernels import BlockGeometry
 
 THRESHOLD = 0.9
-"""The default of its code."""
+"""The default of the authors' code."""
 
 
 @dataclass(frozen=True)
 class XAttention(Method):
     """Every ``stride``-th antidiagonal of a block.
 
-    Rows and keys are taken in groups of ``stride``; a group of queries in reverse order times a
-    group of keys in order is the sum over an antidiagonal of their tile. A softmax over the groups
-    of keys and a sum over the block give its score. The first block and the diagonal count first,
-    as in its code. The knob is the depth of the threshold on the cumulated score.
+    Queries and keys are cut into groups of ``stride`` rows. A group of queries in reverse order,
+    multiplied by a group of keys in order, gives the sum over an antidiagonal of their tile. A
+    softmax over the groups of keys and a sum over each block give the block's score. The first
+    block and the diagonal come first, as in the authors' code. The knob is the depth of the
+    threshold on the cumulative score.
 
     Attributes:
-        stride: Rows of a group; the paper's more accurate choice is 8, its faster one 16.
+        stride: Rows of a group; the paper takes 8 for accuracy and 16 for speed.
     """
 
     stride: int = 8
@@ -48,7 +49,7 @@ class XAttention(Method):
         return sink(depth(mass_before(shares.masked_fill(forced, 0.0)) + first))
 
     def _groups(self, rows: torch.Tensor) -> torch.Tensor:
-        """Takes ``stride`` rows together, zeros where the sequence does not fill the last group."""
+        """Cuts rows into groups of ``stride``, with zeros at the end of the last group."""
         missing = -rows.shape[1] % self.stride
         padded: torch.Tensor = torch.nn.functional.pad(rows, (0, 0, 0, missing))
         return torch.unflatten(padded, 1, (-1, self.stride))

@@ -1,4 +1,4 @@
-"""Types of command-line arguments; imports nothing heavy, for what is refused before the rest."""
+"""Checks of command-line arguments, which run before torch is imported."""
 
 import argparse
 import tempfile
@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Reads a whole number that is at least 1."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number expected, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return value
 
 
 def unusable_output(output: Path) -> str | None:
-    """Why a file cannot be written, before anything is computed for it; None if it can."""
+    """Says why a file cannot be written, before anything is computed for it; None if it can."""
     if output.is_dir():
-        return f"{output}: a file expected for --output, this is a directory"
+        return f"{output}: a file expected for --output, but this is a directory"
     try:
         with tempfile.TemporaryFile(dir=output.parent):
             return None

@@ -1,10 +1,10 @@
-"""How far one next-token distribution lies from another, of which only the top is known."""
+"""Divergences between next-token distributions of which only the likeliest tokens are known."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 SMALLEST_MASS = 2.0**-23
-"""The remaining mass is a difference of float32 numbers near 1: below this it is rounding."""
+"""The rest's mass is 1 less a sum of float32 numbers: below this it is rounding error."""
 
 
 def coarsen(
@@ -13,8 +13,8 @@ def coarsen(
     """Makes two distributions comparable: the tokens both report, and the rest as one (None).
 
     A token that only one of them reports has no known probability in the other, so it goes into
-    the rest. Merging outcomes never increases a divergence (data processing inequality): what
-    is computed from the result is a lower bound on the divergence of the whole distributions.
+    the rest. Merging outcomes never increases a divergence (data processing inequality), so the
+    divergence of the results is a lower bound on that of the whole distributions.
     """
     shared = {token for token in p.keys() & q.keys() if p[token] > 0 and q[token] > 0}
     return _with_rest(p, shared), _with_rest(q, shared)
@@ -39,7 +39,7 @@ def total_variation(p: Mapping[int, float], q: Mapping[int, float]) -> float:
 
 
 def agreement_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from the start."""
+    """Counts the tokens that two sequences have in common from the start."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index

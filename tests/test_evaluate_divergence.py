@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr
 
-from vllm_afbs.demo.divergence import (
+from vllm_afbs.evaluate.divergence import (
     SMALLEST_MASS,
     agreement_length,
     coarsen,

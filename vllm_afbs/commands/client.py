@@ -1,4 +1,4 @@
-"""What a client sees of a server: one streamed completion, and the counters of ``/metrics``."""
+"""An HTTP client of a vLLM server: streamed completions, and the counters of ``/metrics``."""
 
 import math
 import time
@@ -55,7 +55,7 @@ def complete(url: str, model: str, prompt: Sequence[int], max_tokens: int) -> Co
         temperature=0,
         logprobs=NUM_LOGPROBS,
         stream=True,
-        # Two tokens may read alike, halves of one character for instance; ids never do.
+        # Two tokens may have the same text, for instance halves of one character, but not one id.
         extra_body={"return_tokens_as_token_ids": True},
     ) as stream:
         for chunk in stream:
@@ -73,13 +73,14 @@ def _tokens(choice: CompletionChoice) -> tuple[list[int], list[dict[int, float]]
     if choice.logprobs is None:
         return [], []
     distributions = [
-        {_token_id(name): math.exp(value) for name, value in top.items()}
+        {token_id(name): math.exp(value) for name, value in top.items()}
         for top in choice.logprobs.top_logprobs or []
     ]
-    return [_token_id(name) for name in choice.logprobs.tokens or []], distributions
+    return [token_id(name) for name in choice.logprobs.tokens or []], distributions
 
 
-def _token_id(name: str) -> int:
+def token_id(name: str) -> int:
+    """Reads a token as vLLM names it under ``return_tokens_as_token_ids``: ``token_id:17``."""
     return int(name.removeprefix("token_id:"))
 
 
@@ -87,14 +88,14 @@ OURS = "vllm_afbs_"
 
 
 def scrape(url: str, prefix: str = OURS) -> Counters:
-    """The server's own metrics at this moment.
+    """Reads a server's metrics.
 
     Args:
-        url: The server's.
-        prefix: What the names of those that are kept begin with.
+        url: URL of the server.
+        prefix: Only metrics whose names begin with this are kept.
 
     Raises:
-        httpx.HTTPError: ``/metrics`` does not answer as it should.
+        httpx.HTTPError: The server cannot be reached, or ``/metrics`` answers with an error.
     """
     response = httpx.get(f"{url}/metrics", timeout=REQUEST_SECONDS)
     response.raise_for_status()
@@ -102,7 +103,7 @@ def scrape(url: str, prefix: str = OURS) -> Counters:
 
 
 def parse_counters(text: str, prefix: str = OURS) -> Counters:
-    """Reads the Prometheus text format; only samples whose name begins so are kept."""
+    """Reads the Prometheus text format; keeps the samples whose names begin with ``prefix``."""
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
@@ -112,7 +113,7 @@ def parse_counters(text: str, prefix: str = OURS) -> Counters:
 
 
 def matching(counters: Counters, name: str, **labels: str) -> list[float]:
-    """Values of a metric under all label sets that contain these."""
+    """Lists the values of a metric under all label sets that contain the given labels."""
     wanted = labels.items()
     return [
         value
@@ -122,10 +123,10 @@ def matching(counters: Counters, name: str, **labels: str) -> list[float]:
 
 
 def total(counters: Counters, name: str, **labels: str) -> float:
-    """Sum of a metric over all label sets that contain these; 0 if there is none."""
+    """Sums a metric over all label sets that contain the given labels; 0 if there is none."""
     return sum(matching(counters, name, **labels))
 
 
 def growth(before: Counters, after: Counters) -> Counters:
-    """How much each counter grew; one that was not there before started at zero."""
+    """Subtracts earlier counters from later ones; a counter that is new started at zero."""
     return {key: value - before.get(key, 0.0) for key, value in after.items()}
