@@ -39,8 +39,8 @@ from vllm_afbs.backends.cuda.sparse import (
     TritonPrefill,
 )
 from vllm_afbs.kernels import BlockGeometry, HeadThresholds, build_tile_lists
+from vllm_afbs.kernels.impl.torch_selection import THETA_OFF
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
-from vllm_afbs.kernels.selection import THETA_OFF
 
 LENGTHS = (8192, 32768, 65536, 131072)
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)

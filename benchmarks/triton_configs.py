@@ -2,7 +2,7 @@
 
     python -m benchmarks.triton_configs --write --output results.csv
 
-``--write`` replaces ``kernels/triton_configs.json``, which the kernel reads.
+``--write`` replaces ``kernels/impl/triton_configs.json``, which the kernel reads.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from benchmarks.lists import random_blocks
 from benchmarks.prefill_gpu import BLOCK, Case
 from benchmarks.table import Row, benchmark_parser, make_row, report_rows, time_in_turns
 from vllm_afbs.kernels import TileLists, build_tile_lists
-from vllm_afbs.kernels.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
+from vllm_afbs.kernels.impl.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
 from vllm_afbs.profile.file import write_atomically
 
 HEAD_DIMS = (64, 96, 128, 256)

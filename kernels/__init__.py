@@ -8,7 +8,7 @@ Nothing here imports vLLM.
 """
 
 from vllm_afbs.kernels.geometry import LOCAL_BLOCKS, BlockGeometry
-from vllm_afbs.kernels.selection import (
+from vllm_afbs.kernels.impl.torch_selection import (
     HeadThresholds,
     cut_keys,
     pool_keys,
@@ -16,7 +16,7 @@ from vllm_afbs.kernels.selection import (
     score_blocks,
     select_blocks,
 )
-from vllm_afbs.kernels.tiles import (
+from vllm_afbs.kernels.impl.torch_tiles import (
     TileLists,
     TileTables,
     build_tile_lists,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_afbs.kernels.geometry import BlockGeometry
-from vllm_afbs.kernels.selection import HeadThresholds
+from vllm_afbs.kernels.impl.torch_selection import HeadThresholds
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from vllm_afbs.kernels import (
     select_blocks,
     tile_prefill,
 )
+from vllm_afbs.kernels.impl.torch_tiles import heads_per_page, one_head_view
 from vllm_afbs.kernels.reference import (
     reference_attention,
     reference_select,
     reference_varlen,
 )
-from vllm_afbs.kernels.tiles import heads_per_page, one_head_view
 
 
 def select(problem: Problem) -> torch.Tensor:

@@ -8,15 +8,15 @@ import torch
 from tests.batches import Batch, make_batch
 from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
 from tests.problems import SCALE, Problem, make_problem, relative_l1
-from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
-from vllm_afbs.kernels.reference import BlockProducts, reference_attention
-from vllm_afbs.kernels.tiles import TileLists, build_tile_lists
-from vllm_afbs.kernels.triton_prefill import (
+from vllm_afbs.kernels.impl.torch_tiles import TileLists, build_tile_lists
+from vllm_afbs.kernels.impl.triton_prefill import (
     LaunchConfig,
     PrefillFeatures,
     fastest_config,
     triton_prefill,
 )
+from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
+from vllm_afbs.kernels.reference import BlockProducts, reference_attention
 
 PLAIN = PrefillFeatures()
 
@@ -204,7 +204,7 @@ def test_interpreted_batch_leaves_other_rows_alone(
 ) -> None:
     if heads_outside:
         # The other order of programs: one KV head's heads at a time.
-        monkeypatch.setattr("vllm_afbs.kernels.triton_prefill._L2_BYTES", 1)
+        monkeypatch.setattr("vllm_afbs.kernels.impl.triton_prefill._L2_BYTES", 1)
     lengths = [(40, 40), (33, 100), (1, 70)]
     check(make_batch(lengths, 32, 16, 24, torch.float32, "cpu", heads_outside))
 

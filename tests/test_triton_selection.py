@@ -11,13 +11,13 @@ from vllm_afbs.kernels import (
     build_tile_lists,
     build_tile_tables,
     pool_queries,
-    triton_scoring,
 )
+from vllm_afbs.kernels.impl import triton_scoring
+from vllm_afbs.kernels.impl.torch_selection import THETA_OFF
+from vllm_afbs.kernels.impl.torch_tiles import TileTables, one_head_view
+from vllm_afbs.kernels.impl.triton_packing import pack_queries, unpack_output
+from vllm_afbs.kernels.impl.triton_selection import select_tile_lists, select_tile_tables
 from vllm_afbs.kernels.reference import reference_select
-from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.kernels.tiles import TileTables, one_head_view
-from vllm_afbs.kernels.triton_packing import pack_queries, unpack_output
-from vllm_afbs.kernels.triton_selection import select_tile_lists, select_tile_tables
 
 ONE = [(96, 96)]
 THREE = [(50, 131), (33, 300), (64, 64)]

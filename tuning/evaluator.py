@@ -24,7 +24,7 @@ from vllm_afbs.kernels import (
     score_blocks,
     select_blocks,
 )
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels.impl.torch_selection import THETA_OFF
 from vllm_afbs.tuning.capture import LayerTensors
 
 _HOST_CACHE_BYTES = 3 << 30

@@ -12,15 +12,15 @@ import triton
 
 from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds, TileLists, TileTables
-from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.tiles import one_head_view
-from vllm_afbs.kernels.triton_packing import (
+from vllm_afbs.kernels.impl.torch_tiles import one_head_view
+from vllm_afbs.kernels.impl.triton_packing import (
     pack_queries,
     pool_queries_in_place,
     unpack_output,
 )
-from vllm_afbs.kernels.triton_prefill import PrefillFeatures, triton_prefill
-from vllm_afbs.kernels.triton_selection import select_tile_lists, select_tile_tables
+from vllm_afbs.kernels.impl.triton_prefill import PrefillFeatures, triton_prefill
+from vllm_afbs.kernels.impl.triton_selection import select_tile_lists, select_tile_tables
+from vllm_afbs.kernels.query_blocks import QueryBlocks
 
 _MAX_TILE_ROWS = 512
 """Told to FlashAttention 3 as the longest sequence: from its tile size (128 or 192 rows) down it

@@ -1,6 +1,6 @@
 """The served rule with one tau for all heads or a tuned one for each, and variants of its scores.
 
-A block's mass decides, as in ``kernels.selection``. The knob moves all heads' depth,
+A block's mass decides, as in ``kernels.impl.torch_selection``. The knob moves all heads' depth,
 -log(1 - tau), alike: with one tau it is that depth, with tuned thresholds what is added to theirs,
 so that 0 is as tuned.
 """
@@ -26,7 +26,7 @@ from vllm_afbs.kernels import (
     pool_queries,
     score_blocks,
 )
-from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, THETA_OFF
+from vllm_afbs.kernels.impl.torch_selection import MEAN_KEY_SHARE, THETA_OFF
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving.admission import plan_layer
 

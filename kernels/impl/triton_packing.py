@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_afbs.kernels.impl.torch_selection import BlockStats
+from vllm_afbs.kernels.impl.triton_query_block import load_query_block
+from vllm_afbs.kernels.impl.triton_scoring import self_similarity
 from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.selection import BlockStats
-from vllm_afbs.kernels.triton_geometry import load_query_block
-from vllm_afbs.kernels.triton_scoring import self_similarity
 
 
 def pack_queries(query: torch.Tensor, blocks: QueryBlocks) -> tuple[torch.Tensor, BlockStats]:

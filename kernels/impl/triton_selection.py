@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_afbs.kernels.impl.torch_selection import MEAN_KEY_SHARE, BlockStats, HeadThresholds
+from vllm_afbs.kernels.impl.torch_tiles import TileLists, TileTables, heads_per_page
+from vllm_afbs.kernels.impl.triton_query_block import load_query_block
+from vllm_afbs.kernels.impl.triton_scoring import key_page_similarity, score_key_pages
 from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, BlockStats, HeadThresholds
-from vllm_afbs.kernels.tiles import TileLists, TileTables, heads_per_page
-from vllm_afbs.kernels.triton_geometry import load_query_block
-from vllm_afbs.kernels.triton_scoring import key_page_similarity, score_key_pages
 
 _BISECTIONS = 24
 """Halvings of the mass threshold: fp32 has no finer one within a row's largest mass."""

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.impl.triton_query_block import load_query_block
 from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.triton_geometry import load_query_block
 
 # Fastest of 64 or 128 rows, 16 or 32 blocks, 4 or 8 warps and 2 or 3 stages, on an H100 at 32K and
 # 128K with heads of 128.
@@ -42,7 +42,7 @@ def score_key_pages(
     _, page_size, num_kv_heads, _ = key_cache.shape
     num_q_blocks, num_k_blocks = geometry.num_q_blocks, geometry.num_k_blocks
     group = num_heads // num_kv_heads
-    # Rows of whole vectors, whatever the context: see ``triton_geometry``.
+    # Rows of whole vectors, whatever the context: see ``triton_query_block``.
     padded = triton.cdiv(num_k_blocks, _SPAN) * _SPAN
     scores = mean_query.new_empty(2, num_heads, num_q_blocks, padded, dtype=torch.float32)
     mean, total = scores[..., :num_k_blocks]

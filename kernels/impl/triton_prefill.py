@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_afbs.kernels.impl.torch_tiles import TileLists
+from vllm_afbs.kernels.impl.triton_query_block import load_query_block
 from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.tiles import TileLists
-from vllm_afbs.kernels.triton_geometry import load_query_block
 
 CONFIGS = Path(__file__).with_name("triton_configs.json")
 
