@@ -17,7 +17,7 @@ import triton
 from benchmarks.lists import random_blocks
 from benchmarks.prefill_gpu import BLOCK, Case
 from benchmarks.table import Row, benchmark_parser, make_row, report_rows, time_in_turns
-from vllm_afbs.kernels import TileLists, build_tile_lists
+from vllm_afbs.kernels import PrefillFeatures, TileLists, build_tile_lists
 from vllm_afbs.kernels.impl.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
 from vllm_afbs.profile.file import write_atomically
 
@@ -34,11 +34,7 @@ def candidates(head_dim: int) -> list[LaunchConfig]:
 
 def attend(case: Case, lists: TileLists, config: LaunchConfig) -> None:
     """Runs the kernel alone."""
-    step = case.step
-    triton_prefill(
-        step.query, step.key_cache, step.value_cache, case.output, step.block_table, lists,
-        step.blocks, case.scale, config=config,
-    )  # fmt: skip
+    triton_prefill(case.step, lists, case.output, case.scale, PrefillFeatures(), config)
 
 
 def measure(head_dim: int, rounds: int) -> tuple[list[Row], LaunchConfig]:

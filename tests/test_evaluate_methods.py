@@ -20,8 +20,7 @@ from vllm_afbs.evaluate.baselines import (
 from vllm_afbs.evaluate.baselines.spargeattn import SIMTHRESHD1
 from vllm_afbs.evaluate.matching import knob_at
 from vllm_afbs.evaluate.methods import Layer, Method, Selection
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.impl.torch_selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.kernels.reference import reference_select
 
 BLOCK, LENGTH = 16, 16 * 9 + 5

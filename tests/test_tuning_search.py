@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from benchmarks.tuner_arms.stages import WithoutBayes
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.impl.torch_selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.bayes import LayerOptimizer, Observation
 from vllm_afbs.tuning.bracket import MAX_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
 from vllm_afbs.tuning.capture import Capture, LayerTensors

@@ -15,8 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.impl.torch_selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile, LayerProfile
 from vllm_afbs.tuning.bracket import (
     MAX_DEPTH,

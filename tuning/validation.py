@@ -6,8 +6,7 @@ a text is the mean over the text's held-out windows, which share the rows that a
 
 import torch
 
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.impl.torch_selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile, Measurement
 from vllm_afbs.tuning.bracket import depth_of, tau_of
 from vllm_afbs.tuning.evaluator import HeadScores

@@ -20,13 +20,12 @@ from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
     SparsePrefill,
-    StepInputs,
     TilePrefill,
     TritonPrefill,
     can_cut,
 )
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
-from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
+from vllm_afbs.kernels import QueryBlocks, StepInputs, cut_query_blocks
 from vllm_afbs.observability import metrics
 from vllm_afbs.observability.kill_switch import Switch
 from vllm_afbs.profile.schema import Profile
