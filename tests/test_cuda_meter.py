@@ -88,6 +88,11 @@ def reported(count: float, num_layers: int = len(PLANS)) -> Counters:
     raise AssertionError("the reporting thread did not report")
 
 
+def block_table(device: torch.device) -> torch.Tensor:
+    """A context all of whose pages are the first one."""
+    return torch.zeros(2, LONG.num_k_blocks, dtype=torch.int32, device=device)
+
+
 def test_layers_report_what_the_device_did(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +105,7 @@ def test_layers_report_what_the_device_did(
     for first_row in (SHORT_LEN, 0):
         blocks = cut_query_blocks([PrefillRequest(first_row, 1, LONG)], device)
         others = SimpleNamespace(attend=lambda *_: None) if first_row else None
-        metadata = SimpleNamespace(blocks=blocks, others=others, block_table=None)
+        metadata = SimpleNamespace(blocks=blocks, others=others, block_table=block_table(device))
         query = torch.zeros(first_row + LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
         kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
         for layer in layers:
@@ -150,7 +155,7 @@ def test_steps_are_reported_although_the_last_layer_reports_elsewhere(
     the_meter = meter.DeviceMeter(PLANS, Settings(), device)
     layer = make_layer(0, the_meter)
     blocks = cut_query_blocks([PrefillRequest(0, 1, LONG)], device)
-    metadata = SimpleNamespace(blocks=blocks, others=None, block_table=None)
+    metadata = SimpleNamespace(blocks=blocks, others=None, block_table=block_table(device))
     query = torch.zeros(LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
     kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
     num_steps = 5
