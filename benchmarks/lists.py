@@ -2,9 +2,13 @@
 
 import torch
 
-from vllm_afbs.kernels import BlockGeometry, TileLists, TileTables
-from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.tiles import heads_per_page
+from vllm_afbs.kernels import (
+    BlockGeometry,
+    QueryBlocks,
+    TileLists,
+    TileTables,
+    heads_per_page,
+)
 
 
 def random_blocks(

@@ -5,9 +5,9 @@
 Three ways on the same numbers: FlashAttention 3 dense, the same kernel over tiles, and our Triton
 kernel (at density 1 it is the dense Triton kernel). The sparse times are everything the backend
 does for a layer: packing and pooling Q, scoring K in the cache, selection, writing lists or block
-tables, attention, and unpacking (theta is off, as in nearly all tuned heads; what looking for
-guarded blocks adds is timed apart). Selection runs for real; the blocks then computed are drawn
-at random to hit the density exactly, or, with ``selected`` in the shape, are those it chose from
+tables, attention, and unpacking (theta is off, as in nearly all tuned heads; what the keys'
+self-similarity adds is timed apart). Selection runs for real; the blocks then computed are drawn at
+random to hit the density exactly, or, with ``selected`` in the shape, are those it chose from
 structured keys.
 """
 
@@ -34,14 +34,20 @@ from vllm_afbs.backends.cuda.dispatch import (
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
     SparsePrefill,
-    StepInputs,
     TilePrefill,
     TritonPrefill,
 )
 from vllm_afbs.commands.results import Row, make_row
-from vllm_afbs.kernels import BlockGeometry, HeadThresholds, build_tile_lists
-from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import (
+    THETA_OFF,
+    BlockGeometry,
+    HeadThresholds,
+    PackedTiles,
+    PrefillRequest,
+    StepInputs,
+    build_tile_lists,
+    cut_query_blocks,
+)
 
 LENGTHS = (8192, 32768, 65536, 131072)
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -84,13 +90,13 @@ class Case:
         self.num_kept = torch.zeros(num_heads, dtype=torch.int64, device="cuda")
         self.num_blocks = num_heads * blocks.num_visible
 
-    def ways(self, tau: float, has_guards: bool = False) -> dict[KernelChoice, SparsePrefill]:
-        """The backend's two ways of sparse prefill, of a layer whose heads have no guard or one."""
+    def ways(self, tau: float, has_theta: bool = False) -> dict[KernelChoice, SparsePrefill]:
+        """The backend's two ways of sparse prefill, of a layer whose heads have no theta or one."""
         num_heads = self.step.query.shape[1]
         thresholds = HeadThresholds(
             torch.full((num_heads,), tau, device="cuda"),
             torch.full((num_heads,), THETA_OFF, device="cuda"),
-            has_guards,
+            has_theta,
         )
         layer = Layer(thresholds, self.scale, 0.0)
         return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
@@ -139,9 +145,10 @@ class Case:
         generator = torch.Generator("cuda").manual_seed(0)
         keep = random_blocks(num_heads, self.geometry, 1 - density, generator)
         lists = build_tile_lists(keep.flip(1))
-        packed, _ = self.ways(1.0)["tiles"].choose(self.step, self.num_kept)
+        chosen = self.ways(1.0)["tiles"].choose(self.step, self.num_kept)
         tables = tile_tables(lists, self.step.blocks, self.step.key_cache, self.pages)
-        return int(keep.sum()) / self.num_blocks, {"tiles": (packed, tables), "triton": lists}
+        tiles = PackedTiles(chosen.query, tables)
+        return int(keep.sum()) / self.num_blocks, {"tiles": tiles, "triton": lists}
 
 
 def measure(
@@ -164,8 +171,8 @@ def measure(
     """
     ways = case.ways(tau)
     functions: dict[str, Callable[[], object]] = dict(case.calls(ways, replaced).items())
-    guarded = case.ways(tau, has_guards=True)
-    for name, each in (("selection for tiles", ways), ("the same with guards", guarded)):
+    with_theta = case.ways(tau, has_theta=True)
+    for name, each in (("selection for tiles", ways), ("the same with guards", with_theta)):
         functions[name] = functools.partial(each["tiles"].choose, case.step, case.num_kept)
     _check_agreement(case, functions)
     seconds = time_in_turns(functions, rounds)

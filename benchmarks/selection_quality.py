@@ -23,8 +23,7 @@ from rich.progress import track
 from benchmarks.command import benchmark_parser, report_rows
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
-from vllm_afbs.kernels import BlockGeometry, pool_keys
-from vllm_afbs.kernels.selection import MEAN_KEY_SHARE
+from vllm_afbs.kernels import MEAN_KEY_SHARE, BlockGeometry, pool_keys
 from vllm_afbs.tuning.capture import LayerTensors, capture
 from vllm_afbs.tuning.model import open_model
 from vllm_afbs.tuning.texts import read_texts

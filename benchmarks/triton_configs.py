@@ -2,7 +2,7 @@
 
     python -m benchmarks.triton_configs --write --output results.csv
 
-``--write`` replaces ``kernels/triton_configs.json``, which the kernel reads.
+``--write`` replaces ``kernels/impl/triton_configs.json``, which the kernel reads.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from benchmarks.prefill_gpu import BLOCK, Case
 from benchmarks.timing import time_in_turns
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.files import write_atomically
-from vllm_afbs.kernels import TileLists, build_tile_lists
-from vllm_afbs.kernels.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
+from vllm_afbs.kernels import PrefillFeatures, TileLists, build_tile_lists
+from vllm_afbs.kernels.impl.triton_prefill import CONFIGS, LaunchConfig, triton_prefill
 
 HEAD_DIMS = (64, 96, 128, 256)
 LENGTH = 16384
@@ -36,11 +36,7 @@ def candidates(head_dim: int) -> list[LaunchConfig]:
 
 def attend(case: Case, lists: TileLists, config: LaunchConfig) -> None:
     """Runs the kernel alone."""
-    step = case.step
-    triton_prefill(
-        step.query, step.key_cache, step.value_cache, case.output, step.block_table, lists,
-        step.blocks, case.scale, config=config,
-    )  # fmt: skip
+    triton_prefill(case.step, lists, case.output, case.scale, PrefillFeatures(), config)
 
 
 def measure(head_dim: int, rounds: int) -> tuple[list[Row], LaunchConfig]:

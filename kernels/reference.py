@@ -1,7 +1,9 @@
-"""The specification: sparse attention as plain loops in fp64.
+"""The oracle: sparse attention as plain loops in fp64.
 
-Every fast implementation is tested against this file. It is written to be read beside the
-paper (SpargeAttn, arXiv 2502.18137; AFBS-BO tunes its thresholds) and is as slow as it looks.
+The tests compare every fast implementation with this file, through the signatures of ``api``. It
+is written to be read beside the paper (SpargeAttn, arXiv 2502.18137; AFBS-BO tunes its thresholds)
+and shares no computation with the fast ones: it normalises every pair of rows, sums over every key
+and walks every list.
 """
 
 from dataclasses import dataclass
@@ -9,7 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from vllm_afbs.kernels.geometry import BlockGeometry
-from vllm_afbs.kernels.selection import HeadThresholds
+from vllm_afbs.kernels.step import PrefillFeatures, StepInputs
+from vllm_afbs.kernels.thresholds import HeadThresholds
+from vllm_afbs.kernels.tiles import TileLists
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,19 @@ class BlockProducts:
     """Block products of one call, summed over heads; a block costs one QK^T and one PV.
 
     Attributes:
-        computed: Products done.
-        dense: Products that dense causal attention would do.
+        scored: Products of QK^T done.
+        weighed: Products of PV done.
+        dense: Products of both kinds that dense causal attention would do.
     """
 
-    computed: int
+    scored: int
+    weighed: int
     dense: int
+
+    @property
+    def computed(self) -> int:
+        """Products of both kinds done."""
+        return self.scored + self.weighed
 
     @property
     def sparsity(self) -> float:
@@ -37,36 +48,25 @@ def reference_select(
     geometry: BlockGeometry,
     softmax_scale: float,
 ) -> torch.Tensor:
-    """Chooses key blocks for one request, block by block.
-
-    Args:
-        query: ``[q_len, num_heads, head_dim]``, the step's rows.
-        key: ``[kv_len, num_kv_heads, head_dim]``, the whole context's.
-        thresholds: tau and theta of each query head.
-        geometry: The blocks.
-        softmax_scale: Factor of the scores.
-
-    Returns:
-        ``[num_heads, num_q_blocks, num_k_blocks]`` bool, true where the block is computed.
-    """
+    """Implements ``api.select_blocks`` block by block."""
     num_heads = query.shape[1]
     group = num_heads // key.shape[1]
     keep = torch.zeros(num_heads, geometry.num_q_blocks, geometry.num_k_blocks, dtype=torch.bool)
     for head in range(num_heads):
         tau, theta = float(thresholds.tau[head]), float(thresholds.theta[head])
         key_blocks = key[:, head // group].double().split(geometry.block_k)
-        unlike = [_self_similarity(block) < theta for block in key_blocks]
+        below_theta = [_self_similarity(block) < theta for block in key_blocks]
         for i in range(geometry.num_q_blocks):
             rows = _query_block(query, head, i, geometry)
             visible = [j for j in range(geometry.num_k_blocks) if geometry.visible[i, j]]
-            pooled = [j for j in visible if not unlike[j]]
+            pooled = [j for j in visible if not below_theta[j]]
             # Rounded, as matrix units take it.
             mean_query = rows.mean(0).to(query.dtype).double() * softmax_scale
             end = int(geometry.last_positions[i]) + 1
             scores = [key_blocks[j][: end - j * geometry.block_k] @ mean_query for j in pooled]
             mass = _block_mass(scores)
             kept = set(_largest_until(mass, pooled, tau))
-            kept.update(j for j in visible if unlike[j] or geometry.always[i, j])
+            kept.update(j for j in visible if below_theta[j] or geometry.always[i, j])
             if _self_similarity(rows) < theta:
                 kept.update(visible)
             keep[head, i, sorted(kept)] = True
@@ -109,7 +109,7 @@ def reference_attention(
     num_heads = query.shape[1]
     group = num_heads // key.shape[1]
     output = torch.zeros(query.shape, dtype=torch.float64)
-    computed = 0
+    scored = weighed = 0
     for head in range(num_heads):
         key_blocks = key[:, head // group].double().split(geometry.block_k)
         value_blocks = value[:, head // group].double().split(geometry.block_k)
@@ -141,15 +141,15 @@ def reference_attention(
                 correction = torch.exp(running_max - shift)
                 denominator = denominator * correction + weights.sum(-1)
                 numerator = numerator * correction[:, None]
-                computed += 1
+                scored += 1
                 if float((local_max - shift).max()) >= threshold:
                     numerator += weights @ value_blocks[j]
-                    computed += 1
+                    weighed += 1
                 running_max = new_max
             start, stop = (int(row) for row in geometry.row_starts[i : i + 2])
             denominator.masked_fill_(denominator == 0.0, 1.0)
             output[start:stop, head] = numerator / denominator[:, None]
-    return output, BlockProducts(computed, 2 * num_heads * geometry.num_visible)
+    return output, BlockProducts(scored, weighed, 2 * num_heads * geometry.num_visible)
 
 
 def reference_varlen(
@@ -186,6 +186,68 @@ def reference_varlen(
         outputs.append(output)
         products.append(done)
     return torch.cat(outputs), products
+
+
+def reference_tile_lists(
+    step: StepInputs, thresholds: HeadThresholds, softmax_scale: float, num_kept: torch.Tensor
+) -> TileLists:
+    """Implements ``api.select_tile_lists``, one request, head and query block after another."""
+    block_lists = step.block_table.new_zeros(step.num_tiles, step.blocks.max_k_blocks)
+    counts = step.block_table.new_zeros(step.num_tiles)
+    for request, span, query, key, _ in step.each_request():
+        keep = reference_select(
+            query.cpu(), key.cpu(), thresholds.to(torch.device("cpu")), request.geometry,
+            softmax_scale,
+        )  # fmt: skip
+        for head in range(step.num_heads):
+            for tile, i in _tiles(step, span, head):
+                kept = keep[head, i].nonzero().flatten().to(block_lists)
+                block_lists[tile, : len(kept)] = kept
+                counts[tile] = len(kept)
+                num_kept[head] += len(kept)
+    return TileLists(block_lists, counts)
+
+
+def reference_prefill(
+    step: StepInputs,
+    lists: TileLists,
+    output: torch.Tensor,
+    softmax_scale: float,
+    features: PrefillFeatures,
+) -> None:
+    """Implements ``api.sparse_prefill``, one request after another.
+
+    The result is exact to fp64 where ``output`` is fp64.
+    """
+    lambda_ = None if features.lambda_ is None else features.lambda_.cpu()
+    for request, span, query, key, value in step.each_request():
+        geometry = request.geometry
+        keep = torch.zeros(step.num_heads, *geometry.visible.shape, dtype=torch.bool)
+        for head in range(step.num_heads):
+            for tile, i in _tiles(step, span, head):
+                keep[head, i, lists.block_lists[tile, : int(lists.counts[tile])].long().cpu()] = 1
+        attended, products = reference_attention(
+            query.cpu(), _scaled(key, features.k_scale), _scaled(value, features.v_scale),
+            keep, geometry, softmax_scale, lambda_,
+            softcap=features.softcap, window=features.window,
+        )  # fmt: skip
+        output[request.rows] = attended.to(output)
+        if features.products is not None:
+            done = features.products.new_tensor([products.scored, products.weighed])
+            features.products.add_(done)
+
+
+def _tiles(step: StepInputs, span: slice, head: int) -> list[tuple[int, int]]:
+    """One head's tiles of one request, and the query block of the request that each one is.
+
+    A step has each request's query blocks from the last to the first.
+    """
+    first = head * step.blocks.num_blocks
+    return [(first + index, span.stop - 1 - index) for index in range(span.start, span.stop)]
+
+
+def _scaled(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return rows.cpu().double() * (1.0 if scale is None else float(scale))
 
 
 def _query_block(query: torch.Tensor, head: int, i: int, geometry: BlockGeometry) -> torch.Tensor:

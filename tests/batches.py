@@ -6,7 +6,7 @@ import torch
 
 from tests.interpreted import paged
 from tests.problems import Problem, make_problem
-from vllm_afbs.kernels.query_blocks import PrefillRequest, QueryBlocks, cut_query_blocks
+from vllm_afbs.kernels import PrefillRequest, QueryBlocks, StepInputs, cut_query_blocks
 
 GAP = 5
 """Rows of other requests before each one."""
@@ -22,6 +22,13 @@ class Batch:
     key_cache: torch.Tensor
     value_cache: torch.Tensor
     block_table: torch.Tensor
+
+    @property
+    def step(self) -> StepInputs:
+        """The tensors as kernels take them; made anew, as tests change them."""
+        return StepInputs(
+            self.query, self.key_cache, self.value_cache, self.block_table, self.blocks
+        )
 
     def in_step_order(self, per_request: list[torch.Tensor]) -> list[torch.Tensor]:
         """Each request's ``[num_heads, num_q_blocks, ...]``, as the kernels go through them."""

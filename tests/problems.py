@@ -67,32 +67,45 @@ def relative_l1(output: torch.Tensor, expected: torch.Tensor) -> float:
 class PagedDense:
     """Dense causal attention through block tables, sequence by sequence in fp64."""
 
-    def __init__(self, problem: Problem, page_size: int) -> None:
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Takes caches of one KV head, ``[num_pages, page_size, head_dim]``."""
+        self.key, self.value = key, value
+
+    @classmethod
+    def of(cls, problem: Problem, page_size: int) -> "PagedDense":
         """Lays K and V out as ``[pages * num_kv_heads, page_size, head_dim]``; free slots NaN."""
-        self.page_size = page_size
         num_pages = int(problem.pages.max()) + 1
-        self.key, self.value = (
-            self._paged(rows, problem.pages, num_pages) for rows in (problem.key, problem.value)
+        return cls(
+            *(
+                cls._paged(rows, problem.pages, num_pages, page_size)
+                for rows in (problem.key, problem.value)
+            )
         )
 
-    def _paged(self, rows: torch.Tensor, pages: torch.Tensor, num_pages: int) -> torch.Tensor:
+    @staticmethod
+    def _paged(
+        rows: torch.Tensor, pages: torch.Tensor, num_pages: int, page_size: int
+    ) -> torch.Tensor:
         length, num_kv_heads, head_dim = rows.shape
         cache = torch.full(
-            (num_pages, self.page_size, num_kv_heads, head_dim), torch.nan, dtype=torch.float64
+            (num_pages, page_size, num_kv_heads, head_dim), torch.nan, dtype=torch.float64
         )
         for position in range(length):
-            page = pages[position // self.page_size]
-            cache[page, position % self.page_size] = rows[position].double()
-        return cache.transpose(1, 2).reshape(-1, self.page_size, head_dim)
+            page = pages[position // page_size]
+            cache[page, position % page_size] = rows[position].double()
+        return cache.transpose(1, 2).reshape(-1, page_size, head_dim)
 
     def __call__(self, query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
         """Attends; see ``DensePagedAttention``."""
+        page_size = self.key.shape[1]
         starts = tables.query_start_loc.tolist()
         for i, kv_len in enumerate(tables.seq_lens.tolist()):
             rows = query[starts[i] : starts[i + 1], 0].double()
-            pages = tables.block_table[i, : -(-kv_len // self.page_size)].long()
-            key = self.key[pages].flatten(0, 1)[:kv_len]
-            value = self.value[pages].flatten(0, 1)[:kv_len]
+            pages = tables.block_table[i, : -(-kv_len // page_size)].long()
+            key = self.key[pages].flatten(0, 1)[:kv_len].double()
+            value = self.value[pages].flatten(0, 1)[:kv_len].double()
             causal = torch.ones(len(rows), kv_len).tril(kv_len - len(rows)).bool()
             scores = (rows @ key.T * SCALE).masked_fill(~causal, -torch.inf)
-            output[starts[i] : starts[i + 1], 0] = torch.softmax(scores, -1) @ value
+            output[starts[i] : starts[i + 1], 0] = (torch.softmax(scores, -1) @ value).to(
+                output.dtype
+            )

@@ -112,6 +112,11 @@ def reported(count: float, num_layers: int = len(PLANS)) -> Counters:
     raise AssertionError("the reporting thread did not report")
 
 
+def block_table(device: torch.device) -> torch.Tensor:
+    """A context all of whose pages are the first one."""
+    return torch.zeros(2, LONG.num_k_blocks, dtype=torch.int32, device=device)
+
+
 def test_layers_report_what_the_device_did(
     device: torch.device,
     dense_runs: list[tuple[Any, int]],

@@ -38,9 +38,7 @@ def test_sparse_prefill_equals_the_reference(
     for chosen in (HeadThresholds(torch.ones(6), thresholds.theta), thresholds):
         on_device = HeadThresholds(chosen.tau.cuda(), chosen.theta.cuda())
         prefill = getattr(sparse, way)(sparse.Layer(on_device, SCALE, 0.0))
-        step = sparse.StepInputs(
-            batch.query, batch.key_cache, batch.value_cache, batch.block_table, batch.blocks
-        )
+        step = batch.step
         output = torch.full_like(batch.query, torch.nan)
         num_kept = torch.zeros(6, dtype=torch.int64, device="cuda")
         prefill.attend(step, prefill.choose(step, num_kept), output)
@@ -130,8 +128,8 @@ STEPS = [[(257, 1000)], [(640, 640), (129, 1537)], [(1024, 1024)], [(131, 385)]]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("has_guards", [False, True])
-def test_a_warm_server_compiles_nothing_in_a_request(has_guards: bool) -> None:
+@pytest.mark.parametrize("has_theta", [False, True])
+def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool) -> None:
     from vllm_afbs.backends.cuda import sparse
     from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 
@@ -145,7 +143,7 @@ def test_a_warm_server_compiles_nothing_in_a_request(has_guards: bool) -> None:
     ]
     problem = batches[0].problems[0]
     num_heads = len(problem.thresholds.tau)
-    thresholds = HeadThresholds(torch.full((num_heads,), 0.5), problem.thresholds.theta, has_guards)
+    thresholds = HeadThresholds(torch.full((num_heads,), 0.5), problem.thresholds.theta, has_theta)
     layer = sparse.Layer(thresholds.to(torch.device("cuda")), SCALE, 0.0)
     ways = [sparse.TilePrefill(layer), sparse.TritonPrefill(layer)]
     shape = LayerShape(
@@ -163,9 +161,7 @@ def test_a_warm_server_compiles_nothing_in_a_request(has_guards: bool) -> None:
         assert "_select_tile" in compiled  # of a head size that no other test has
         compiled.clear()
         for batch in batches:
-            step = sparse.StepInputs(
-                batch.query, batch.key_cache, batch.value_cache, batch.block_table, batch.blocks
-            )
+            step = batch.step
             # A layer's row of the counters begins anywhere.
             num_kept = torch.zeros(num_heads + 1, dtype=torch.int64, device="cuda")[1:]
             for prefill in ways:

@@ -20,9 +20,8 @@ from vllm_afbs.evaluate.baselines import (
 from vllm_afbs.evaluate.baselines.spargeattn import SIMTHRESHD1
 from vllm_afbs.evaluate.matching import knob_at
 from vllm_afbs.evaluate.methods import Layer, Method, Selection
-from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.kernels.reference import reference_select
-from vllm_afbs.kernels.selection import THETA_OFF
 
 BLOCK, LENGTH = 16, 16 * 9 + 5
 Kept = set[int]

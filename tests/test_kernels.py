@@ -1,4 +1,6 @@
-"""The fast implementations against the fp64 specification."""
+"""The fast implementations for one request against the fp64 reference."""
+
+from typing import Literal
 
 import pytest
 import torch
@@ -12,21 +14,21 @@ from vllm_afbs.kernels import (
     HeadThresholds,
     build_tile_lists,
     build_tile_tables,
-    score_blocks,
+    heads_per_page,
+    one_head_view,
     select_blocks,
     tile_prefill,
 )
-from vllm_afbs.kernels.reference import (
-    reference_attention,
-    reference_select,
-    reference_varlen,
-)
-from vllm_afbs.kernels.tiles import heads_per_page, one_head_view
+from vllm_afbs.kernels.reference import reference_attention, reference_varlen
 
 
-def select(problem: Problem) -> torch.Tensor:
-    scores = score_blocks(problem.query, problem.key, problem.geometry, SCALE)
-    return select_blocks(scores, problem.thresholds, problem.geometry)
+def select(
+    problem: Problem, implementation: Literal["reference", "torch"] = "torch"
+) -> torch.Tensor:
+    return select_blocks(
+        problem.query, problem.key, problem.thresholds, problem.geometry, SCALE,
+        implementation=implementation,
+    )  # fmt: skip
 
 
 @st.composite
@@ -52,10 +54,7 @@ def problems(draw: st.DrawFn) -> tuple[Problem, int]:
 @given(problems())
 def test_selection_equals_the_reference(drawn: tuple[Problem, int]) -> None:
     problem, _ = drawn
-    expected = reference_select(
-        problem.query, problem.key, problem.thresholds, problem.geometry, SCALE
-    )
-    assert torch.equal(select(problem), expected)
+    assert torch.equal(select(problem), select(problem, "reference"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +66,7 @@ def test_tiles_equal_the_reference(drawn: tuple[Problem, int]) -> None:
         build_tile_lists(keep), problem.geometry, problem.pages, page_size, problem.num_kv_heads
     )
     output = torch.empty_like(problem.query, dtype=torch.float64)
-    tile_prefill(problem.query.double(), output, tables, PagedDense(problem, page_size))
+    tile_prefill(problem.query.double(), output, tables, PagedDense.of(problem, page_size))
     expected, _ = reference_attention(
         problem.query, problem.key, problem.value, keep, problem.geometry, SCALE
     )

@@ -1,22 +1,31 @@
-"""The Triton kernel against the fp64 reference: on a GPU, and in Triton's interpreter without."""
+"""Every implementation of ``sparse_prefill`` against the fp64 reference.
+
+The Triton kernel runs compiled on a GPU, and in Triton's interpreter without one.
+"""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from tests.batches import Batch, make_batch
 from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
-from tests.problems import SCALE, Problem, make_problem, relative_l1
-from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
-from vllm_afbs.kernels.reference import BlockProducts, reference_attention
-from vllm_afbs.kernels.tiles import TileLists, build_tile_lists
-from vllm_afbs.kernels.triton_prefill import (
-    LaunchConfig,
+from tests.problems import SCALE, PagedDense, Problem, make_problem, relative_l1
+from vllm_afbs.kernels import (
     PrefillFeatures,
-    fastest_config,
-    triton_prefill,
+    PrefillRequest,
+    StepInputs,
+    TileLists,
+    build_tile_lists,
+    build_tile_tables,
+    cut_query_blocks,
+    sparse_prefill,
+    tile_prefill,
 )
+from vllm_afbs.kernels.api import SparsePrefill
+from vllm_afbs.kernels.impl.triton_prefill import LaunchConfig, fastest_config, triton_prefill
+from vllm_afbs.kernels.reference import BlockProducts, reference_attention
 
 PLAIN = PrefillFeatures()
 
@@ -94,19 +103,20 @@ def check(
     batch: Batch,
     kind: str = "random",
     features: PrefillFeatures = PLAIN,
-    config: LaunchConfig | None = None,
+    prefill: SparsePrefill = triton_prefill,
 ) -> None:
+    """Compares an implementation with the reference, request by request.
+
+    The budget is relative to what PyTorch's dense attention loses in the same dtype.
+    """
     device = batch.query.device
     counters = torch.zeros(2, dtype=torch.int64, device=device)
     keeps = [kept_blocks(problem, kind) for problem in batch.problems]
     lists = step_lists(batch, keeps)
     output = torch.full_like(batch.query, torch.nan)
-    triton_prefill(
-        batch.query, batch.key_cache, batch.value_cache, output, batch.block_table, lists,
-        batch.blocks, SCALE, features=replace(features, products=counters), config=config,
-    )  # fmt: skip
+    prefill(batch.step, lists, output, SCALE, replace(features, products=counters))
     others = torch.ones(len(output), dtype=torch.bool)
-    computed = 0
+    expected_products = torch.zeros(2, dtype=torch.int64)
     for request in batch.blocks.requests:
         index = request.table_row - 1
         problem = batch.problems[index]
@@ -115,16 +125,74 @@ def check(
         error = relative_l1(output[rows].cpu(), expected)
         assert error <= 2 * dense_error(problem, device)
         others[rows] = False
-        computed += products.computed
+        expected_products += torch.tensor([products.scored, products.weighed])
     assert output.cpu()[others].isnan().all()
+    assert torch.equal(counters.cpu(), expected_products)
     scored, weighed = counters.tolist()
-    assert scored + weighed == computed
     if features.window is None:
         assert scored == int(lists.counts.sum())
     if features.lambda_ is None:
         assert weighed == scored
     else:
         assert weighed < scored, "something is to be skipped"
+
+
+def api_prefill(
+    step: StepInputs, lists: TileLists, output: torch.Tensor, softmax_scale: float,
+    features: PrefillFeatures,
+) -> None:  # fmt: skip
+    """The default implementation, through the door."""
+    sparse_prefill(step, lists, output, softmax_scale, features=features)
+
+
+def reference_prefill(
+    step: StepInputs, lists: TileLists, output: torch.Tensor, softmax_scale: float,
+    features: PrefillFeatures,
+) -> None:  # fmt: skip
+    sparse_prefill(
+        step, lists, output, softmax_scale, features=features, implementation="reference"
+    )
+
+
+def tiles_prefill(
+    step: StepInputs, lists: TileLists, output: torch.Tensor, softmax_scale: float,
+    features: PrefillFeatures,
+) -> None:  # fmt: skip
+    """Tiles of each request on a dense paged kernel, which has no features."""
+    assert features.products is not None
+    assert replace(features, products=None) == PLAIN
+    assert softmax_scale == SCALE
+    num_kv_heads, head_dim = step.key_cache.shape[2:]
+    dense = PagedDense(
+        *(
+            cache.transpose(1, 2).reshape(-1, step.page_size, head_dim)
+            for cache in (step.key_cache, step.value_cache)
+        )
+    )
+    block_lists = lists.block_lists.unflatten(0, (step.num_heads, -1))
+    counts = lists.counts.view(step.num_heads, -1)
+    for request, span, query, _, _ in step.each_request():
+        # A step has a request's blocks from the last to the first.
+        own = TileLists(
+            block_lists[:, span].flip(1).flatten(0, 1), counts[:, span].flip(1).flatten()
+        )
+        pages = step.block_table[request.table_row]
+        tables = build_tile_tables(own, request.geometry, pages, step.page_size, num_kv_heads)
+        tile_prefill(query, output[request.rows], tables, dense)
+        features.products.add_(own.counts.sum())
+
+
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    not INTERPRETED, reason="run in a process of its own, by the first test"
+)
+TRITON = pytest.param(api_prefill, id="interpreted-triton", marks=NEEDS_INTERPRETER)
+TRITON_IN_PARTS = pytest.param(
+    partial(triton_prefill, config=LaunchConfig(16, 4, 1)),
+    id="interpreted-triton-in-parts",
+    marks=NEEDS_INTERPRETER,
+)
+REFERENCE = pytest.param(reference_prefill, id="reference")
+TILES = pytest.param(tiles_prefill, id="tiles")
 
 
 def make_features(names: str, num_heads: int, window: int, device: str) -> PrefillFeatures:
@@ -175,7 +243,6 @@ def test_this_module_passes_in_the_interpreter() -> None:
     assert_passes_interpreted(__file__)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -191,38 +258,43 @@ def test_this_module_passes_in_the_interpreter() -> None:
     [(96, 96, 32, 32, 32, 16), (50, 131, 32, 32, 8, 24), (33, 100, 16, 32, 64, 32)],
     ids=str,
 )
-def test_interpreted_kernel_equals_the_reference(
-    shape: tuple[int, int, int, int, int, int], kind: str, dtype: torch.dtype
+@pytest.mark.parametrize("prefill", [TRITON_IN_PARTS, REFERENCE])
+def test_every_implementation_equals_the_reference(
+    prefill: SparsePrefill,
+    shape: tuple[int, int, int, int, int, int],
+    kind: str,
+    dtype: torch.dtype,
 ) -> None:
-    check(one_request(*shape, dtype), kind, config=LaunchConfig(16, 4, 1))
+    check(one_request(*shape, dtype), kind, prefill=prefill)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
 @pytest.mark.parametrize("heads_outside", [False, True])
-def test_interpreted_batch_leaves_other_rows_alone(
-    heads_outside: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("prefill", [TRITON, REFERENCE, TILES])
+def test_a_batch_leaves_other_rows_alone(
+    prefill: SparsePrefill, heads_outside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if heads_outside:
         # The other order of programs: one KV head's heads at a time.
-        monkeypatch.setattr("vllm_afbs.kernels.triton_prefill._L2_BYTES", 1)
+        monkeypatch.setattr("vllm_afbs.kernels.impl.triton_prefill._L2_BYTES", 1)
     lengths = [(40, 40), (33, 100), (1, 70)]
-    check(make_batch(lengths, 32, 16, 24, torch.float32, "cpu", heads_outside))
+    check(make_batch(lengths, 32, 16, 24, torch.float32, "cpu", heads_outside), prefill=prefill)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
 @pytest.mark.parametrize("names", FEATURES)
-def test_interpreted_features_equal_the_reference(names: str) -> None:
+@pytest.mark.parametrize("prefill", [TRITON, TRITON_IN_PARTS, REFERENCE])
+def test_features_equal_the_reference(prefill: SparsePrefill, names: str) -> None:
+    if "lambda" in names and isinstance(prefill, partial):
+        pytest.skip("lambda takes whole blocks")
     batch = make_batch([(70, 150), (33, 100)], 32, 16, 16, torch.float32, "cpu")
     lower_odd_blocks(batch)
-    config = None if "lambda" in names else LaunchConfig(16, 4, 1)
-    check(batch, "random", make_features(names, 6, 40, "cpu"), config)
+    check(batch, "random", make_features(names, 6, 40, "cpu"), prefill)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_interpreted_kernel_reads_an_fp8_cache(cache_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("prefill", [TRITON_IN_PARTS, REFERENCE])
+def test_an_fp8_cache_is_read(prefill: SparsePrefill, cache_dtype: torch.dtype) -> None:
     batch = make_batch([(20, 20), (33, 70)], 32, 16, 24, torch.float32, "cpu")
-    check(batch, "random", quantise(batch, cache_dtype), LaunchConfig(16, 4, 1))
+    check(batch, "random", quantise(batch, cache_dtype), prefill)
 
 
 @pytest.mark.parametrize("lambda_", [None, torch.zeros(4)])
@@ -231,10 +303,9 @@ def test_a_part_that_does_not_make_up_a_block_is_refused(lambda_: torch.Tensor |
     lists = step_lists(batch, [kept_blocks(batch.problems[0], "all")])
     with pytest.raises(ValueError, match="block_n"):
         triton_prefill(
-            batch.query, batch.key_cache, batch.value_cache, torch.empty_like(batch.query),
-            batch.block_table, lists, batch.blocks, SCALE,
-            features=PrefillFeatures(lambda_=lambda_),
-            config=LaunchConfig(64 if lambda_ is None else 16, 4, 1),
+            batch.step, lists, torch.empty_like(batch.query), SCALE,
+            PrefillFeatures(lambda_=lambda_),
+            LaunchConfig(64 if lambda_ is None else 16, 4, 1),
         )  # fmt: skip
 
 

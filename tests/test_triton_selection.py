@@ -1,23 +1,33 @@
-"""Packing, pooling and selection on the device: compiled on a GPU, interpreted without."""
+"""Every implementation of selection for a step, and what Triton prepares for it.
+
+Triton's kernels run compiled on a GPU, and in Triton's interpreter without one.
+"""
+
+from typing import Literal
 
 import pytest
 import torch
 
 from tests.batches import GAP, Batch, make_batch
 from tests.interpreted import INTERPRETED, assert_passes_interpreted
-from tests.problems import SCALE
+from tests.problems import SCALE, PagedDense, relative_l1
 from vllm_afbs.kernels import (
+    THETA_OFF,
     HeadThresholds,
+    TileTables,
+    attend_tiles,
     build_tile_lists,
     build_tile_tables,
+    one_head_view,
     pool_queries,
-    triton_scoring,
+    select_tile_lists,
+    select_tiles,
 )
-from vllm_afbs.kernels.reference import reference_select
-from vllm_afbs.kernels.selection import THETA_OFF
-from vllm_afbs.kernels.tiles import TileTables, one_head_view
-from vllm_afbs.kernels.triton_packing import pack_queries, unpack_output
-from vllm_afbs.kernels.triton_selection import select_tile_lists, select_tile_tables
+from vllm_afbs.kernels.impl import triton_scoring
+from vllm_afbs.kernels.impl.triton_packing import pack_queries, unpack_output
+from vllm_afbs.kernels.reference import reference_attention, reference_select
+
+Implementation = Literal["reference", "torch", "triton"]
 
 ONE = [(96, 96)]
 THREE = [(50, 131), (33, 300), (64, 64)]
@@ -33,27 +43,25 @@ TAUS = (None, 1.0, 1e-6)
 """The drawn ones, and the two ends."""
 
 
-def unguarded(batch: Batch) -> HeadThresholds:
+def without_theta(batch: Batch) -> HeadThresholds:
     drawn = batch.problems[0].thresholds
-    return HeadThresholds(drawn.tau, torch.full_like(drawn.theta, THETA_OFF), has_guards=False)
+    return HeadThresholds(drawn.tau, torch.full_like(drawn.theta, THETA_OFF), has_theta=False)
 
 
-def check_selection(batch: Batch, thresholds: HeadThresholds) -> None:
-    device = batch.query.device
-    on_device = thresholds.to(device)
-    packed, stats = pack_queries(batch.query, batch.blocks)
+def check_selection(
+    batch: Batch, thresholds: HeadThresholds, implementation: Implementation = "triton"
+) -> None:
+    """Compares the lists and what is counted with the reference, request by request."""
     keeps = batch.in_step_order(
         [reference_select(p.query, p.key, thresholds, p.geometry, SCALE) for p in batch.problems]
     )
-    num_heads = batch.query.shape[1]
+    num_heads, device = batch.query.shape[1], batch.query.device
     num_kept = torch.zeros(num_heads, dtype=torch.int64, device=device)
-    arguments = (
-        stats, batch.key_cache, batch.block_table, on_device, batch.blocks, SCALE, num_kept,
-    )  # fmt: skip
-    lists = select_tile_lists(*arguments)
-    assert num_kept.tolist() == [
-        sum(int(keep[h].sum()) for keep in keeps) for h in range(num_heads)
-    ]
+    lists = select_tile_lists(
+        batch.step, thresholds.to(device), SCALE, num_kept, implementation=implementation
+    )
+    expected_kept = [sum(int(keep[h].sum()) for keep in keeps) for h in range(num_heads)]
+    assert num_kept.tolist() == expected_kept
     counts = lists.counts.view(num_heads, -1).cpu()
     block_lists = lists.block_lists.view(num_heads, batch.blocks.num_blocks, -1).cpu()
     for keep, span in zip(keeps, batch.blocks.slices, strict=True):
@@ -62,13 +70,40 @@ def check_selection(batch: Batch, thresholds: HeadThresholds) -> None:
             for row, kept in zip(block_lists[head, span], keep[head], strict=True):
                 expected = kept.nonzero().flatten()
                 assert torch.equal(row[: len(expected)].long(), expected)
-    if batch.blocks.block_k % batch.key_cache.shape[1] == 0:
-        check_tables(batch, select_tile_tables(*arguments), keeps)
+    if implementation == "triton" and batch.blocks.block_k % batch.key_cache.shape[1] == 0:
+        num_kept.zero_()
+        tiles = select_tiles(batch.step, thresholds.to(device), SCALE, num_kept)
+        assert num_kept.tolist() == expected_kept
+        check_tables(batch, tiles.tables, keeps)
+        if device.type == "cpu":
+            check_attention(batch, thresholds)
+
+
+def check_packing(batch: Batch) -> None:
+    """Packing and unpacking must be each other's inverse, and leave other rows alone."""
+    packed, _ = pack_queries(batch.query, batch.blocks)
     output = torch.zeros_like(batch.query)
     unpack_output(packed, output, batch.blocks)
     for request in batch.blocks.requests:
         assert torch.equal(output[request.rows], batch.query[request.rows])
         assert not output[request.first_row - GAP : request.first_row].any()
+
+
+def check_attention(batch: Batch, thresholds: HeadThresholds) -> None:
+    """Tiles on a dense kernel in fp64 must give what the reference gives, but for rounding."""
+    step = batch.step
+    num_kept = torch.zeros(step.num_heads, dtype=torch.int64)
+    tiles = select_tiles(step, thresholds, SCALE, num_kept)
+    views = (one_head_view(cache)[:, :, 0] for cache in (step.key_cache, step.value_cache))
+    output = torch.full_like(step.query, torch.nan)
+    attend_tiles(step, tiles, output, PagedDense(*views))
+    for request in batch.blocks.requests:
+        problem = batch.problems[request.table_row - 1]
+        parts = (problem.query, problem.key, problem.value)
+        keep = reference_select(*parts[:2], thresholds, problem.geometry, SCALE)
+        expected, _ = reference_attention(*parts, keep, problem.geometry, SCALE)
+        assert relative_l1(output[request.rows], expected) <= torch.finfo(output.dtype).eps
+        assert output[request.first_row - GAP : request.first_row].isnan().all()
 
 
 def check_tables(batch: Batch, tables: TileTables, keeps: list[torch.Tensor]) -> None:
@@ -112,11 +147,11 @@ def check_pooling(batch: Batch) -> None:
     _, stats = pack_queries(batch.query, batch.blocks)
     pooled = [pool_queries(p.query, p.geometry) for p in batch.problems]
     means = torch.cat(batch.in_step_order([each.mean for each in pooled]), dim=1)
-    similar = torch.cat(batch.in_step_order([each.similarity for each in pooled]), dim=1)
+    similar = torch.cat(batch.in_step_order([each.self_similarity for each in pooled]), dim=1)
     # They are rounded to the queries' dtype, where two ways to add up may end a step apart.
     step = torch.finfo(means.dtype).eps
     torch.testing.assert_close(stats.mean.cpu(), means, rtol=step, atol=1e-5)
-    torch.testing.assert_close(stats.similarity.cpu(), similar, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.self_similarity.cpu(), similar, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
@@ -130,11 +165,25 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own, by the test above")
 @pytest.mark.parametrize(
     ("lengths", "page_size", "head_dim", "heads_outside", "block_k"), SMALL, ids=str
 )
-def test_interpreted_selection_equals_the_reference(
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(
+            "triton",
+            id="interpreted-triton",
+            marks=pytest.mark.skipif(
+                not INTERPRETED, reason="run in a process of its own, by the first test"
+            ),
+        ),
+        "torch",
+        "reference",
+    ],
+)
+def test_every_implementation_equals_the_reference(
+    implementation: Implementation,
     lengths: list[tuple[int, int]],
     page_size: int,
     head_dim: int,
@@ -149,10 +198,12 @@ def test_interpreted_selection_equals_the_reference(
     batch = make_batch(
         lengths, 32, page_size, head_dim, torch.float16, "cpu", heads_outside, block_k
     )
-    check_pooling(batch)
+    if implementation == "triton":
+        check_pooling(batch)
+        check_packing(batch)
     for tau in TAUS:
-        check_selection(batch, thresholds_of(batch, tau))
-    check_selection(batch, unguarded(batch))
+        check_selection(batch, thresholds_of(batch, tau), implementation)
+    check_selection(batch, without_theta(batch), implementation)
 
 
 LARGE = [
@@ -179,6 +230,7 @@ def test_compiled_selection_equals_the_reference(
     use_long_spans(monkeypatch, heads_outside)
     batch = make_batch(lengths, 128, page_size, head_dim, dtype, "cuda", heads_outside)
     check_pooling(batch)
+    check_packing(batch)
     for tau in TAUS:
         check_selection(batch, thresholds_of(batch, tau))
-    check_selection(batch, unguarded(batch))
+    check_selection(batch, without_theta(batch))

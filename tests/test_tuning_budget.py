@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from tests.profiles import SMALL_MODEL, uniform_profile
 from tests.tuning_jobs import command, start, wait_for
 from vllm_afbs import tune
-from vllm_afbs.kernels import BlockGeometry, HeadThresholds
+from vllm_afbs.kernels import THETA_OFF, BlockGeometry, HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
-from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, WholeModel
 from vllm_afbs.serving.plan import plan_layer

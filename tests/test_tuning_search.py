@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from benchmarks.tuner_arms.stages import WithoutBayes
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.search.bayes import LayerOptimizer, Observation

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_afbs.files import printable
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile
 
 

@@ -9,7 +9,6 @@ import torch
 from vllm_afbs.kernels import (
     BlockGeometry,
     HeadThresholds,
-    score_blocks,
     select_blocks,
 )
 from vllm_afbs.tuning import attention
@@ -94,8 +93,7 @@ class EndToEnd:
             return call.dense()
         query, key, _ = call.rows()
         geometry = BlockGeometry(len(query), len(query), *self._blocks)
-        scores = score_blocks(query, key, geometry, call.softmax_scale)
-        keep = select_blocks(scores, thresholds.to(query.device), geometry)
+        keep = select_blocks(query, key, thresholds.to(query.device), geometry, call.softmax_scale)
         return masked_attention(
             call.query, call.key, call.value, keep, geometry, call.softmax_scale
         )

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from vllm_afbs.files import write_atomically
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile
 from vllm_afbs.tuning.allocation.budget import Damage
 from vllm_afbs.tuning.journal import Entry

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 

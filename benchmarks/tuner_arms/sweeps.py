@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.tuner_arms.arms import Best, Found
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, tau_of
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator

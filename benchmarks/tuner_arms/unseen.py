@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, depth_of, tau_of

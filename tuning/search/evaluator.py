@@ -17,13 +17,12 @@ from functools import cached_property
 import torch
 
 from vllm_afbs.kernels import (
+    THETA_OFF,
     BlockGeometry,
     HeadThresholds,
     cut_keys,
     score_blocks,
-    select_blocks,
 )
-from vllm_afbs.kernels.selection import THETA_OFF
 from vllm_afbs.tuning.capture import LayerTensors
 
 _HOST_CACHE_BYTES = 3 << 30
@@ -138,11 +137,10 @@ class LayerEvaluator:
         """
         if quantile == 0.0:
             return torch.full((self.num_heads,), THETA_OFF)
-        group = self.num_heads // len(self._scores.key_similarity)
-        keys = self._scores.key_similarity.repeat_interleave(group, dim=0)
-        return (
-            torch.cat([self._scores.query_similarity, keys], dim=1).quantile(quantile, dim=1).cpu()
-        )
+        group = self.num_heads // len(self._scores.key_self_similarity)
+        keys = self._scores.key_self_similarity.repeat_interleave(group, dim=0)
+        blocks = torch.cat([self._scores.query_self_similarity, keys], dim=1)
+        return blocks.quantile(quantile, dim=1).cpu()
 
     def score(self, thresholds: HeadThresholds) -> HeadScores:
         """Measures every head under its thresholds.
@@ -167,7 +165,7 @@ class LayerEvaluator:
         return self._sparsity_of(self._select(thresholds))
 
     def _select(self, thresholds: HeadThresholds) -> torch.Tensor:
-        return select_blocks(self._scores, thresholds.to(self._device), self.geometry)
+        return self._scores.select(thresholds.to(self._device), self.geometry)
 
     def _sparsity_of(self, keep: torch.Tensor) -> torch.Tensor:
         kept = keep.sum((1, 2), dtype=torch.float64).cpu()

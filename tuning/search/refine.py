@@ -6,8 +6,7 @@ tolerance. Then tau is raised for as long as the same blocks are dropped.
 
 import torch
 
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.search.bracket import (
     MAX_DEPTH,
     MIN_DEPTH,

@@ -6,8 +6,7 @@ the mean over the text's held-out windows, and each window has an equal part of 
 
 import torch
 
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.kernels.selection import THETA_OFF
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile, Measurement
 from vllm_afbs.tuning.search.bracket import depth_of, tau_of
 from vllm_afbs.tuning.search.evaluator import HeadScores

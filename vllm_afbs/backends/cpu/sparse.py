@@ -11,7 +11,6 @@ from vllm_afbs.kernels import (
     TileTables,
     build_tile_lists,
     build_tile_tables,
-    score_blocks,
     select_blocks,
     tile_prefill,
 )
@@ -86,10 +85,10 @@ class SparsePrefill:
         geometry = request.geometry
         num_pages = -(-geometry.kv_len // self._format.page_size)
         key = self._reader.read(split_cache(kv_cache)[0], pages[:num_pages])
-        scores = score_blocks(
-            query[request.rows], key.flatten(1, 2).transpose(0, 1), geometry, self._softmax_scale
+        context = key.flatten(1, 2).transpose(0, 1)[: geometry.kv_len]
+        return select_blocks(
+            query[request.rows], context, self._thresholds, geometry, self._softmax_scale
         )
-        return select_blocks(scores, self._thresholds, geometry)
 
     def tables(
         self, keep: torch.Tensor, request: PrefillRequest, pages: torch.Tensor

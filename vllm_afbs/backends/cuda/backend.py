@@ -20,14 +20,13 @@ from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
     SparsePrefill,
-    StepInputs,
     TilePrefill,
     TritonPrefill,
     can_cut,
 )
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
-from vllm_afbs.kernels.query_blocks import QueryBlocks, cut_query_blocks
+from vllm_afbs.kernels import QueryBlocks, StepInputs, cut_query_blocks
 from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import admission, eligibility

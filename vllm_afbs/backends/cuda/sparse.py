@@ -11,16 +11,19 @@ import torch
 import triton
 
 from vllm_afbs import compat
-from vllm_afbs.kernels import HeadThresholds, TileLists, TileTables
-from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.tiles import one_head_view
-from vllm_afbs.kernels.triton_packing import (
-    pack_queries,
-    pool_queries_in_place,
-    unpack_output,
+from vllm_afbs.kernels import (
+    HeadThresholds,
+    PackedTiles,
+    PrefillFeatures,
+    StepInputs,
+    TileLists,
+    TileTables,
+    attend_tiles,
+    one_head_view,
+    select_tile_lists,
+    select_tiles,
+    sparse_prefill,
 )
-from vllm_afbs.kernels.triton_prefill import PrefillFeatures, triton_prefill
-from vllm_afbs.kernels.triton_selection import select_tile_lists, select_tile_tables
 
 _MAX_TILE_ROWS = 512
 """Given to FlashAttention 3 as the length of the longest sequence. If no sequence were longer than
@@ -61,25 +64,6 @@ class Layer:
     softcap: float
 
 
-@dataclass(frozen=True)
-class StepInputs:
-    """A layer's tensors in one step.
-
-    Attributes:
-        query: ``[num_tokens, num_heads, head_dim]``.
-        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, this step's keys included.
-        value_cache: Like ``key_cache``.
-        block_table: ``[num_reqs, max_pages]``, int32.
-        blocks: The query blocks of the long prefills.
-    """
-
-    query: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    block_table: torch.Tensor
-    blocks: QueryBlocks
-
-
 class SparsePrefill(Protocol):
     """Chooses key blocks, and attends to the chosen blocks."""
 
@@ -98,42 +82,33 @@ class TilePrefill:
         self._layer = layer
         self._flash_attention = compat.flash_attention()
 
-    def choose(self, step: StepInputs, num_kept: torch.Tensor) -> tuple[torch.Tensor, TileTables]:
-        """See ``SparsePrefill``.
-
-        Returns:
-            The packed queries and their block tables.
-        """
-        packed, stats = pack_queries(step.query, step.blocks)
-        tables = select_tile_tables(
-            stats, step.key_cache, step.block_table, self._layer.thresholds, step.blocks,
-            self._layer.softmax_scale, num_kept,
-        )  # fmt: skip
-        return packed, tables
-
-    def attend(
-        self, step: StepInputs, chosen: tuple[torch.Tensor, TileTables], output: torch.Tensor
-    ) -> None:
+    def choose(self, step: StepInputs, num_kept: torch.Tensor) -> PackedTiles:
         """See ``SparsePrefill``."""
-        packed, tables = chosen
-        packed_output = torch.empty_like(packed)
-        self._flash_attention(
-            packed,
-            one_head_view(step.key_cache),
-            one_head_view(step.value_cache),
-            out=packed_output,
-            cu_seqlens_q=tables.query_start_loc,
-            max_seqlen_q=_MAX_TILE_ROWS,
-            seqused_k=tables.seq_lens,
-            max_seqlen_k=step.blocks.max_k_blocks * step.blocks.block_k,
-            softmax_scale=self._layer.softmax_scale,
-            softcap=self._layer.softcap,
-            causal=True,
-            block_table=tables.block_table,
-            fa_version=3,
-            num_splits=1,
-        )
-        unpack_output(packed_output, output, step.blocks)
+        layer = self._layer
+        return select_tiles(step, layer.thresholds, layer.softmax_scale, num_kept)
+
+    def attend(self, step: StepInputs, chosen: PackedTiles, output: torch.Tensor) -> None:
+        """See ``SparsePrefill``."""
+
+        def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
+            self._flash_attention(
+                query,
+                one_head_view(step.key_cache),
+                one_head_view(step.value_cache),
+                out=output,
+                cu_seqlens_q=tables.query_start_loc,
+                max_seqlen_q=_MAX_TILE_ROWS,
+                seqused_k=tables.seq_lens,
+                max_seqlen_k=step.blocks.max_k_blocks * step.blocks.block_k,
+                softmax_scale=self._layer.softmax_scale,
+                softcap=self._layer.softcap,
+                causal=True,
+                block_table=tables.block_table,
+                fa_version=3,
+                num_splits=1,
+            )
+
+        attend_tiles(step, chosen, output, dense)
 
 
 class TritonPrefill:
@@ -144,20 +119,11 @@ class TritonPrefill:
         self._layer = layer
 
     def choose(self, step: StepInputs, num_kept: torch.Tensor) -> TileLists:
-        """See ``SparsePrefill``.
-
-        Returns:
-            The tiles' kept blocks.
-        """
-        return select_tile_lists(
-            pool_queries_in_place(step.query, step.blocks), step.key_cache, step.block_table,
-            self._layer.thresholds, step.blocks, self._layer.softmax_scale, num_kept,
-        )  # fmt: skip
+        """See ``SparsePrefill``."""
+        layer = self._layer
+        return select_tile_lists(step, layer.thresholds, layer.softmax_scale, num_kept)
 
     def attend(self, step: StepInputs, chosen: TileLists, output: torch.Tensor) -> None:
         """See ``SparsePrefill``."""
-        triton_prefill(
-            step.query, step.key_cache, step.value_cache, output, step.block_table, chosen,
-            step.blocks, self._layer.softmax_scale,
-            features=PrefillFeatures(softcap=self._layer.softcap),
-        )  # fmt: skip
+        features = PrefillFeatures(softcap=self._layer.softcap)
+        sparse_prefill(step, chosen, output, self._layer.softmax_scale, features=features)

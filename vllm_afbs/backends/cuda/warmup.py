@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from vllm_afbs.backends.cuda.sparse import SparsePrefill, StepInputs
-from vllm_afbs.kernels import BlockGeometry
+from vllm_afbs.backends.cuda.sparse import SparsePrefill
+from vllm_afbs.kernels import BlockGeometry, StepInputs
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer's kernels are compiled for, apart from whether any head uses theta.
+    """What a layer's kernels are compiled for, besides whether any head has a theta.
 
     Attributes:
         num_heads: Number of query heads of this rank.

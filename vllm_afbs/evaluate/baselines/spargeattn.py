@@ -34,7 +34,7 @@ class SpargeAttn(Method):
         smooth = layer.key.float() - layer.key.float().mean(0)
         keys = pool_keys(smooth, geometry)
         means = keys.mean.repeat_interleave(layer.group, 0)
-        unlike = (keys.similarity.repeat_interleave(layer.group, 0) <= SIMTHRESHD1)[:, None, :]
+        unlike = (keys.self_similarity.repeat_interleave(layer.group, 0) <= SIMTHRESHD1)[:, None, :]
         hidden = ~geometry.visible.to(means.device)
         scores = queries.mean @ means.transpose(1, 2) * layer.softmax_scale
         mass = torch.softmax(scores.masked_fill(unlike | hidden, -torch.inf), -1).nan_to_num_(0.0)
@@ -42,6 +42,6 @@ class SpargeAttn(Method):
         # The crossing block joins late: what counts is the mass up to and with it.
         reached = depth(torch.zeros_like(mass).scatter_(-1, order, ordered.cumsum(-1)))
         reached.scatter_(-1, order[..., :1], ALWAYS)
-        guarded = unlike | (queries.similarity <= SIMTHRESHD1)[:, :, None]
+        guarded = unlike | (queries.self_similarity <= SIMTHRESHD1)[:, :, None]
         levels = reached.masked_fill(guarded, ALWAYS)
         return sink(levels) if self.attention_sink else levels

@@ -1,8 +1,8 @@
 """The served selector with one tau for all heads or tuned thresholds, and variants of its scores.
 
-Blocks are chosen by their mass, as in ``kernels.selection``. With one tau, the knob is tau's depth,
--log(1 - tau). With tuned thresholds, the knob is added to the depth of every head's tau, so 0
-leaves them as tuned.
+Blocks are chosen by their mass, as in ``kernels.thresholds``. With one tau, the knob is tau's
+depth, -log(1 - tau). With tuned thresholds, the knob is added to the depth of every head's tau, so
+0 leaves them as tuned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,13 @@ from vllm_afbs.evaluate.methods import (
 )
 from vllm_afbs.kernels import (
     LOCAL_BLOCKS,
+    MEAN_KEY_SHARE,
+    THETA_OFF,
     BlockGeometry,
     HeadThresholds,
     pool_queries,
     score_blocks,
 )
-from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, THETA_OFF
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving.plan import plan_layer
 
@@ -54,17 +55,17 @@ class UniformTau(Method):
         theta = thresholds.theta[:, None]
         finer = replace(geometry, block_q=self.query_rows or geometry.block_q)
         scores = score_blocks(layer.query, layer.key, finer, layer.softmax_scale)
-        likeness = scores.key_similarity.repeat_interleave(layer.group, 0)
-        unlike = (likeness < theta)[:, None, :]
-        mass = _mean_over_queries(scores.mass(unlike, self.mean_key_share), finer, geometry)
+        self_similarity = scores.key_self_similarity.repeat_interleave(layer.group, 0)
+        keys_below = (self_similarity < theta)[:, None, :]
+        mass = _mean_over_queries(scores.mass(keys_below, self.mean_key_share), finer, geometry)
         base = depth(thresholds.tau)[:, None, None]
         levels = torch.where(base.isinf(), ALWAYS, depth(mass_before(mass)) - base)
-        similarity = scores.query_similarity
+        self_similarity = scores.query_self_similarity
         if finer != geometry:
-            similarity = pool_queries(layer.query, geometry).similarity
-        guarded = unlike | (similarity < theta)[:, :, None]
+            self_similarity = pool_queries(layer.query, geometry).self_similarity
+        below = keys_below | (self_similarity < theta)[:, :, None]
         local = geometry.local((self.local_blocks - 1) * self.block_q).to(levels.device)
-        return sink(levels.masked_fill_(guarded | local, ALWAYS))
+        return sink(levels.masked_fill_(below | local, ALWAYS))
 
     def _thresholds(self, layer: Layer) -> HeadThresholds:
         tau = torch.zeros(layer.query.shape[1], device=layer.query.device)

@@ -1,32 +1,13 @@
-"""Choosing key blocks: pooled queries' scores, the mass threshold tau, the similarity guard theta.
+"""Choosing one request's key blocks in torch, on any device; ``thresholds`` states the rule."""
 
-The rule is SpargeAttn's (arXiv 2502.18137, section 3) with two changes:
-
-- Keys are not only pooled. Half of a block's mass is what the softmax over the blocks' mean keys
-  gives it, as there; the other half is what the softmax over the keys themselves gives to its keys
-  together. The mean hides a key that stands out from its block, and a mean query overrates such a
-  key; each half has what the other lacks, and for the same error heads skip nearly as much as with
-  exact masses (docs/benchmarks.md). It takes one product of the pooled queries and all
-  keys, ``1 / block_q`` of what dense attention multiplies to score.
-- A block is scored by the keys that the query block's last row sees, and K is taken as it is, not
-  less its mean over the sequence (which changes neither softmax). So selection is the same for
-  every chunk size that keeps query and key blocks whole, and for prefix-cache hits. theta is tuned
-  on the same unsmoothed similarity.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
 from vllm_afbs.kernels.geometry import BlockGeometry
-
-THETA_OFF = -1.0
-"""Similarities lie in [0, 1] up to rounding, so no block is ever below this theta."""
-
-MEAN_KEY_SHARE = 0.5
-"""Share of a block's mass that goes by its mean key; the rest goes by its keys one by one."""
+from vllm_afbs.kernels.step import StepInputs
+from vllm_afbs.kernels.thresholds import MEAN_KEY_SHARE, HeadThresholds
+from vllm_afbs.kernels.tiles import TileLists, build_tile_lists
 
 
 @dataclass(frozen=True)
@@ -35,36 +16,37 @@ class BlockStats:
 
     Attributes:
         mean: Mean of each block's rows, ``[num_heads, num_blocks, head_dim]``.
-        similarity: Mean pairwise cosine of each block's rows, ``[num_heads, num_blocks]``, fp32.
+        self_similarity: Mean cosine over all pairs of each block's rows,
+            ``[num_heads, num_blocks]``, fp32.
     """
 
     mean: torch.Tensor
-    similarity: torch.Tensor
+    self_similarity: torch.Tensor
 
 
 @dataclass(frozen=True)
 class BlockScores:
-    """What selection knows of one request, whatever the thresholds.
+    """What selection knows of one request before any thresholds.
 
     Attributes:
         mean: Score of a block's mean key, ``[num_heads, num_q_blocks, num_k_blocks]``, fp32, -inf
             where no key is visible.
         total: Like ``mean``: log of the sum of the exponentials of its keys' scores.
-        query_similarity: Self-similarity of query blocks, ``[num_heads, num_q_blocks]``, fp32.
-        key_similarity: Of key blocks, ``[num_kv_heads, num_k_blocks]``, fp32.
+        query_self_similarity: Of each query block, ``[num_heads, num_q_blocks]``, fp32.
+        key_self_similarity: Of each key block, ``[num_kv_heads, num_k_blocks]``, fp32.
     """
 
     mean: torch.Tensor
     total: torch.Tensor
-    query_similarity: torch.Tensor
-    key_similarity: torch.Tensor
+    query_self_similarity: torch.Tensor
+    key_self_similarity: torch.Tensor
 
     def mass(self, dropped: torch.Tensor, mean_key_share: float = MEAN_KEY_SHARE) -> torch.Tensor:
         """Share of each row's attention that its blocks are taken to have.
 
         Args:
             dropped: Blocks to leave out, broadcast to ``mean``, bool.
-            mean_key_share: As served by default.
+            mean_key_share: Share that the blocks' mean keys decide; by default as served.
 
         Returns:
             Like ``mean``; a row with nothing left has no mass.
@@ -75,45 +57,25 @@ class BlockScores:
         )
         return torch.lerp(by_key, by_mean, mean_key_share)
 
+    def select(self, thresholds: HeadThresholds, geometry: BlockGeometry) -> torch.Tensor:
+        """Chooses the key blocks that each query block of each head attends to.
 
-class TunedHead(Protocol):
-    """Anything that has one head's thresholds."""
+        Args:
+            thresholds: tau and theta of each query head, on the scores' device.
+            geometry: The blocks that were scored.
 
-    @property
-    def tau(self) -> float:
-        """See ``HeadThresholds``."""
-
-    @property
-    def theta(self) -> float:
-        """See ``HeadThresholds``."""
-
-
-@dataclass(frozen=True)
-class HeadThresholds:
-    """The tuned thresholds of one layer's query heads, each ``[num_heads]``, fp32.
-
-    Attributes:
-        tau: Share of the blocks' mass to keep, in (0, 1]; 1 keeps every block.
-        theta: Blocks less self-similar than this are always computed, in [-1, 1].
-        has_guards: Whether any theta may be reached; False spares the device looking for blocks.
-    """
-
-    tau: torch.Tensor
-    theta: torch.Tensor
-    has_guards: bool = True
-
-    @classmethod
-    def of(cls, heads: Sequence[TunedHead]) -> "HeadThresholds":
-        """Gathers the thresholds of single heads."""
-        return cls(
-            torch.tensor([head.tau for head in heads]),
-            torch.tensor([head.theta for head in heads]),
-            any(head.theta > THETA_OFF for head in heads),
-        )
-
-    def to(self, device: torch.device) -> "HeadThresholds":
-        """The same on a device."""
-        return replace(self, tau=self.tau.to(device), theta=self.theta.to(device))
+        Returns:
+            ``[num_heads, num_q_blocks, num_k_blocks]`` bool, true where the block is computed.
+            Sink, diagonal and local blocks are always kept, invisible ones never.
+        """
+        num_heads, group = len(self.mean), len(self.mean) // len(self.key_self_similarity)
+        visible, always = (m.to(self.mean.device) for m in (geometry.visible, geometry.always))
+        theta = thresholds.theta[:, None]
+        key_self_similarity = self.key_self_similarity.repeat_interleave(group, dim=0)
+        keys_below_theta = (key_self_similarity < theta)[:, None, :]
+        queries_below_theta = (self.query_self_similarity < theta)[:, :, None]
+        keep = _smallest_set(self.mass(keys_below_theta), thresholds.tau.view(num_heads, 1, 1))
+        return (keep | keys_below_theta | queries_below_theta | always) & visible
 
 
 def pool_blocks(rows: torch.Tensor, counts: torch.Tensor) -> BlockStats:
@@ -217,12 +179,12 @@ def score_blocks(
 
     Args:
         query: ``[q_len, num_heads, head_dim]``, the step's rows.
-        key: ``[length, num_kv_heads, head_dim]`` with ``length >= geometry.kv_len``, the context's.
+        key: ``[length, num_kv_heads, head_dim]`` with ``length >= geometry.kv_len``.
         geometry: The step's blocks.
         softmax_scale: Factor of the scores.
 
     Returns:
-        Scores and similarities, from which any thresholds select.
+        Scores from which any thresholds select.
     """
     queries, (blocks, counts) = pool_queries(query, geometry), cut_keys(key, geometry)
     num_kv_heads, keys = len(blocks), blocks.float()
@@ -236,7 +198,7 @@ def score_blocks(
     return BlockScores(
         mean.flatten(0, 1).masked_fill_(invisible, -torch.inf),
         total.flatten(0, 1).masked_fill_(invisible, -torch.inf),
-        queries.similarity,
+        queries.self_similarity,
         _self_similarity(keys, _row_weights(keys, counts)),
     )
 
@@ -260,27 +222,28 @@ def _reduce_scores(
     return mean, total
 
 
-def select_blocks(
-    scores: BlockScores, thresholds: HeadThresholds, geometry: BlockGeometry
+def torch_select(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    thresholds: HeadThresholds,
+    geometry: BlockGeometry,
+    softmax_scale: float,
 ) -> torch.Tensor:
-    """Chooses the key blocks that each query block of each head attends to.
+    """Implements ``api.select_blocks``."""
+    return score_blocks(query, key, geometry, softmax_scale).select(thresholds, geometry)
 
-    Args:
-        scores: Of the request's blocks.
-        thresholds: tau and theta of each query head.
-        geometry: The step's blocks.
 
-    Returns:
-        ``[num_heads, num_q_blocks, num_k_blocks]`` bool, true where the block is computed.
-        Sink, diagonal and local blocks are always kept, invisible ones never.
-    """
-    num_heads, group = len(scores.mean), len(scores.mean) // len(scores.key_similarity)
-    visible, always = (m.to(scores.mean.device) for m in (geometry.visible, geometry.always))
-    theta = thresholds.theta[:, None]
-    unlike_keys = (scores.key_similarity.repeat_interleave(group, dim=0) < theta)[:, None, :]
-    unlike_queries = (scores.query_similarity < theta)[:, :, None]
-    keep = _smallest_set(scores.mass(unlike_keys), thresholds.tau.view(num_heads, 1, 1))
-    return (keep | unlike_keys | unlike_queries | always) & visible
+def torch_tile_lists(
+    step: StepInputs, thresholds: HeadThresholds, softmax_scale: float, num_kept: torch.Tensor
+) -> TileLists:
+    """Implements ``api.select_tile_lists``, one request after another."""
+    keeps = []
+    for request, _, query, key, _ in step.each_request():
+        keep = torch_select(query, key, thresholds, request.geometry, softmax_scale)
+        num_kept[: step.num_heads] += keep.sum((1, 2))
+        missing = step.blocks.max_k_blocks - request.geometry.num_k_blocks
+        keeps.append(torch.nn.functional.pad(keep.flip(1), (0, missing)))
+    return build_tile_lists(torch.cat(keeps, dim=1))
 
 
 def _smallest_set(mass: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:

@@ -1,115 +1,86 @@
-"""Choosing key blocks on the device; ``selection`` says by which rule.
+"""Choosing key blocks on the device; ``thresholds`` states the rule.
 
-Nothing here waits for the device: lists are as wide as the context, and how long they are stays
-there. The chosen blocks are written as what the attention kernel at hand takes: lists of blocks,
-or block tables of tiles.
+Nothing here waits for the device: lists are as wide as the context, and their lengths stay on the
+device. The chosen blocks are written as the attention kernel at hand takes them: as lists of
+blocks, or as block tables of tiles.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.selection import MEAN_KEY_SHARE, BlockStats, HeadThresholds
-from vllm_afbs.kernels.tiles import TileLists, TileTables, heads_per_page
-from vllm_afbs.kernels.triton_geometry import load_query_block
-from vllm_afbs.kernels.triton_scoring import key_page_similarity, score_key_pages
+from vllm_afbs.kernels.impl.one_head_view import heads_per_page
+from vllm_afbs.kernels.impl.torch_selection import BlockStats
+from vllm_afbs.kernels.impl.triton_packing import pack_queries, pool_queries_in_place
+from vllm_afbs.kernels.impl.triton_query_block import load_query_block
+from vllm_afbs.kernels.impl.triton_scoring import key_page_self_similarity, score_key_pages
+from vllm_afbs.kernels.step import StepInputs
+from vllm_afbs.kernels.thresholds import MEAN_KEY_SHARE, HeadThresholds
+from vllm_afbs.kernels.tiles import PackedTiles, TileLists, TileTables
 
 _BISECTIONS = 24
 """Halvings of the mass threshold: fp32 has no finer one within a row's largest mass."""
 
 
-def select_tile_lists(
-    queries: BlockStats,
-    key_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    thresholds: HeadThresholds,
-    blocks: QueryBlocks,
-    softmax_scale: float,
-    num_kept: torch.Tensor,
+def triton_tile_lists(
+    step: StepInputs, thresholds: HeadThresholds, softmax_scale: float, num_kept: torch.Tensor
 ) -> TileLists:
-    """Chooses each tile's key blocks, as ``select_blocks`` does, and lists them.
-
-    Args:
-        queries: Statistics of the step's query blocks, ``num_heads`` heads.
-        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, any strides but the last.
-        block_table: ``[num_reqs, max_pages]``, int32.
-        thresholds: tau and theta of each query head.
-        blocks: The step's query blocks.
-        softmax_scale: Factor of the scores.
-        num_kept: ``[num_heads]`` or longer, int64; the number of each head's kept blocks is added.
-
-    Returns:
-        The lists of ``num_heads * blocks.num_blocks`` tiles.
-    """
-    num_tiles = len(queries.mean) * blocks.num_blocks
-    lists = TileLists(
-        block_table.new_empty(num_tiles, blocks.max_k_blocks), block_table.new_empty(num_tiles)
-    )
+    """Implements ``api.select_tile_lists``."""
+    new = step.block_table.new_empty
+    lists = TileLists(new(step.num_tiles, step.blocks.max_k_blocks), new(step.num_tiles))
+    queries = pool_queries_in_place(step.query, step.blocks)
     _select(
-        queries, key_cache, block_table, thresholds, blocks, softmax_scale, num_kept,
-        lists.block_lists, lists.counts, None,
-    )  # fmt: skip
+        step, queries, thresholds, softmax_scale, num_kept, lists.block_lists, lists.counts, None
+    )
     return lists
 
 
-def select_tile_tables(
-    queries: BlockStats,
-    key_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    thresholds: HeadThresholds,
-    blocks: QueryBlocks,
-    softmax_scale: float,
-    num_kept: torch.Tensor,
-) -> TileTables:
-    """Does what ``select_tile_lists`` does, and writes block tables for ``tiles.one_head_view``.
-
-    Raises:
-        ValueError: The page size does not divide ``block_k``.
-    """
-    num_tiles = len(queries.mean) * blocks.num_blocks
-    pages_per_block = blocks.requests[0].geometry.pages_per_block(key_cache.shape[1])
-    tables = TileTables(
-        block_table.new_empty(num_tiles + 1),
-        block_table.new_empty(num_tiles),
-        # A kernel may fetch entries ahead of a tile's end, so what follows names a valid page.
-        block_table.new_zeros(num_tiles, blocks.max_k_blocks * pages_per_block),
-    )
+def triton_tiles(
+    step: StepInputs, thresholds: HeadThresholds, softmax_scale: float, num_kept: torch.Tensor
+) -> PackedTiles:
+    """Implements ``api.select_tiles``."""
+    pages_per_block = step.blocks.requests[0].geometry.pages_per_block(step.page_size)
+    new = step.block_table.new_empty
+    # A kernel may fetch entries ahead of a tile's end, so what follows names a valid page.
+    entries = step.block_table.new_zeros(step.num_tiles, step.blocks.max_k_blocks * pages_per_block)
+    tables = TileTables(new(step.num_tiles + 1), new(step.num_tiles), entries)
+    packed, queries = pack_queries(step.query, step.blocks)
     _select(
-        queries, key_cache, block_table, thresholds, blocks, softmax_scale, num_kept,
+        step, queries, thresholds, softmax_scale, num_kept,
         tables.block_table, tables.seq_lens, tables.query_start_loc,
     )  # fmt: skip
-    return tables
+    return PackedTiles(packed, tables)
 
 
 def _select(
+    step: StepInputs,
     queries: BlockStats,
-    key_cache: torch.Tensor,
-    block_table: torch.Tensor,
     thresholds: HeadThresholds,
-    blocks: QueryBlocks,
     softmax_scale: float,
     num_kept: torch.Tensor,
     entries: torch.Tensor,
     lengths: torch.Tensor,
     query_start_loc: torch.Tensor | None,
 ) -> None:
-    num_heads = len(queries.mean)
-    _, page_size, num_kv_heads, _ = key_cache.shape
+    blocks, num_heads = step.blocks, step.num_heads
+    _, page_size, num_kv_heads, _ = step.key_cache.shape
     for index, (request, span) in enumerate(zip(blocks.requests, blocks.slices, strict=True)):
         num_q_blocks, num_k_blocks = span.stop - span.start, request.geometry.num_k_blocks
-        pages = block_table[request.table_row]
-        likeness = None
-        if thresholds.has_guards:
-            likeness = key_page_similarity(key_cache, pages, request.geometry)
-        mean, total = score_key_pages(queries.mean, key_cache, pages, blocks, index, softmax_scale)
+        pages = step.block_table[request.table_row]
+        key_self_similarity = None
+        if thresholds.has_theta:
+            key_self_similarity = key_page_self_similarity(step.key_cache, pages, request.geometry)
+        mean, total = score_key_pages(
+            queries.mean, step.key_cache, pages, blocks, index, softmax_scale
+        )
         row = triton.next_power_of_2(num_k_blocks)
         _select_tile[(num_heads * num_q_blocks,)](
-            mean, total, queries.similarity, likeness, thresholds.tau, thresholds.theta,
+            mean, total, queries.self_similarity, key_self_similarity,
+            thresholds.tau, thresholds.theta,
             blocks.table, pages, entries, lengths, query_start_loc, num_kept,
             blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks, num_k_blocks,
             mean.stride(1), entries.stride(0), num_heads, request.geometry.local_keys,
-            heads_per_page(key_cache),
+            heads_per_page(step.key_cache),
             GROUP=num_heads // num_kv_heads,
             BLOCK_K=request.geometry.block_k,
             PAGE_SIZE=page_size,
@@ -136,7 +107,7 @@ def _softmax(scores, mask):
     ]
 )  # fmt: skip
 def _select_tile(
-    mean, total, query_similarity, key_similarity, taus, thetas,
+    mean, total, query_self_similarity, key_self_similarity, taus, thetas,
     table, pages, entries, lengths, query_start_loc, num_kept,
     num_blocks, num_rows, first_block, num_q_blocks, num_k_blocks,
     stride_scores, stride_entries, num_heads, local_keys, heads_per_page,
@@ -155,12 +126,12 @@ def _select_tile(
     blocks = tl.arange(0, ROW)
     visible = (blocks < num_k_blocks) & (blocks * BLOCK_K <= last_position)
     always = (blocks == 0) | ((blocks + 1) * BLOCK_K > first_position + 1 - local_keys)
-    if key_similarity is None:
-        unlike = blocks < 0
+    if key_self_similarity is None:
+        below_theta = blocks < 0
     else:
-        likeness = key_similarity + (head // GROUP) * num_k_blocks + blocks
-        unlike = tl.load(likeness, mask=visible, other=0.0) < theta
-    pooled = visible & ~unlike
+        at = key_self_similarity + (head // GROUP) * num_k_blocks + blocks
+        below_theta = tl.load(at, mask=visible, other=0.0) < theta
+    pooled = visible & ~below_theta
 
     row = program.to(tl.int64) * stride_scores + blocks
     mass = SHARE * _softmax(mean + row, pooled) + (1.0 - SHARE) * _softmax(total + row, pooled)
@@ -175,9 +146,9 @@ def _select_tile(
         high = tl.where(reached, high, middle)
     # A mass that underflowed to zero is in no smallest set.
     least = tl.maximum(low, 1e-38)
-    keep_all = (tau >= 1.0) | (tl.load(query_similarity + tile) < theta)
+    keep_all = (tau >= 1.0) | (tl.load(query_self_similarity + tile) < theta)
     least = tl.where(keep_all, -1.0, least)
-    keep = ((pooled & (mass >= least)) | unlike | always) & visible
+    keep = ((pooled & (mass >= least)) | below_theta | always) & visible
     kept = keep.to(tl.int32)
     number = tl.sum(kept, 0)
     tl.atomic_add(num_kept + head, number.to(tl.int64), sem="relaxed")

@@ -15,37 +15,18 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_afbs.kernels.query_blocks import QueryBlocks
+from vllm_afbs.kernels.impl.triton_query_block import load_query_block
+from vllm_afbs.kernels.step import PrefillFeatures, StepInputs
 from vllm_afbs.kernels.tiles import TileLists
-from vllm_afbs.kernels.triton_geometry import load_query_block
 
 CONFIGS = Path(__file__).with_name("triton_configs.json")
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_L2_BYTES = 32 * 2**20  # of an H100's 50 MB: what stays cached while other traffic passes
+_L2_BYTES = 32 * 2**20
+"""L2 cache that heads may fill together: of an H100's 50 MB, what other traffic leaves them.
 
-
-@dataclass(frozen=True)
-class PrefillFeatures:
-    """What a model asks of attention beyond causal softmax; what is unused costs nothing.
-
-    Attributes:
-        softcap: Bounds the scaled scores: ``softcap * tanh(scores / softcap)``; 0 for none.
-        window: A row at position ``p`` sees keys in ``(p - window, p]``; None for all up to ``p``.
-        lambda_: ``[num_heads]``, fp32, each <= 0, as in ``reference.reference_attention``; None
-            skips no product with V.
-        k_scale: Scalar that the cached keys, in FP8, are to be multiplied by; None for 1.
-        v_scale: Like ``k_scale``, for the values.
-        products: ``[2]``, int64, counters that the computed block products of QK^T and of PV are
-            added to; None to count nothing.
-    """
-
-    softcap: float = 0.0
-    window: int | None = None
-    lambda_: torch.Tensor | None = None
-    k_scale: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None
-    products: torch.Tensor | None = None
+Chosen for an H100; on another GPU it costs speed, not correctness.
+"""
 
 
 @dataclass(frozen=True)
@@ -91,39 +72,28 @@ def fastest_config(head_dim: int, block_k: int, whole_blocks: bool = False) -> L
 
 
 def triton_prefill(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    output: torch.Tensor,
-    block_table: torch.Tensor,
+    step: StepInputs,
     lists: TileLists,
-    blocks: QueryBlocks,
+    output: torch.Tensor,
     softmax_scale: float,
-    *,
-    features: PrefillFeatures = PrefillFeatures(),
+    features: PrefillFeatures,
     config: LaunchConfig | None = None,
 ) -> None:
-    """Attends to the kept blocks of a step's long prefills.
-
-    A row that sees no key of its kept blocks becomes zero.
+    """Implements ``api.sparse_prefill`` in one launch.
 
     Args:
-        query: ``[num_tokens, num_heads, head_dim]``, the step's rows.
-        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, any strides but the last;
-            in the query's dtype or in FP8.
-        value_cache: Like ``key_cache``.
-        output: Like ``query``; the rows of ``blocks`` are written, others are not touched.
-        block_table: ``[num_reqs, max_pages]``, int32, the pages of each request's context.
-        lists: The tiles' kept blocks, tile ``head * num_blocks + index`` being that of the
-            table's block ``index``; every tile's diagonal blocks are among them.
-        blocks: The step's query blocks; ``block_q`` and ``block_k`` are powers of two.
-        softmax_scale: Factor of the scores.
-        features: What else the model asks for.
+        step: As there; ``block_q`` and ``block_k`` of its blocks are powers of two.
+        lists: As there.
+        output: As there.
+        softmax_scale: As there.
+        features: As there.
         config: How to run; None for ``fastest_config``.
 
     Raises:
         ValueError: ``block_n`` does not divide ``block_k``, or is less and ``lambda_`` is given.
     """
+    blocks, query, block_table = step.blocks, step.query, step.block_table
+    key_cache, value_cache = step.key_cache, step.value_cache
     num_heads, head_dim = query.shape[1:]
     page_size, num_kv_heads = key_cache.shape[1:3]
     block_k, whole_blocks = blocks.block_k, features.lambda_ is not None

@@ -1,18 +1,18 @@
-"""Scoring key blocks on the device: what ``selection.score_blocks`` computes, from paged keys."""
+"""Scoring paged key blocks on the device, as ``torch_selection.score_blocks`` does."""
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_afbs.kernels.geometry import BlockGeometry
+from vllm_afbs.kernels.impl.triton_query_block import load_query_block
 from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.triton_geometry import load_query_block
 
-# Fastest of 64 or 128 rows, 16 or 32 blocks, 4 or 8 warps and 2 or 3 stages, on an H100 at 32K and
-# 128K with heads of 128.
+# Chosen on an H100, at 32K and 128K with heads of 128: the fastest of 64 or 128 rows, 16 or 32
+# blocks, 4 or 8 warps and 2 or 3 stages.
 _ROWS = 128  # pooled queries of a program
 _SPAN = 16  # most key blocks of a program, which keeps its queries meanwhile
-_PROGRAMS = 256  # where longer spans would leave fewer, an H100's 132 processors are not all busy
+_PROGRAMS = 256  # with fewer programs, an H100's 132 processors are not all busy
 
 
 def score_key_pages(
@@ -42,7 +42,7 @@ def score_key_pages(
     _, page_size, num_kv_heads, _ = key_cache.shape
     num_q_blocks, num_k_blocks = geometry.num_q_blocks, geometry.num_k_blocks
     group = num_heads // num_kv_heads
-    # Rows of whole vectors, whatever the context: see ``triton_geometry``.
+    # Rows of whole vectors, whatever the context: see ``triton_query_block``.
     padded = triton.cdiv(num_k_blocks, _SPAN) * _SPAN
     scores = mean_query.new_empty(2, num_heads, num_q_blocks, padded, dtype=torch.float32)
     mean, total = scores[..., :num_k_blocks]
@@ -79,7 +79,7 @@ def _span(num_k_blocks: int, num_others: int) -> int:
     return span
 
 
-def key_page_similarity(
+def key_page_self_similarity(
     key_cache: torch.Tensor, pages: torch.Tensor, geometry: BlockGeometry
 ) -> torch.Tensor:
     """Self-similarity of a context's key blocks, ``[num_kv_heads, num_k_blocks]``, fp32.
@@ -91,9 +91,9 @@ def key_page_similarity(
     """
     _, page_size, num_kv_heads, head_dim = key_cache.shape
     num_blocks = geometry.num_k_blocks
-    similarity = key_cache.new_empty(num_kv_heads, num_blocks, dtype=torch.float32)
-    _key_block_similarity[(num_blocks, num_kv_heads)](
-        key_cache, pages, similarity, geometry.kv_len, num_blocks,
+    self_similarity = key_cache.new_empty(num_kv_heads, num_blocks, dtype=torch.float32)
+    _key_block_self_similarity[(num_blocks, num_kv_heads)](
+        key_cache, pages, self_similarity, geometry.kv_len, num_blocks,
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),
@@ -101,11 +101,11 @@ def key_page_similarity(
         BLOCK=geometry.block_k,
         num_warps=8,
     )  # fmt: skip
-    return similarity
+    return self_similarity
 
 
 @triton.jit
-def self_similarity(rows, count):
+def block_self_similarity(rows, count):
     """Mean pairwise cosine of a block's rows; absent rows are zero."""
     values = rows.to(tl.float32)
     norms = tl.sqrt(tl.sum(values * values, 1))
@@ -201,8 +201,8 @@ def _score_key_block(
 
 
 @triton.jit(do_not_specialize=["pages", "kv_len", "num_blocks"])
-def _key_block_similarity(
-    key_cache, pages, similarity, kv_len, num_blocks,
+def _key_block_self_similarity(
+    key_cache, pages, self_similarity, kv_len, num_blocks,
     stride_page, stride_token, stride_head,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -217,4 +217,4 @@ def _key_block_similarity(
     at = head * stride_head + address[:, None] + columns[None, :]
     rows = tl.load(key_cache + at, mask=mask, other=0.0)
     count = tl.minimum(kv_len - index * BLOCK, BLOCK)
-    tl.store(similarity + head * num_blocks + index, self_similarity(rows, count))
+    tl.store(self_similarity + head * num_blocks + index, block_self_similarity(rows, count))

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_afbs.kernels.impl.torch_selection import BlockStats
+from vllm_afbs.kernels.impl.triton_query_block import load_query_block
+from vllm_afbs.kernels.impl.triton_scoring import block_self_similarity
 from vllm_afbs.kernels.query_blocks import QueryBlocks
-from vllm_afbs.kernels.selection import BlockStats
-from vllm_afbs.kernels.triton_geometry import load_query_block
-from vllm_afbs.kernels.triton_scoring import self_similarity
 
 
 def pack_queries(query: torch.Tensor, blocks: QueryBlocks) -> tuple[torch.Tensor, BlockStats]:
@@ -38,13 +38,13 @@ def pool_queries_in_place(query: torch.Tensor, blocks: QueryBlocks) -> BlockStat
 def _pool(query: torch.Tensor, packed: torch.Tensor | None, blocks: QueryBlocks) -> BlockStats:
     _, num_heads, head_dim = query.shape
     mean = query.new_empty(num_heads, blocks.num_blocks, head_dim)
-    similarity = query.new_empty(num_heads, blocks.num_blocks, dtype=torch.float32)
+    self_similarity = query.new_empty(num_heads, blocks.num_blocks, dtype=torch.float32)
     _pool_block[(blocks.num_blocks, num_heads)](
-        query, packed, mean, similarity, blocks.table,
+        query, packed, mean, self_similarity, blocks.table,
         blocks.num_blocks, blocks.num_rows, query.stride(0), query.stride(1),
         **_block_shape(head_dim, blocks),
     )  # fmt: skip
-    return BlockStats(mean, similarity)
+    return BlockStats(mean, self_similarity)
 
 
 def unpack_output(packed: torch.Tensor, output: torch.Tensor, blocks: QueryBlocks) -> None:
@@ -95,7 +95,7 @@ def _places(
 
 @triton.jit(do_not_specialize=["num_blocks", "num_rows"])
 def _pool_block(
-    query, packed, mean, similarity, table, num_blocks, num_rows, stride_token, stride_head,
+    query, packed, mean, self_similarity, table, num_blocks, num_rows, stride_token, stride_head,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at, packed_at, mask, count = _places(
@@ -105,7 +105,7 @@ def _pool_block(
     if packed is not None:
         tl.store(packed + packed_at, rows, mask=mask)
     out = tl.program_id(1) * num_blocks + tl.program_id(0)
-    tl.store(similarity + out, self_similarity(rows, count))
+    tl.store(self_similarity + out, block_self_similarity(rows, count))
     columns = tl.arange(0, PADDED_DIM)
     middle = tl.sum(rows.to(tl.float32), 0) / count
     tl.store(mean + out * HEAD_DIM + columns, middle, mask=columns < HEAD_DIM)
