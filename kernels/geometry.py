@@ -9,9 +9,9 @@ LOCAL_BLOCKS = 2
 """How much of the context up to a row is always kept, its own block included, in query blocks.
 
 Chosen on SmolLM2-135M-Instruct at 8K, with query and key blocks of 128: with the diagonal block
-alone, perplexity grew two to four times as much at equal sparsity (docs/benchmarks.md, "What it costs in
-quality"). A block's scores tell the mass of what is near, not how much the next word depends on
-it. Other models were not measured.
+alone, perplexity grew two to four times as much at equal sparsity (docs/benchmarks.md). A block's
+scores tell the mass of what is near, not how much the next word depends on it. Other models were
+not measured.
 """
 
 

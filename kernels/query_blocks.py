@@ -1,8 +1,8 @@
 """The query blocks of a step's long prefills, as one table that kernels on a device walk.
 
-Kernels that walk this table know nothing of requests but a row of the block table, so one launch
-serves a batch of any lengths, chunked or not. ``BlockGeometry`` stays the only place that says
-where blocks are cut.
+All that a kernel needs of a request is its row of the block table, which this table holds, so one
+launch serves a batch of any lengths, chunked or not. ``BlockGeometry`` stays the only place that
+says where blocks are cut.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ class PrefillRequest:
 class QueryBlocks:
     """Query blocks of all requests of a step, request by request, longest context first.
 
-    The longest go first, or they would end last and alone.
+    Within a request the blocks go from the last to the first. So the longest tiles start first;
+    otherwise they would end last, with the rest of the device idle.
 
     Attributes:
         table: ``[5, num_blocks]``, int32, by row: the block's first row among the step's tokens;

@@ -79,7 +79,7 @@ def _places(
     table, num_blocks, num_rows, stride_token, stride_head,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where a block of a head lies: in the step, packed, which of it exists, and its rows."""
+    """Addresses of a head's block in the step and when packed, its mask and its number of rows."""
     index = tl.program_id(0)
     head = tl.program_id(1)
     first_row, count, _, place, _ = load_query_block(table, num_blocks, index)

@@ -129,8 +129,8 @@ def _score_key_blocks(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    # Rows of a program are a group's heads of one query block after another, and behind the last
-    # one that again: what they see differs little, so few products are in vain.
+    # A program's rows are the heads of one group, query block after query block, and past the end
+    # the last block again. They see nearly the same keys, so few products are wasted.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kv_head = tl.program_id(2)
     there = row < num_q_blocks * GROUP
@@ -174,7 +174,7 @@ def _score_key_block(
     IN_PART: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Mean and log-sum-exp of one block's scores, of which rows may see only a part."""
+    """Mean and log-sum-exp of one block's scores; ``IN_PART`` if a row may see only a part."""
     LOG2E: tl.constexpr = 1.4426950408889634
     token = block * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = tl.arange(0, PADDED_DIM)
