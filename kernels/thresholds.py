@@ -32,8 +32,8 @@ THETA_OFF = -1.0
 MEAN_KEY_SHARE = 0.5
 """Share of a block's mass that its mean key decides; its keys one by one decide the rest.
 
-Chosen among 0, 0.5 and 1 on SmolLM2-135M: over 90 heads at 4K by error at equal density (README,
-"Which scores select"), and at 8K by perplexity. Other models were not measured.
+Chosen among 0, 0.5 and 1 on SmolLM2-135M: over 90 heads at 4K by error at equal density
+(docs/benchmarks.md), and at 8K by perplexity. Other models were not measured.
 """
 
 
