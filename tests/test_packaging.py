@@ -108,7 +108,7 @@ def test_wheel_holds_every_module_once_as_a_file(wheel: Path, source: Path, tmp_
     }
     assert data == {
         "backends/cuda/measured.json",
-        "kernels/triton_configs.json",
+        "kernels/impl/triton_configs.json",
         "observability/status.html",
         "py.typed",
         "tuning/report.html.j2",
