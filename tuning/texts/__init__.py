@@ -1,21 +1,28 @@
-"""Reading calibration texts: UTF-8 files and Hugging Face data sets on disk."""
+"""Reading calibration texts: plain text, folders of source files, and rows of data sets.
+
+``plain`` reads text, ``json_rows`` and ``data_sets`` read rows, ``rows`` and ``chats`` make text of
+them, ``kinds`` and ``folders`` say what a path is, and ``spread`` what is read of a large one.
+"""
 
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from vllm_afbs.profile.schema import printable
 from vllm_afbs.tuning.model import InputError, one_line
+from vllm_afbs.tuning.texts import data_sets, plain
+from vllm_afbs.tuning.texts.chats import TokenizerLoader
+from vllm_afbs.tuning.texts.folders import arrange
+from vllm_afbs.tuning.texts.kinds import KINDS, SAVED, kind_of, row_parts
+from vllm_afbs.tuning.texts.rows import COLUMN_OPTION, RowTexts
+from vllm_afbs.tuning.texts.spread import describe
 
-COLUMN = "text"
-"""Column of a data set that is read."""
-MAX_CHARACTERS = 1 << 24
-"""Rows of a data set are read until they hold so many: several windows of a million tokens."""
-_SEPARATOR = "\n\n"
-# The first kind found in a folder counts: data sets carry notes beside their data.
-_BUILDERS = {"parquet": "parquet", "jsonl": "json", "json": "json", "csv": "csv", "txt": "text"}
+__all__ = ["Text", "read_texts"]
+
+_MAX_MESSAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -25,22 +32,31 @@ class Text:
     Attributes:
         name: Where it came from.
         content: All of it.
+        coverage: What of the source ``content`` is: which part, column and rows, and what was
+            skipped. None: the whole of a file.
     """
 
     name: str
     content: str
+    coverage: str | None = None
 
     @property
     def sha256(self) -> str:
-        """Hash of the text in UTF-8."""
+        """Hash of ``content`` in UTF-8."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def read_texts(paths: Sequence[Path]) -> list[Text]:
+def read_texts(
+    paths: Sequence[Path],
+    column: str | None = None,
+    load_tokenizer: TokenizerLoader | None = None,
+) -> list[Text]:
     """Reads every text, or without any, one that every Python has.
 
     Args:
-        paths: UTF-8 files and directories of data sets.
+        paths: Files and folders of text or of rows (``folders.arrange``).
+        column: The column of rows to read; by default one of text or chats by its usual name.
+        load_tokenizer: Gives the model's tokenizer, whose chat template chats go through.
 
     Raises:
         InputError: One of them cannot be read, or holds no text.
@@ -50,71 +66,80 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
 
         # So that two arguments are enough; real traffic is better.
         name = f"pydoc_data.topics of Python {platform.python_version()}"
-        return [Text(name, _SEPARATOR.join(topics.values()))]
-    return [_read_dataset(path) if path.is_dir() else _read_file(path) for path in paths]
-
-
-def _read_file(path: Path) -> Text:
+        return [Text(name, plain.SEPARATOR.join(topics.values()))]
     try:
-        return Text(str(path), path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "UTF-8 text expected"
-        raise InputError(f"{path}: cannot read the calibration text: {reason}") from None
-
-
-def _read_dataset(path: Path) -> Text:
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise InputError(
-            f"{path}: a file expected: reading a data set needs the extra 'datasets': "
-            "pip install 'vllm-afbs[datasets]'"
-        ) from None
-    datasets.disable_progress_bars()
-    # It would tell the hub about every use, even of a folder.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        return Text(str(path), _SEPARATOR.join(_texts(path, _rows(path))))
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{path}: cannot read the data set: {one_line(error)}") from None
-
-
-def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    """The rows of a data set, read as they are asked for; all of its splits, one after another."""
-    import datasets
-
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = datasets.load_from_disk(path)
-        splits = saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]
-        return (row for split in splits for row in split)
-    for ending, builder in _BUILDERS.items():
-        if files := sorted(map(str, path.rglob(f"*.{ending}"))):
-            # A whole file is one text: its lines belong together.
-            options = {"sample_by": "document"} if builder == "text" else {}
-            # The folder's own name would have its README read, which may point to other machines.
-            rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-                builder, data_files=files, split="train", streaming=True, **options
-            )
-            return rows
-    raise InputError(
-        f"{path}: a data set expected: one saved by save_to_disk, or files ending in "
-        f"{', '.join(_BUILDERS)}"
-    )
-
-
-def _texts(path: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    characters = 0
-    for number, row in enumerate(rows):
-        if COLUMN not in row:
-            raise InputError(f"{path}: a column {COLUMN!r} expected, found {', '.join(row)}")
-        text = row[COLUMN]
-        if not isinstance(text, str):
+        rows = [RowTexts(column, load_tokenizer) for _ in paths]
+        texts = [_read(path, its_rows) for path, its_rows in zip(paths, rows, strict=True)]
+        if column is not None and not any(its_rows.num_rows for its_rows in rows):
             raise InputError(
-                f"{path}: row {number}: {COLUMN}: text expected, got {type(text).__name__}"
+                f"{COLUMN_OPTION}: files of rows expected, ending in {', '.join(KINDS)}; got text"
             )
-        yield text
-        characters += len(text)
-        if characters >= MAX_CHARACTERS:
-            return
+        return texts
+    except InputError as error:
+        # Messages quote files, which may hold anything.
+        raise InputError(printable(str(error)[:_MAX_MESSAGE])) from None
+
+
+def _read(path: Path, rows: RowTexts) -> Text:
+    try:
+        path.stat()  # is_dir() would keep silent about a folder that cannot be reached
+        content, coverage = _read_folder(path, rows) if path.is_dir() else _read_file(path, rows)
+    except (OSError, EOFError, zlib.error) as error:
+        where = getattr(error, "filename", None) or path
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"{where}: cannot read the calibration text: {reason}") from None
+    if not content.strip():
+        raise InputError(f"{path}: the calibration text is empty: {coverage or 'no characters'}")
+    # A name may be no UTF-8, which could not be written into the profile.
+    return Text(printable(str(path)), content, coverage)
+
+
+def _read_file(path: Path, rows: RowTexts) -> tuple[str, str | None]:
+    if (kind := kind_of(path)) is None:
+        return plain.read_file(path)
+    return _read_rows(kind, [path], rows)
+
+
+def _read_folder(path: Path, rows: RowTexts) -> tuple[str, str]:
+    if data_sets.is_saved(path):
+        return _read_rows(SAVED, [path], rows)
+    folder = arrange(path, rows.column)
+    if not folder.files:
+        raise InputError(
+            f"{path}: a data set expected: one saved by save_to_disk, or files ending in "
+            f"{', '.join(KINDS)}; or a folder of text files; found none of them"
+        )
+    if folder.kind is not None:
+        content, coverage = _read_rows(folder.kind, folder.files, rows)
+        coverage += f"; {_count(len(folder.files), folder.kind + ' file')}"
+        skipped = {"hidden": folder.num_hidden, "other": folder.num_others}
+    else:
+        content, num_binary, part = plain.read_files(folder.files)
+        coverage = _count(len(folder.files) - num_binary, "text file")
+        coverage += f", of them {part}" if part else ""
+        skipped = {
+            "hidden": folder.num_hidden,
+            "of rows": folder.num_others,
+            "that are no UTF-8 text": num_binary,
+        }
+    if any(skipped.values()):
+        counts = ", ".join(f"{count} {why}" for why, count in skipped.items() if count)
+        coverage += f"; files skipped: {counts}"
+    return content, coverage
+
+
+def _read_rows(kind: str, files: Sequence[Path], rows: RowTexts) -> tuple[str, str]:
+    """Rows as one text, and which rows they are."""
+    parts = row_parts(kind, files, rows.choose)
+    pieces = [text for part in parts for text in rows.of(part.rows, part.budget)]
+    coverage = rows.summary()
+    if len(parts) > 1:
+        size = describe(sum(file.stat().st_size for file in files))
+        coverage += f"; in {len(parts)} parts spread evenly over {size}"
+    elif parts[0].budget.spent:
+        coverage += "; only the first ones are read"
+    return plain.SEPARATOR.join(pieces), coverage
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
