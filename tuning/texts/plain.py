@@ -2,7 +2,7 @@
 
 import codecs
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_afbs.tuning.model import InputError
@@ -45,7 +45,7 @@ def read_file(path: Path) -> tuple[str, str | None]:
     return pieces[0], coverage
 
 
-def read_files(files: list[Path]) -> tuple[str, int, str | None]:
+def read_files(files: Sequence[Path]) -> tuple[str, int, str | None]:
     """The text of those files that are text.
 
     Returns:
@@ -56,30 +56,27 @@ def read_files(files: list[Path]) -> tuple[str, int, str | None]:
         OSError: A file cannot be read.
     """
     texts = [path for path in files if _looks_like_text(path)]
-    sizes: list[tuple[Path, int | None]] = [(path, path.stat().st_size) for path in texts]
-    parts = divide(sizes)
+    sizes = [path.stat().st_size for path in texts]
+    parts = divide(list(zip(texts, sizes, strict=True)))
     pieces, binary = [], set(files) - set(texts)
-    for part in parts:
-        for piece in _pieces(part, MAX_CHARACTERS // len(parts)):
-            if isinstance(piece, Path):
-                binary.add(piece)
-            elif piece:
-                pieces.append(piece)
-    total = sum(size or 0 for _, size in sizes)
-    return SEPARATOR.join(pieces), len(binary), _spread(total) if len(parts) > 1 else None
-
-
-def _pieces(part: list[Span], limit: int) -> Iterator[str | Path]:
-    """The text of each span, or the file's path if it is not text, until the limit in bytes."""
-    for span in part:
-        if limit <= 0:
-            return
+    for span, limit in _within_limits(parts):
         data, _ = _read(span, limit)
-        limit -= len(data)
         try:
-            yield _decode(data)
+            pieces.append(_decode(data))
         except UnicodeDecodeError:
-            yield span.path
+            binary.add(span.path)
+    text = SEPARATOR.join(piece for piece in pieces if piece)
+    return text, len(binary), _spread(sum(sizes)) if len(parts) > 1 else None
+
+
+def _within_limits(parts: list[list[Span]]) -> Iterator[tuple[Span, int]]:
+    """The spans to be read of each part, and how many bytes of each at most."""
+    for part in parts:
+        limit = MAX_CHARACTERS // len(parts)
+        for span in part:
+            if limit > 0:
+                yield span, limit
+            limit -= (span.stop or 0) - span.start
 
 
 def _spread(num_bytes: int) -> str:

@@ -16,7 +16,7 @@ MAX_BYTES = 1 << 27
 """Bytes read for them from rows, which may hold much besides the text."""
 MAX_ROW_BYTES = 1 << 26
 """Bytes of one row."""
-BYTES_PER_ROW = 1 << 6
+BYTES_PER_ROW = 1 << 8
 """Counted for each row besides, since millions of empty ones take their time, too."""
 NUM_PARTS = 5
 """Held-out windows begin at a quarter, a half or three quarters of the text (``windows.py``). With
