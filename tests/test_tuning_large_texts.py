@@ -87,6 +87,12 @@ def test_a_folder_of_source_files_is_text(tmp_path: Path) -> None:
     assert read_texts([folder], "text")[0].content == "fixture"
 
 
+def test_an_empty_file_of_rows_in_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(InputError, match="text is empty: 0 rows; 1 jsonl file"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "rows", ['{"text": "a"}\n{"text": "b"}', '[ {"text": "a"}, {"text": "b"}]']
 )

@@ -126,3 +126,13 @@ def test_profiles_of_whole_files_are_as_they_were(tiny_profile: Profile) -> None
     """The field that says what was read is left out where it says nothing, or ids would change."""
     assert tiny_profile.calibration_texts
     assert "coverage" not in tiny_profile.to_json()
+
+
+@pytest.mark.parametrize("damaged", ["null", "{", '{"version": "1.0"}', "[]"])
+def test_a_damaged_tokenizer_is_one_line(
+    damaged: str, chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (chat_model / "tokenizer.json").write_text(damaged)
+    assert tune.main(command(chat_model, tmp_path / "p.json")) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "error:" in each]
+    assert line.startswith(f"vllm-afbs-tune: error: {chat_model}: cannot read the tokenizer: ")

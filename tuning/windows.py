@@ -74,7 +74,7 @@ def load_tokenizer(model: SourceModel) -> Any:
         return AutoTokenizer.from_pretrained(
             model.directory(), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the tokenizers library raises bare ones about damaged files
+    except Exception as error:  # damaged files raise errors of many unrelated kinds
         raise InputError(f"{model.name}: cannot read the tokenizer: {one_line(error)}") from None
 
 

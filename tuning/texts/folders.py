@@ -31,8 +31,8 @@ class Folder:
 def arrange(path: Path, column: str | None) -> Folder:
     """Tells a data set from a folder of source files.
 
-    It is a data set if its files of rows are larger than all others together, or if the user names
-    a column.
+    It is a data set if its files of rows are no smaller than all others together, or if the user
+    names a column.
 
     Args:
         path: The folder.
@@ -46,7 +46,9 @@ def arrange(path: Path, column: str | None) -> Folder:
     others: list[Path] = []
     for file in files:
         (rows if holds_rows(file) else others).append(file)
-    if rows and (column is not None or _num_bytes(rows) > _num_bytes(_without_notes(path, others))):
+    if rows and (
+        column is not None or _num_bytes(rows) >= _num_bytes(_without_notes(path, others))
+    ):
         kinds = [kind_of(file) for file in rows]
         kind = next(kind for kind in KINDS if kind in kinds)
         chosen = [file for file, its_kind in zip(rows, kinds, strict=True) if its_kind == kind]
