@@ -87,6 +87,15 @@ def test_a_folder_of_source_files_is_text(tmp_path: Path) -> None:
     assert read_texts([folder], "text")[0].content == "fixture"
 
 
+def test_a_folder_whose_rows_outweigh_its_sources_says_how_to_read_these(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("x,y\n" + "1,2\n" * 99)
+    (tmp_path / "source.py").write_text("print(1)")
+    expected = r"'text', .* found x, y; .*; most of the folder is rows, give its source files apart"
+    with pytest.raises(InputError, match=expected):
+        read(tmp_path)
+    assert read(tmp_path / "source.py").content == "print(1)"
+
+
 def test_an_empty_file_of_rows_in_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(InputError, match="text is empty: 0 rows; 1 jsonl file"):

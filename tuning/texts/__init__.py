@@ -7,7 +7,7 @@ them, ``kinds`` and ``folders`` say what a path is, and ``spread`` what is read 
 import hashlib
 import platform
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from vllm_afbs.profile.schema import printable
 from vllm_afbs.tuning.model import InputError, one_line
 from vllm_afbs.tuning.texts import data_sets, plain
 from vllm_afbs.tuning.texts.chats import TokenizerLoader
-from vllm_afbs.tuning.texts.folders import arrange
+from vllm_afbs.tuning.texts.folders import Folder, arrange
 from vllm_afbs.tuning.texts.kinds import KINDS, SAVED, kind_of, row_parts
 from vllm_afbs.tuning.texts.rows import COLUMN_OPTION, RowTexts
 from vllm_afbs.tuning.texts.spread import describe
@@ -103,29 +103,42 @@ def _read_file(path: Path, rows: RowTexts) -> tuple[str, str | None]:
 def _read_folder(path: Path, rows: RowTexts) -> tuple[str, str]:
     if data_sets.is_saved(path):
         return _read_rows(SAVED, [path], rows)
+    has_column = rows.column is not None
     folder = arrange(path, rows.column)
     if not folder.files:
         raise InputError(
             f"{path}: a data set expected: one saved by save_to_disk, or files ending in "
             f"{', '.join(KINDS)}; or a folder of text files; found none of them"
         )
-    if folder.kind is not None:
+    if folder.kind is None:
+        return _read_sources(folder)
+    try:
         content, coverage = _read_rows(folder.kind, folder.files, rows)
-        coverage += f"; {_count(len(folder.files), folder.kind + ' file')}"
-        skipped = {"hidden": folder.num_hidden, "other": folder.num_others}
-    else:
-        content, num_binary, part = plain.read_files(folder.files)
-        coverage = _count(len(folder.files) - num_binary, "text file")
-        coverage += f", of them {part}" if part else ""
-        skipped = {
-            "hidden": folder.num_hidden,
-            "of rows": folder.num_others,
-            "that are no UTF-8 text": num_binary,
-        }
-    if any(skipped.values()):
-        counts = ", ".join(f"{count} {why}" for why, count in skipped.items() if count)
-        coverage += f"; files skipped: {counts}"
-    return content, coverage
+    except InputError as error:
+        if has_column or not folder.num_others:
+            raise
+        hint = "most of the folder is rows, give its source files apart to have them read"
+        raise InputError(f"{error}; {hint}") from None
+    coverage += f"; {_count(len(folder.files), folder.kind + ' file')}"
+    return content, coverage + _skipped({"hidden": folder.num_hidden, "other": folder.num_others})
+
+
+def _read_sources(folder: Folder) -> tuple[str, str]:
+    content, num_binary, part = plain.read_files(folder.files)
+    coverage = _count(len(folder.files) - num_binary, "text file")
+    coverage += f", of them {part}" if part else ""
+    counts = {
+        "hidden": folder.num_hidden,
+        "of rows": folder.num_others,
+        "that are no UTF-8 text": num_binary,
+    }
+    return content, coverage + _skipped(counts)
+
+
+def _skipped(counts: Mapping[str, int]) -> str:
+    """How many files were skipped, by why; empty if none was."""
+    told = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
+    return f"; files skipped: {told}" if told else ""
 
 
 def _read_rows(kind: str, files: Sequence[Path], rows: RowTexts) -> tuple[str, str]:
