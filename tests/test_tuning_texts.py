@@ -10,9 +10,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_afbs.tuning import texts
 from vllm_afbs.tuning.model import InputError
-from vllm_afbs.tuning.texts import Text, read_texts
+from vllm_afbs.tuning.texts import read_texts
 from vllm_afbs.tuning.windows import CALIBRATION, by_text, cut_tokens, held_out
 
 ROWS = ["first\nrow", "second row", "dritte Zeile äöü"]
@@ -74,15 +73,19 @@ def test_a_data_set_is_its_rows(write: Callable[[Path], None], tmp_path: Path) -
     directory = tmp_path / "set"
     write(directory)
     (text,) = read_texts([directory])
-    assert text == Text(str(directory), CONTENT)
+    assert (text.name, text.content) == (str(directory), CONTENT)
+    assert text.coverage is not None
+    assert text.coverage.startswith("3 text files" if write is _txt else "3 rows of 'text'")
 
 
 def test_of_a_large_data_set_only_the_first_rows_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "MAX_CHARACTERS", 10)
-    _parquet(tmp_path / "set")
-    assert read_texts([tmp_path / "set"])[0].content == "\n\n".join(ROWS[:2])
+    monkeypatch.setattr("vllm_afbs.tuning.texts.spread.MAX_CHARACTERS", 10)
+    _save_to_disk(tmp_path / "set")
+    (text,) = read_texts([tmp_path / "set"])
+    assert text.content == "\n\n".join(ROWS[:2])
+    assert text.coverage == "2 rows of 'text'; only the first ones are read"
 
 
 def test_several_texts_keep_their_order(tmp_path: Path) -> None:
@@ -98,24 +101,27 @@ def test_several_texts_keep_their_order(tmp_path: Path) -> None:
 
 def _other_column(directory: Path) -> str:
     Dataset.from_dict({"id": [1], "body": ["x"]}).save_to_disk(directory)
-    return "a column 'text' expected, found id, body"
+    return (
+        "row 0: a column 'text', 'messages' or 'conversations' expected, found id, body; "
+        "--calibration-column (of evaluate: --text-column) names the one to read"
+    )
 
 
 def _numbers(directory: Path) -> str:
     Dataset.from_dict({"text": [3]}).save_to_disk(directory)
-    return "row 0: text: text expected, got int"
+    return "row 0: text: text or chat messages expected, got int"
 
 
 def _damaged_parquet(directory: Path) -> str:
     directory.mkdir()
     (directory / "x.parquet").write_bytes(b"PAR1 no more")
-    return "cannot read the data set: "
+    return "x.parquet: cannot read the data set: "
 
 
 def _damaged_json(directory: Path) -> str:
     directory.mkdir()
     (directory / "x.jsonl").write_text('{"text": "a"}\n{"te')
-    return "cannot read the data set: "
+    return "x.jsonl: line 2: a JSON object expected: Unterminated string"
 
 
 def _damaged_state(directory: Path) -> str:
@@ -127,12 +133,12 @@ def _damaged_state(directory: Path) -> str:
 def _binary_txt(directory: Path) -> str:
     directory.mkdir()
     (directory / "x.txt").write_bytes(b"\xff\xfe\x00")
-    return "cannot read the data set: "
+    return "the calibration text is empty: 0 text files; files skipped: 1 that are no UTF-8 text"
 
 
 def _no_data(directory: Path) -> str:
     directory.mkdir()
-    (directory / "x.py").write_text("raise SystemExit")
+    (directory / ".hidden.py").write_text("raise SystemExit")
     return "a data set expected: one saved by save_to_disk, or files ending in parquet, jsonl"
 
 
@@ -154,16 +160,24 @@ def test_a_bad_data_set_is_one_line(write: Callable[[Path], str], tmp_path: Path
     expected = write(directory)
     with pytest.raises(InputError) as refused:
         read_texts([directory])
-    assert str(refused.value).startswith(f"{directory}: {expected}")
+    named = directory / expected if expected.startswith("x.") else f"{directory}: {expected}"
+    assert str(refused.value).startswith(str(named))
     assert "\n" not in str(refused.value)
 
 
 def test_without_the_extra_a_data_set_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"pip install 'vllm-afbs\[datasets\]'"):
-        read_texts([tmp_path])
+    _parquet(tmp_path / "parquet")
+    _csv(tmp_path / "csv")
+    _save_to_disk(tmp_path / "saved")
+    _json_lines(tmp_path / "jsonl")
+    for module in ("datasets", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for kind in ("parquet", "csv", "saved"):
+        with pytest.raises(InputError, match=r"pip install 'vllm-afbs\[datasets\]'"):
+            read_texts([tmp_path / kind])
+    assert read_texts([tmp_path / "jsonl"])[0].content == CONTENT
 
 
 @given(

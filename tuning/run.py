@@ -101,7 +101,9 @@ def tune(
         outer = BudgetSearch(model, settings, cut.windows, journal, search, progress)
         tuned, budget = outer.run(goal, tuned)
     sources = [
-        TextSource(name=text.name, sha256=text.sha256, num_tokens=num_tokens)
+        TextSource(
+            name=text.name, sha256=text.sha256, num_tokens=num_tokens, coverage=text.coverage
+        )
         for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
     return _profile(model, sources, settings, journal, captured, tuned, budget)

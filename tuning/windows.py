@@ -57,7 +57,8 @@ def cut_windows(model: SourceModel, texts: Sequence[Text], length: int) -> Cut:
     """
     tokenizer = load_tokenizer(model)
     tokens = [tokenize(tokenizer, text) for text in texts]
-    return cut_tokens(tokens, [text.name for text in texts], first_tokens(tokenizer), length)
+    names = [f"{text.name} ({text.coverage})" if text.coverage else text.name for text in texts]
+    return cut_tokens(tokens, names, first_tokens(tokenizer), length)
 
 
 def load_tokenizer(model: SourceModel) -> Any:
@@ -72,7 +73,7 @@ def load_tokenizer(model: SourceModel) -> Any:
         return AutoTokenizer.from_pretrained(
             model.directory(), trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # damaged files raise errors of many unrelated kinds
         raise InputError(f"{model.name}: cannot read the tokenizer: {one_line(error)}") from None
 
 

@@ -73,8 +73,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="texts like those that will be served: UTF-8 files, or directories of Hugging Face "
-        "data sets with a column 'text' (extra 'datasets'); default: Python's language reference",
+        help="texts like those that will be served: UTF-8 files, folders of source files, or rows "
+        "of text or chats: .jsonl and .json, and with the extra 'datasets' .parquet, .csv and "
+        "directories of Hugging Face data sets; default: Python's language reference",
+    )
+    parser.add_argument(
+        "--calibration-column",
+        metavar="NAME",
+        help="the column of rows that holds the text or the chat (default: text, else messages or "
+        "conversations)",
     )
     parser.add_argument(
         "--lengths",
@@ -180,10 +187,16 @@ def _run(options: argparse.Namespace) -> int:
         )
     from vllm_afbs.tuning.model import InputError, one_line, open_model
     from vllm_afbs.tuning.texts import read_texts
+    from vllm_afbs.tuning.windows import load_tokenizer
 
     try:
-        texts = read_texts(options.calibration)
         model = open_model(options.model)
+        texts = read_texts(
+            options.calibration, options.calibration_column, lambda: load_tokenizer(model)
+        )
+        for text in texts:
+            if text.coverage:
+                print(f"{text.name}: {text.coverage}", file=sys.stderr)
         settings = _settings(options, model)
         layers = _layers(options.layers, model.fingerprint.num_layers)
         goal = _goal(options)

@@ -70,9 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text",
         type=Path,
-        help="text that the profile was not tuned on: a UTF-8 file, or the directory of a Hugging "
-        "Face data set (default: the part of Python's language reference that the demo does not "
-        "tune on)",
+        help="text that the profile was not tuned on, of any kind that --calibration of "
+        "vllm_afbs.tune takes (default: the part of Python's language reference that the demo does "
+        "not tune on)",
+    )
+    parser.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="the column of the text's rows that holds the text or the chat (default: text, else "
+        "messages or conversations)",
     )
     parser.add_argument(
         "--length",
@@ -140,7 +146,9 @@ def _run(options: argparse.Namespace) -> int:
     model = open_model(options.model)
     profile.check_model(model.fingerprint, str(options.profile))
     amounts = _amounts(options, profile, model)
-    text = _text(options.text, profile)
+    text = _text(options, profile, model)
+    if text.coverage:
+        print(f"{text.name}: {text.coverage}", file=sys.stderr)
     from vllm_afbs.evaluate.comparison import compare
     from vllm_afbs.evaluate.report import show, write_report
     from vllm_afbs.evaluate.suite import ask, make_suite
@@ -160,7 +168,7 @@ def _run(options: argparse.Namespace) -> int:
         "rope": model.fingerprint.rope,
         "profile": str(options.profile),
         "profile_id": profile.profile_id,
-        "text": {"name": text.name, "sha256": text.sha256},
+        "text": {"name": text.name, "sha256": text.sha256, "coverage": text.coverage},
         "through": options.server or "this process",
         "dense_through": options.dense_server or "this process",
         "length": amounts.length,
@@ -208,15 +216,18 @@ def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceMode
     )
 
 
-def _text(path: Path | None, profile: "Profile") -> "Text":
+def _text(options: argparse.Namespace, profile: "Profile", model: "SourceModel") -> "Text":
     """Reads the text to evaluate on; the profile must not have been tuned on it."""
     from vllm_afbs.tuning.model import InputError
     from vllm_afbs.tuning.texts import Text, read_texts
+    from vllm_afbs.tuning.windows import load_tokenizer
 
-    if path is not None:
-        (text,) = read_texts([path])
+    if options.text is not None:
+        (text,) = read_texts([options.text], options.text_column, lambda: load_tokenizer(model))
         if text.sha256 in {source.sha256 for source in profile.calibration_texts}:
-            raise InputError(f"{path}: a held-out text expected: the profile was tuned on this one")
+            raise InputError(
+                f"{options.text}: a held-out text expected: the profile was tuned on this one"
+            )
         return text
     from vllm_afbs.commands.python_reference import python_reference
 

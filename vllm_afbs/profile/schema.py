@@ -83,8 +83,16 @@ class TextSource(Record):
     """A text that the thresholds were tuned or validated on."""
 
     name: str
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = Field(
+        description="Of the text that was read, in UTF-8."
+    )
     num_tokens: Annotated[int, Field(gt=0)]
+    coverage: str | None = Field(
+        default=None,
+        # Profiles of whole files stay as they were before this field, and so do their ids.
+        exclude_if=lambda value: value is None,
+        description="What was read of it: which part, column and rows. Left out: the whole file.",
+    )
 
 
 class WholeModel(Record):
