@@ -26,7 +26,7 @@ from rich.progress import track
 from benchmarks.serving_gpu import LLAMA_8B
 from benchmarks.table import Row, benchmark_parser, make_row, report_rows
 from vllm_afbs.demo.assets import prepare
-from vllm_afbs.profile.schema import HeadProfile
+from vllm_afbs.profile.schema import HeadProfile, ModelFingerprint
 from vllm_afbs.tuning.capture import (
     ATTENTION,
     Capture,
@@ -93,10 +93,11 @@ def capture_seconds(directory: Path, length: int) -> float:
     with torch.device(device):
         body = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
     taken = Capture(directory, tuple(range(config.num_hidden_layers)), held_out(1))
+    shape = ModelFingerprint.from_config(config)
     tokens = [(7 * i) % config.vocab_size for i in range(length)]
     start = time.perf_counter()
     for window in (CALIBRATION, *taken.held_out):
-        Recorder(taken, window, lambda _: None).run(body.eval(), tokens)
+        Recorder(taken, shape, window, lambda _: None).run(body.eval(), tokens)
     return time.perf_counter() - start
 
 

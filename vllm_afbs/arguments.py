@@ -1,8 +1,10 @@
 """Types of command-line arguments; imports nothing heavy, for what is refused before the rest."""
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def positive(text: str) -> int:
@@ -10,6 +12,17 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"a positive whole number expected, got {text}")
+    return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, as ``vllm serve`` takes it for several options."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"a JSON object expected: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object expected, got {text:.100}")
     return value
 
 

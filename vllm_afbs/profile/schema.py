@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_afbs.profile.rope import rope_difference, rope_parameters, rope_value
+
 SCHEMA_VERSION = 2
 """2: thresholds of the selector that scores single keys, too; those of 1 mean something else."""
 
@@ -47,7 +49,7 @@ class _Record(BaseModel):
 class ModelFingerprint(_Record):
     """What must be equal between the tuned and the served model."""
 
-    architecture: str
+    architecture: str = Field(description="For information: another name may have these layers.")
     num_layers: Annotated[int, Field(gt=0)]
     num_heads: Annotated[int, Field(gt=0)]
     num_kv_heads: Annotated[int, Field(gt=0)]
@@ -62,39 +64,63 @@ class ModelFingerprint(_Record):
             config: A ``PretrainedConfig``; of a multimodal one the text part counts.
 
         Raises:
-            ProfileError: The configuration lacks a field that every supported decoder has.
+            ProfileError: The configuration lacks a field that every supported decoder has, or one
+                is no whole number from 1 on.
         """
         text = config.get_text_config()
-        try:
-            num_heads = int(text.num_attention_heads)
-            return cls(
-                architecture=(config.architectures or [type(config).__name__])[0],
-                num_layers=int(text.num_hidden_layers),
-                num_heads=num_heads,
-                num_kv_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
-                head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
-                rope=_rope_parameters(text),
-            )
-        except AttributeError as error:
+        num_heads = _count(text, "num_attention_heads")
+        num_kv_heads = _count(text, "num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
             raise ProfileError(
-                f"config.json: {error.name!r} expected: not a supported decoder model"
-            ) from None
+                f"config.json: num_key_value_heads: a divisor of num_attention_heads ({num_heads}) "
+                f"expected, got {num_kv_heads}"
+            )
+        head_dim = _count(text, "head_dim", None) or _count(text, "hidden_size") // num_heads
+        if head_dim < 1:
+            raise ProfileError(
+                "config.json: hidden_size: at least num_attention_heads "
+                f"({num_heads}) expected where head_dim is not given"
+            )
+        return cls(
+            architecture=(config.architectures or [type(config).__name__])[0],
+            num_layers=_count(text, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rope=rope_parameters(text),
+        )
 
     def difference(self, other: "ModelFingerprint") -> str | None:
-        """Names the first field that differs, with both values; None if all are equal."""
-        for field in type(self).model_fields:
+        """Names the first thing that differs, with both values; None if the layers are alike.
+
+        Architectures are not compared: the same layers go by several names, as in a model's own
+        format, or with another head.
+        """
+        for field in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 return f"model.{field} is {mine!r} in the profile and {theirs!r} in the model"
+        if name := rope_difference(self.rope, other.rope):
+            mine, theirs = rope_value(self.rope, name), rope_value(other.rope, name)
+            return f"model.rope.{name} is {mine!r} in the profile and {theirs!r} in the model"
         return None
 
 
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    parameters = getattr(config, "rope_parameters", None)
-    if not parameters:
-        theta = getattr(config, "rope_theta", None)
-        parameters = {"rope_theta": theta, **(getattr(config, "rope_scaling", None) or {})}
-    return {name: value for name, value in sorted(parameters.items()) if value is not None}
+_REQUIRED: Any = object()
+
+
+def _count(text: Any, name: str, default: Any = _REQUIRED) -> Any:
+    """A field of a configuration that counts something; the default where it is null or absent."""
+    value = getattr(text, name, None)
+    if value is None and default is not _REQUIRED:
+        return default
+    if value is None:
+        raise ProfileError(f"config.json: {name!r} expected: not a supported decoder model")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ProfileError(
+            f"config.json: {name}: a whole number from 1 on expected, got {value!r:.100}"
+        )
+    return value
 
 
 class Measurement(_Record):
@@ -211,6 +237,9 @@ class Profile(_Record):
     schema_version: Literal[2] = 2
     model_name: str
     model: ModelFingerprint
+    model_weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        default=None, description="Of pieces of the weight files that were tuned; null: unknown."
+    )
     block_q: Annotated[int, Field(gt=0)]
     block_k: Annotated[int, Field(gt=0)]
     min_seq_len: Annotated[int, Field(gt=0)] = Field(
