@@ -1,6 +1,8 @@
 """Reading a model's configuration, with the changes that ``vllm serve --hf-overrides`` makes."""
 
+import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,14 @@ _POSITIONS_INCLUDE_FACTOR = (
     "default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling",
 )  # fmt: skip
 """Kinds of rotary embeddings whose ``max_position_embeddings`` vLLM takes as it is."""
+
+
+_COUNTS = (
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
+    "intermediate_size", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_OBJECTS = ("rope_parameters", "rope_scaling", "quantization_config", "text_config")
+_LISTS = ("architectures", "layer_types")
 
 
 def read_config(directory: Path, overrides: Mapping[str, Any]) -> Any:
@@ -28,6 +38,7 @@ def read_config(directory: Path, overrides: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
+    _check_kinds(_read_json(directory / "config.json"), "config.json")
     try:
         config = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
@@ -35,11 +46,45 @@ def read_config(directory: Path, overrides: Mapping[str, Any]) -> Any:
     except Exception as error:  # each of hundreds of kinds of models reads its fields its own way
         raise InputError(f"cannot read config.json: {one_line(error)}") from None
     if overrides:
+        _check_kinds(overrides, "--hf-overrides")
         try:
             _override(config, overrides)
         except Exception as error:
             raise InputError(f"--hf-overrides: {one_line(error)}") from None
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read config.json: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read config.json: {one_line(error)}") from None
+    if not isinstance(fields, dict):
+        raise InputError("config.json: a JSON object expected")
+    return fields
+
+
+def _check_kinds(fields: Mapping[str, Any], source: str) -> None:
+    """Refuses fields of another kind than every decoder's: transformers names few of them."""
+    for name, value in fields.items():
+        if value is None and name != "model_type":
+            continue
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if name in _COUNTS and not is_count:
+            expected = "a whole number from 1 on"
+        elif name == "model_type" and not isinstance(value, str):
+            expected = "a name"
+        elif name in _OBJECTS and not isinstance(value, dict):
+            expected = "an object"
+        elif name in _LISTS and not (
+            isinstance(value, list) and all(isinstance(each, str) for each in value)
+        ):
+            expected = "a list of names"
+        else:
+            continue
+        raise InputError(f"{source}: {name}: {expected} expected, got {value!r:.100}")
 
 
 def _override(config: Any, overrides: Mapping[str, Any]) -> None:
@@ -55,8 +100,6 @@ def _override(config: Any, overrides: Mapping[str, Any]) -> None:
         _set(config, name, value)
     if _names_rope(objects):
         rope = text.rope_parameters
-        if "type" in rope:
-            rope.setdefault("rope_type", rope["type"])
         kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
         for name in ("rope_type", "rope_theta"):
             if any(name not in each for each in kinds):
@@ -104,7 +147,8 @@ def positions(text: Any) -> int:
     named = getattr(text, "max_position_embeddings", None)
     if not isinstance(named, int) or isinstance(named, bool) or named < 1:
         raise InputError(
-            f"max_position_embeddings: a whole number from 1 on expected, got {str(named)[:100]}"
+            "config.json: max_position_embeddings: a whole number from 1 on expected, got "
+            f"{named!r:.100}"
         )
     rope = getattr(text, "rope_parameters", None)
     if not isinstance(rope, dict) or rope.get("rope_type") in (None, *_POSITIONS_INCLUDE_FACTOR):
@@ -113,5 +157,7 @@ def positions(text: Any) -> int:
     if factor is None:
         return named
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise InputError(f"rope_parameters.factor: a number above 0 expected, got {factor!r:.100}")
-    return int(named * factor)
+        raise InputError(
+            f"config.json: rope_parameters.factor: a number above 0 expected, got {factor!r:.100}"
+        )
+    return int(min(named * factor, sys.maxsize))

@@ -27,12 +27,10 @@ _MASKS = re.compile(r"(position_ids|attn\.bias|attention\.bias|masked_bias)$")
 """Whole numbers that old checkpoints hold beside their weights."""
 
 
-def quantization(config: Any) -> dict[str, Any] | None:
+def quantization(config: Any) -> Any:
     """What a configuration says about quantised weights; None if they are plain."""
-    for part in (config, config.get_text_config()):
-        if (found := getattr(part, "quantization_config", None)) is not None:
-            return found if isinstance(found, dict) else found.to_dict()
-    return None
+    own = getattr(config, "quantization_config", None)
+    return getattr(config.get_text_config(), "quantization_config", None) if own is None else own
 
 
 def prepare(config: Any, directory: Path) -> None:
@@ -52,6 +50,10 @@ def prepare(config: Any, directory: Path) -> None:
                 f"{how}: quantised weights that transformers does not decode: {ADVICE}"
             )
         return
+    if not isinstance(settings, dict):
+        raise InputError(
+            f"quantization_config: an object expected, got {settings!r:.100}: {ADVICE}"
+        )
     if getattr(config, "quantization_config", None) is None:
         raise InputError(f"text_config.quantization_config: {ADVICE}")
     method = settings.get("quant_method")
