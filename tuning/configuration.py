@@ -19,6 +19,8 @@ _COUNTS = (
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
     "intermediate_size", "vocab_size", "max_position_embeddings",
 )  # fmt: skip
+_MOST = {"num_hidden_layers": 10_000}
+_MOST_OTHERS = 2**31
 _OBJECTS = ("rope_parameters", "rope_scaling", "quantization_config", "text_config")
 _LISTS = ("architectures", "layer_types")
 
@@ -71,9 +73,10 @@ def _check_kinds(fields: Mapping[str, Any], source: str) -> None:
     for name, value in fields.items():
         if value is None and name != "model_type":
             continue
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        most = _MOST.get(name, _MOST_OTHERS)
+        is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
         if name in _COUNTS and not is_count:
-            expected = "a whole number from 1 on"
+            expected = f"a whole number from 1 to {most}"
         elif name == "model_type" and not isinstance(value, str):
             expected = "a name"
         elif name in _OBJECTS and not isinstance(value, dict):
