@@ -27,6 +27,7 @@ from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
+from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import HeadProfile
 from vllm_afbs.tuning.capture import (
     ATTENTION,
@@ -94,10 +95,11 @@ def capture_seconds(directory: Path, length: int) -> float:
     with torch.device(device):
         body = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
     taken = Capture(directory, tuple(range(config.num_hidden_layers)), held_out(1))
+    shape = ModelFingerprint.from_config(config)
     tokens = [(7 * i) % config.vocab_size for i in range(length)]
     start = time.perf_counter()
     for window in (CALIBRATION, *taken.held_out):
-        Recorder(taken, window, lambda _: None).run(body.eval(), tokens)
+        Recorder(taken, shape, window, lambda _: None).run(body.eval(), tokens)
     return time.perf_counter() - start
 
 

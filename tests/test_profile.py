@@ -62,10 +62,12 @@ def test_a_wrong_field_is_named(stored: Path, change: Any, named: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_heads", 8), ("head_dim", 64), ("rope", {"rope_theta": 5.0}), ("num_layers", 3)],
+    [("num_heads", 8), ("head_dim", 64), ("rope.rope_theta", 5.0), ("num_layers", 3)],
 )
 def test_another_model_is_refused_with_the_field(field: str, value: Any) -> None:
-    other = SMALL_MODEL.model_copy(update={field: value})
+    name, _, key = field.partition(".")
+    update = {name: {**SMALL_MODEL.rope, key: value} if key else value}
+    other = SMALL_MODEL.model_copy(update=update)
     with pytest.raises(ProfileError, match=rf"p\.json: .*model\.{field} is .* in the profile"):
         uniform_profile().check_model(other, "p.json")
 

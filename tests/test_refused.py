@@ -50,10 +50,15 @@ def server_config(tmp_path: Path, hf_config: Any, **changes: Any) -> Any:
         ({"num_attention_heads": 8}, "num_heads"),
         ({"num_key_value_heads": 1}, "num_kv_heads"),
         ({"head_dim": 64}, "head_dim"),
-        ({"architectures": ["MistralForCausalLM"]}, "architecture"),
-        ({"rope_theta": 5e5}, "rope"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope"),
+        ({"rope_theta": 5e5}, "rope.rope_theta"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope.rope_type",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+            "rope.rope_type",
+        ),
     ],
     ids=str,
 )

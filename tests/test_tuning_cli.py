@@ -52,8 +52,9 @@ def test_killed_and_resumed_equals_uninterrupted(
         (131_072, False, [2048, 4096, 8192]),
         (20_000, True, [4096, 8192, 16384]),
         (8192, True, [2048, 4096, 8192]),
-        (5000, False, [2048, 4096]),
-        (1024, True, []),
+        (5000, False, [1024, 2048, 4096]),
+        (2048, True, [512, 1024, 2048]),
+        (1024, True, [256, 512, 1024]),
     ],
 )
 def test_lengths_by_default_are_the_longest_that_are_in_reach(
@@ -251,13 +252,15 @@ def _sliding_window(model: Path, tmp: Path) -> tuple[list[str], str]:
         architectures=["MistralForCausalLM"],
         sliding_window=64,
     )
-    return command(directory, tmp / "p.json"), "sliding_window: null expected, got 64"
+    return command(
+        directory, tmp / "p.json"
+    ), "sliding_window: null expected, or at least max_position_embeddings (1024), got 64"
 
 
 def _no_weights(model: Path, tmp: Path) -> tuple[list[str], str]:
     directory = edited(model, tmp)
     (directory / "model.safetensors").unlink()
-    return command(directory, tmp / "p.json"), "no *.safetensors weights found"
+    return command(directory, tmp / "p.json"), "the weights' file model.safetensors expected in "
 
 
 def _cut_weights(model: Path, tmp: Path) -> tuple[list[str], str]:

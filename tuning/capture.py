@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_afbs.tuning import attention
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.tuning import attention, memory
 from vllm_afbs.tuning.attention import AttentionCall
 from vllm_afbs.tuning.model import InputError, SourceModel, one_line
 from vllm_afbs.tuning.weights import load_weights
@@ -127,8 +128,15 @@ def capture(
     attention.register(ATTENTION, _no_recorder)
     body = load_weights(model, ATTENTION, with_head=False)
     for window in todo:
-        recorder = Recorder(taken, window, on_progress)
-        recorder.run(body, windows[window])
+        recorder = Recorder(taken, shape, window, on_progress)
+        try:
+            with memory.explained(
+                f"running the model over {len(windows[window])} tokens",
+                "shorter --lengths expected, or a machine with more memory",
+            ):
+                recorder.run(body, windows[window])
+        except InputError as error:
+            raise InputError(f"{model.name}: {error}") from None
         if recorder.layers != list(range(shape.num_layers)):
             raise InputError(
                 f"{model.name}: attention of {shape.num_layers} layers expected, "
@@ -155,6 +163,7 @@ class Recorder:
 
     Args:
         taken: Where the layers' tensors go.
+        shape: What every layer has to have.
         window: Which window of them this is.
         on_progress: Called with 1 after each layer.
 
@@ -162,31 +171,84 @@ class Recorder:
         layers: Indices of the layers seen, in order.
     """
 
-    def __init__(self, taken: Capture, window: str, on_progress: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        taken: Capture,
+        shape: ModelFingerprint,
+        window: str,
+        on_progress: Callable[[float], None],
+    ) -> None:
         self.layers: list[int] = []
         self._taken = taken
+        self._shape = shape
         self._window = window
         self._on_progress = on_progress
+        self._own_error: Exception | None = None
 
     def run(self, body: torch.nn.Module, tokens: Sequence[int]) -> None:
-        """Runs a body whose attention is named ``ATTENTION`` over a window's token ids."""
+        """Runs a body whose attention is named ``ATTENTION`` over a window's token ids.
+
+        Raises:
+            InputError: The model cannot run them, or its attention is not supported.
+            OSError: The disk is full.
+        """
+        vocabulary = body.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        if max(tokens) >= vocabulary:
+            raise InputError(
+                f"vocab_size: above {max(tokens)} expected, a token of its tokenizer, "
+                f"got {vocabulary}"
+            )
         attention.register(ATTENTION, self._attend)
         try:
             with torch.inference_mode():
                 device = next(body.parameters()).device
                 body(input_ids=torch.tensor([tokens], device=device), use_cache=False)
+        except Exception as error:
+            if error is self._own_error or memory.exhausted(error):
+                raise
+            # What a configuration says wrongly may show only where its layers are run.
+            raise InputError(
+                f"transformers cannot run what config.json describes: {one_line(error)}"
+            ) from None
         finally:
             attention.register(ATTENTION, _no_recorder)
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
-        if call.variants:
-            what = f"layer {call.layer}: {call.variants[0]}"
-            raise InputError(f"{what}: plain causal attention expected")
-        if call.layer in self._taken.layers:
-            self._save(call)
-        self.layers.append(call.layer)
-        self._on_progress(1.0)
+        try:
+            self._check(call)
+            if call.layer in self._taken.layers:
+                self._save(call)
+            self.layers.append(call.layer)
+            self._on_progress(1.0)
+        except Exception as error:
+            self._own_error = error
+            raise
         return call.dense()
+
+    def _check(self, call: AttentionCall) -> None:
+        """Refuses a layer whose attention is not what the fingerprint and a profile describe."""
+        layer = f"layer {call.layer}"
+        if call.variants:
+            raise InputError(f"{layer}: {call.variants[0]}: plain causal attention expected")
+        shape = self._shape
+        for name, tensor, heads in (
+            ("query", call.query, shape.num_heads),
+            ("key", call.key, shape.num_kv_heads),
+            ("value", call.value, shape.num_kv_heads),
+        ):
+            found = tensor.shape[1], tensor.shape[3]
+            if found != (heads, shape.head_dim):
+                raise InputError(
+                    f"{layer}: {heads} {name} heads of {shape.head_dim} expected by config.json, "
+                    f"got {found[0]} of {found[1]}"
+                )
+            finite = tensor.isfinite().all(dim=-1).all(dim=-1).all(dim=0)
+            if not finite.all():
+                head = int(finite.int().argmin())
+                raise InputError(
+                    f"{layer}, head {head}: {name} is not finite: the weights or config.json's "
+                    "numbers cannot be right"
+                )
 
     def _save(self, call: AttentionCall) -> None:
         path = self._taken.path(call.layer, self._window)

@@ -167,6 +167,7 @@ def _profile(
     return Profile(
         model_name=model.name,
         model=shape,
+        model_weights_sha256=model.weights_sha256(),
         block_q=settings.block_q,
         block_k=settings.block_k,
         min_seq_len=settings.lengths[0],

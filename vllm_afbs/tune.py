@@ -15,8 +15,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.commands.arguments import positive, unusable_output
+from vllm_afbs.commands.arguments import json_object, positive, unusable_output
 from vllm_afbs.commands.extras import missing_extra
+from vllm_afbs.faults import guarded
 
 if TYPE_CHECKING:
     from vllm_afbs.profile.schema import Profile
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from vllm_afbs.tuning.texts import Text
     from vllm_afbs.tuning.workers import LayerPool
 
-LENGTHS = [2048, 4096, 8192, 16384, 32768]
+LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 CPU_LONGEST = 8192
 """Longest default length without a GPU: each doubling takes four times as long."""
 DEFAULT_TOLERANCE = 0.05
+_PROGRAM = "vllm-afbs-tune"
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -40,10 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: the profile is written. 2: an argument cannot be used; one line says which. 1: a file cannot
     be written, for instance because the disk is full. 130: interrupted; ``--resume`` continues.
+    70: a fault of ours; the traceback is kept in a file.
     """
     options = _parser().parse_args(arguments)
     try:
-        return _run(options)
+        return guarded(_PROGRAM, lambda: _run(options))
     except KeyboardInterrupt:
         print(
             f"\nInterrupted. Continue with: {_command(arguments)} --resume",
@@ -54,11 +57,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm-afbs-tune",
+        prog=_PROGRAM,
         description="Find a model's sparse-attention thresholds and write them to a profile.",
     )
     parser.add_argument(
         "--model", required=True, help="a Hugging Face checkpoint: directory or hub id"
+    )
+    parser.add_argument(
+        "--revision", help="branch, tag or commit of a model on the hub (default: its main branch)"
+    )
+    parser.add_argument(
+        "--hf-overrides",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="fields of config.json to set, as given to vllm serve: longer positions, for instance",
     )
     parser.add_argument(
         "--output",
@@ -185,29 +198,15 @@ def _run(options: argparse.Namespace) -> int:
             f"{work}: left by a job that was stopped: pass --resume to continue it, or remove the "
             "directory to start again"
         )
-    from vllm_afbs.tuning.model import InputError, one_line, open_model
-    from vllm_afbs.tuning.texts import read_texts
-    from vllm_afbs.tuning.windows import load_tokenizer
+    from vllm_afbs.tuning import memory
+    from vllm_afbs.tuning.model import InputError, one_line
 
     try:
-        model = open_model(options.model)
-        texts = read_texts(
-            options.calibration, options.calibration_column, lambda: load_tokenizer(model)
-        )
-        for text in texts:
-            if text.coverage:
-                print(f"{text.name}: {text.coverage}", file=sys.stderr)
-        settings = _settings(options, model)
-        layers = _layers(options.layers, model.fingerprint.num_layers)
-        goal = _goal(options)
-        with _layer_pool(options) as pool:
-            profile = _tune(model, texts, settings, layers, goal, work, pool)
-        from vllm_afbs.files import write_atomically
-        from vllm_afbs.tuning.journal import FILE_NAME, read_entries
-        from vllm_afbs.tuning.report import write_report
-
-        write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
-        write_atomically(options.output, profile.to_json())
+        with memory.explained(
+            "tuning",
+            "shorter --lengths or fewer --workers expected, or a machine with more memory",
+        ):
+            profile = _profile(options, work)
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
@@ -219,6 +218,32 @@ def _run(options: argparse.Namespace) -> int:
 
     print_summary(profile, options.output, _report_file(options.output))
     return 0
+
+
+def _profile(options: argparse.Namespace, work: Path) -> "Profile":
+    """Does the whole job; returns what was written."""
+    from vllm_afbs.files import write_atomically
+    from vllm_afbs.tuning.journal import FILE_NAME, read_entries
+    from vllm_afbs.tuning.model import open_model
+    from vllm_afbs.tuning.report import write_report
+    from vllm_afbs.tuning.texts import read_texts
+    from vllm_afbs.tuning.windows import load_tokenizer
+
+    model = open_model(options.model, options.revision, options.hf_overrides)
+    texts = read_texts(
+        options.calibration, options.calibration_column, lambda: load_tokenizer(model)
+    )
+    for text in texts:
+        if text.coverage:
+            print(f"{text.name}: {text.coverage}", file=sys.stderr)
+    settings = _settings(options, model)
+    layers = _layers(options.layers, model.fingerprint.num_layers)
+    goal = _goal(options)
+    with _layer_pool(options) as pool:
+        profile = _tune(model, texts, settings, layers, goal, work, pool)
+    write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
+    write_atomically(options.output, profile.to_json())
+    return profile
 
 
 def _tune(
@@ -315,13 +340,13 @@ def _unusable_output(output: Path) -> str | None:
 
 
 def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> int:
-    print(f"vllm-afbs-tune: error: {message}", file=sys.stderr)
+    print(f"{_PROGRAM}: error: {message}", file=sys.stderr)
     return status
 
 
 def _command(arguments: list[str] | None) -> str:
     given = sys.argv[1:] if arguments is None else arguments
-    return shlex.join(["vllm-afbs-tune", *(item for item in given if item != "--resume")])
+    return shlex.join([_PROGRAM, *(item for item in given if item != "--resume")])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Checks of command-line arguments, which run before torch is imported."""
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def positive(text: str) -> int:
@@ -10,6 +12,17 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, as ``vllm serve`` takes it for several options."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"a JSON object expected: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object expected, got {text:.100}")
     return value
 
 

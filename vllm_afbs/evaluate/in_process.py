@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,14 +97,34 @@ class Runner:
     @torch.inference_mode()
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
         """Negative log likelihood of every token after the first, in nats, ``[length - 1]``."""
-        logits = self._logits(tokens, 0)[:-1]
         targets = torch.tensor(tokens[1:], device=self._device)
-        parts = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
         losses = [
-            torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
-            for part, target in parts
+            torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
+            for logits, target in zip(
+                self._logits_in_parts(tokens), targets.split(_ROWS), strict=True
+            )
         ]
         return torch.cat(losses).cpu()
+
+    def _logits_in_parts(self, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits of all positions but the last, ``[_ROWS, vocabulary]`` at a time.
+
+        All of a long text's are tens of gigabytes.
+
+        The body runs once. What the model makes of its rows is the model's own, so the model runs
+        on each part of them with a body that has them ready.
+        """
+        ids = torch.tensor([tokens], device=self._device)
+        body = self._model.base_model
+        output = body(input_ids=ids, use_cache=False)
+        run = body.forward
+        try:
+            for part in output.last_hidden_state[:, :-1].split(_ROWS, dim=1):
+                body.forward = lambda *_, part=part, **__: replace(output, last_hidden_state=part)
+                logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+                yield logits
+        finally:
+            body.forward = run
 
     @torch.inference_mode()
     def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
@@ -128,7 +149,7 @@ class Runner:
 
     @torch.inference_mode()
     def _logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
-        """Logits of the last ``last`` positions, of all if it is 0: ``[positions, vocabulary]``."""
+        """Logits of the last so many positions, ``[last, vocabulary]``."""
         ids = torch.tensor([tokens], device=self._device)
         output = self._model(input_ids=ids, use_cache=False, logits_to_keep=last)
         logits: torch.Tensor = output.logits[0]

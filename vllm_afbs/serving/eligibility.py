@@ -106,6 +106,16 @@ def place_obstacles(
     }
 
 
+def window_hides_keys(window: int, profile: Profile | None) -> bool:
+    """Whether a sliding window hides keys in contexts that a profile makes sparse.
+
+    Args:
+        window: Keys that a row sees, itself included; below 1 for all.
+        profile: The served profile.
+    """
+    return window >= 1 and (profile is None or window < profile.max_seq_len)
+
+
 def first_true(conditions: Mapping[Reason, bool]) -> Reason | None:
     """The first condition that holds; None if none does."""
     return next((name for name, holds in conditions.items() if holds), None)

@@ -129,7 +129,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         return eligibility.first_true(
             eligibility.layer_obstacles(self, page_size, profile)
             | {
-                "sliding_window": self.sliding_window != -1,
+                "sliding_window": eligibility.window_hides_keys(self.sliding_window, profile),
                 "softcap": bool(self.logits_soft_cap),
             }
         )

@@ -198,7 +198,10 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         return eligibility.first_true(
             eligibility.layer_obstacles(self, page_size, profile)
             | {
-                "sliding_window": tuple(self.sliding_window) != (-1, -1),
+                # FlashAttention counts the keys before a row.
+                "sliding_window": eligibility.window_hides_keys(
+                    self.sliding_window[0] + 1, profile
+                ),
                 "flash_attention_version": self.vllm_flash_attn_version != 3,
                 "block_size": profile is not None
                 and not can_cut(profile.block_q, profile.block_k, self.head_size),

@@ -1,0 +1,66 @@
+"""Copies of the tiny model with something changed in them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Weights = dict[str, torch.Tensor]
+
+
+def changed_model(
+    original: Path,
+    directory: Path,
+    change: Callable[[Weights], Weights] | None = None,
+    **fields: Any,
+) -> Path:
+    """A copy of a checkpoint with other weights, and other fields in its config.json."""
+    shutil.copytree(original, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    if change is not None:
+        path = directory / "model.safetensors"
+        weights = change(load_file(path))
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            path,
+            metadata={"format": "pt"},
+        )
+    return directory
+
+
+def is_linear(name: str) -> bool:
+    return "_proj." in name
+
+
+def fp8_by_tensor(weights: Weights) -> Weights:
+    """Linear layers in FP8 with one scale each, under the names that ModelOpt gives them."""
+    found: Weights = {}
+    for name, weight in weights.items():
+        if not is_linear(name):
+            found[name] = weight
+            continue
+        scale = weight.abs().max() / 448
+        found[name] = (weight / scale).to(torch.float8_e4m3fn)
+        found[f"{name}_scale"] = scale.float()
+    return found
+
+
+def fp8_by_block(weights: Weights, size: int = 32) -> Weights:
+    """Linear layers in FP8 with a scale for each block, as DeepSeek and Qwen publish them."""
+    found: Weights = {}
+    for name, weight in weights.items():
+        if not is_linear(name):
+            found[name] = weight
+            continue
+        rows, columns = weight.shape
+        blocks = weight.reshape(rows // size, size, columns // size, size)
+        scales = blocks.abs().amax((1, 3)) / 448
+        packed = (blocks / scales[:, None, :, None]).reshape(rows, columns)
+        found[name] = packed.to(torch.float8_e4m3fn)
+        found[f"{name}_scale_inv"] = scales.float()
+    return found

@@ -1,0 +1,84 @@
+"""Which configurations can be tuned: causal attention over the whole context in every layer."""
+
+from typing import Any
+
+
+def unsupported(config: Any) -> str | None:
+    """Why a model cannot be tuned, with the field; None if it can.
+
+    Args:
+        config: The model's ``PretrainedConfig``.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    architectures = config.architectures or ["none"]
+    if not isinstance(architectures, list) or config.is_encoder_decoder:
+        return "architectures: a list with a decoder-only causal language model expected"
+    if architectures[0] not in DECODERS.values():
+        return (
+            "architectures: a decoder-only causal language model expected, got "
+            f"{str(architectures[0])[:100]}"
+        )
+    text = config.get_text_config()
+    if reason := _other_attention(text) or _partial_layers(text):
+        return reason
+    if not getattr(MODEL_MAPPING[type(config)], "_supports_attention_backend", False):
+        return f"model_type: {text.model_type} in transformers takes no custom attention function"
+    return None
+
+
+def _other_attention(text: Any) -> str | None:
+    if getattr(text, "kv_lora_rank", None):
+        return "kv_lora_rank: latent attention (MLA) is not supported"
+    position_type = getattr(text, "position_embedding_type", None)
+    if getattr(text, "alibi", False) or position_type == "alibi":
+        return "alibi: linear position biases (ALiBi) are not supported"
+    if text.model_type in ("bloom", "mpt"):
+        return f"model_type: {text.model_type} has position biases (ALiBi), not supported"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "attn_logit_softcapping: null expected: capped scores are not supported"
+    if getattr(text, "dual_chunk_attention_config", None):
+        return (
+            "dual_chunk_attention_config: null expected: attention in chunks is not supported "
+            "(null in --hf-overrides, here and for the server, uses plain attention)"
+        )
+    if getattr(text, "is_heterogeneous", False):
+        return "per_layer_config: null expected: layers of different shapes are not supported"
+    return None
+
+
+def _partial_layers(text: Any) -> str | None:
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        for layer, kind in enumerate(kinds):
+            if kind != "full_attention":
+                return (
+                    f"layer_types: full_attention expected in every layer, layer {layer} is {kind}"
+                )
+        return None
+    if window := getattr(text, "sliding_window", None):
+        reach = text.max_position_embeddings
+        return (
+            f"sliding_window: null expected, or at least max_position_embeddings ({reach}), "
+            f"got {window}"
+        )
+    return None
+
+
+def widen_windows(text: Any, reach: int) -> None:
+    """Takes sliding windows for none that hide nothing from any position.
+
+    Args:
+        text: The text part of a ``PretrainedConfig``, changed in place.
+        reach: Positions of the model.
+    """
+    window = getattr(text, "sliding_window", None)
+    # vLLM takes 0 for none, too.
+    if not isinstance(window, int) or isinstance(window, bool) or (window != 0 and window < reach):
+        return
+    text.sliding_window = None
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = [
+            "full_attention" if kind == "sliding_attention" else kind for kind in kinds
+        ]
