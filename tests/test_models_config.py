@@ -14,6 +14,7 @@ from tests.models import changed_model
 from tests.profiles import SMALL_MODEL, uniform_profile
 from tests.tuning_jobs import command
 from vllm_afbs import tune
+from vllm_afbs.commands.tuning_options import tuning_parser
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
@@ -261,7 +262,9 @@ def test_overrides_are_those_of_the_server(
     from vllm.config import ModelConfig
 
     text = json.dumps(overrides)
-    options = tune._parser().parse_args(["--model", "m", "--output", "p", "--hf-overrides", text])
+    options = tuning_parser("tune").parse_args(
+        ["--model", "m", "--output", "p", "--hf-overrides", text]
+    )
     model = open_model(str(tiny_model), overrides=options.hf_overrides)
     assert model.max_length == reach
     expected = fingerprint(**model.fingerprint.model_dump(exclude={"rope"}), rope=rope)

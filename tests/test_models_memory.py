@@ -11,7 +11,8 @@ import torch
 
 from tests.models import changed_model
 from tests.tuning_jobs import command
-from vllm_afbs import faults, tune
+from vllm_afbs import tune
+from vllm_afbs.commands import faults
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.tuning import memory
 from vllm_afbs.tuning.errors import InputError
@@ -108,7 +109,7 @@ def test_the_system_gives_no_more_memory(
 
 
 @pytest.mark.parametrize(
-    "place", ["texts.read_texts", "run.tune", "scorer.LayerScorer.score", "capture.capture"]
+    "place", ["texts.read_texts", "run.tune", "search.scorer.LayerScorer.score", "capture.capture"]
 )
 def test_running_out_anywhere_is_one_line(
     place: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

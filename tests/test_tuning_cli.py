@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.tuning_jobs import command, result, start, wait_for_steps
 from vllm_afbs import tune
+from vllm_afbs.commands.tuning_options import tuning_parser
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning.capture import capture
@@ -139,7 +140,7 @@ def test_every_text_is_in_the_profile(tiny_model: Path, tmp_path: Path) -> None:
 def test_layers_are_what_the_ranges_name(ranges: list[tuple[int, int]]) -> None:
     text = ",".join(f"{first}-{first + more}" if more else f"{first}" for first, more in ranges)
     named = {first + step for first, more in ranges for step in range(more + 1)}
-    options = tune._parser().parse_args(["--model", "m", "--output", "p", "--layers", text])
+    options = tuning_parser("tune").parse_args(["--model", "m", "--output", "p", "--layers", text])
     assert tune._layers(options.layers, 50) == sorted(named)
     with pytest.raises(InputError, match=f"got {max(named)}$"):
         tune._layers(options.layers, max(named))

@@ -5,8 +5,6 @@ message about a mistyped option appear at once.
 """
 
 import argparse
-import math
-import re
 import shlex
 import shutil
 import sys
@@ -15,9 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.commands.arguments import json_object, positive, unusable_output
+from vllm_afbs.commands.arguments import unusable_output
 from vllm_afbs.commands.extras import missing_extra
-from vllm_afbs.faults import guarded
+from vllm_afbs.commands.faults import guarded
+from vllm_afbs.commands.tuning_options import CPU_LONGEST, LENGTHS, tuning_parser
 
 if TYPE_CHECKING:
     from vllm_afbs.profile.schema import Profile
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from vllm_afbs.tuning.texts import Text
     from vllm_afbs.tuning.workers import LayerPool
 
-LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
-CPU_LONGEST = 8192
-"""Longest default length without a GPU: each doubling takes four times as long."""
-DEFAULT_TOLERANCE = 0.05
 _PROGRAM = "vllm-afbs-tune"
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -44,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     be written, for instance because the disk is full. 130: interrupted; ``--resume`` continues.
     70: a fault of ours; the traceback is kept in a file.
     """
-    options = _parser().parse_args(arguments)
+    options = tuning_parser(_PROGRAM).parse_args(arguments)
     try:
         return guarded(_PROGRAM, lambda: _run(options))
     except KeyboardInterrupt:
@@ -53,140 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=_PROGRAM,
-        description="Find a model's sparse-attention thresholds and write them to a profile.",
-    )
-    parser.add_argument(
-        "--model", required=True, help="a Hugging Face checkpoint: directory or hub id"
-    )
-    parser.add_argument(
-        "--revision", help="branch, tag or commit of a model on the hub (default: its main branch)"
-    )
-    parser.add_argument(
-        "--hf-overrides",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="fields of config.json to set, as given to vllm serve: longer positions, for instance",
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="the profile to write (JSON); a report of the same name ending in .html is written "
-        "beside it",
-    )
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="texts like those that will be served: UTF-8 files, folders of source files, or rows "
-        "of text or chats: .jsonl and .json, and with the extra 'datasets' .parquet, .csv and "
-        "directories of Hugging Face data sets; default: Python's language reference",
-    )
-    parser.add_argument(
-        "--calibration-column",
-        metavar="NAME",
-        help="the column of rows that holds the text or the chat (default: text, else messages or "
-        "conversations)",
-    )
-    parser.add_argument(
-        "--lengths",
-        type=positive,
-        nargs="+",
-        metavar="TOKENS",
-        help="at least two context lengths: short ones make exploring cheap, the longest decides "
-        f"(default: the three longest of {', '.join(map(str, LENGTHS))} that the model supports; "
-        f"without a GPU, up to {CPU_LONGEST})",
-    )
-    parser.add_argument(
-        "--layers",
-        type=_layer_ranges,
-        metavar="RANGES",
-        help="tune only these layers, for instance 0-3,7; the others run dense (default: all)",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=_ratio,
-        default=DEFAULT_TOLERANCE,
-        help="relative L1 error allowed per head against dense attention (default: %(default)s)",
-    )
-    goal = parser.add_mutually_exclusive_group()
-    goal.add_argument(
-        "--target-sparsity",
-        type=_ratio,
-        metavar="RATIO",
-        help="divide the error among layers so that the model skips at least this share of its "
-        "block products and its predictions change as little as possible",
-    )
-    goal.add_argument(
-        "--max-perplexity-increase",
-        type=_ratio,
-        metavar="RATIO",
-        help="divide the error among layers so that the model skips as many block products as "
-        "possible while its perplexity on held-out text grows by at most this ratio, for instance "
-        "0.01",
-    )
-    parser.add_argument(
-        "--block-q", type=positive, default=128, help="rows of a query block (default: 128)"
-    )
-    parser.add_argument(
-        "--block-k",
-        type=positive,
-        default=128,
-        help="keys of a key block, a multiple of the server's page size (default: 128, the size on "
-        "CPUs)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the search (default: 0)")
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        metavar="N",
-        help="tune N layers at once in N Ray workers on this machine; each needs the memory of one "
-        "layer (extra 'ray'; default: one layer after another)",
-    )
-    parser.add_argument(
-        "--ray-address",
-        type=_ray_address,
-        metavar="ADDRESS",
-        help="use a running Ray cluster, 'auto' or HOST:PORT, with --workers layers at once "
-        "(default: one per GPU, or one per machine without GPUs); all machines of the cluster must "
-        "share the file system of the output's directory",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue a job that was stopped or killed"
-    )
-    return parser
-
-
-def _ray_address(text: str) -> str:
-    match = re.fullmatch(r"[^/\s]+:(\d{1,5})", text, re.ASCII)
-    if text != "auto" and (match is None or int(match[1]) > 65535):
-        raise argparse.ArgumentTypeError(f"expected auto or HOST:PORT, got {text!r}")
-    return text
-
-
-def _layer_ranges(text: str) -> list[range]:
-    ranges = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise argparse.ArgumentTypeError(f"expected layers, for instance 0-3,7, got {text!r}")
-        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return ranges
-
-
-def _ratio(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and 0.0 < value < 1.0):
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
-    return value
 
 
 def _run(options: argparse.Namespace) -> int:
