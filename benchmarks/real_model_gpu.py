@@ -44,14 +44,16 @@ def prompts(
     return chosen
 
 
-def answer_rows(name: str, stock: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[Row]:
+def answer_rows(
+    name: str, baseline: str, stock: list[dict[str, Any]], own: list[dict[str, Any]]
+) -> list[Row]:
     """How far an engine's answers lie from the stock engine's, over the prompts."""
     pairs = list(zip(stock, own, strict=True))
     tops = [(a["next_token"], b["next_token"]) for a, b in pairs]
     kl = [divergence.kl_divergence(*each) for each in tops]
     variation = [divergence.total_variation(*each) for each in tops]
     rows = [
-        make_row(f"{name}: next token, KL to FLASH_ATTN", "all", kl, "nats"),
+        make_row(f"{name}: next token, KL to {baseline}", "all", kl, "nats"),
         make_row(f"{name}: next token, total variation", "all", variation, "probability"),
     ]
     agreed = [divergence.agreement_length(a["token_ids"], b["token_ids"]) for a, b in pairs]
@@ -70,6 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--num-prompts", type=int, default=2, help="of each length")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--engines", nargs="+", help="only these of the engines, by name")
     args = parser.parse_args()
     model, text = args.model, args.text
     if model is None or text is None:
@@ -86,6 +89,8 @@ def main() -> None:
         ("afbs, tuned", "AFBS", None, profile, None),
         ("afbs, tuned, sparse in any case", "AFBS", None, profile, "tiles"),
     ):
+        if args.engines and name not in args.engines:
+            continue
         job = Job(
             name, backend, str(model), False, longest + NUM_ANSWER_TOKENS, chosen, args.rounds,
             way=way, decodes=[Decode(1, 2048)], profile=served, page_size=page_size,
@@ -94,9 +99,9 @@ def main() -> None:
         results[name] = run_job(job)
         report_rows(rows_of(results), args.output)  # outlives a failure of a later engine
     rows = rows_of(results)
-    stock = results["FLASH_ATTN"]["answers"]
-    for name, result in list(results.items())[1:]:
-        rows += answer_rows(name, stock, result["answers"])
+    first, *others = results
+    for name in others:
+        rows += answer_rows(name, first, results[first]["answers"], results[name]["answers"])
     report_rows(rows, args.output)
 
 
