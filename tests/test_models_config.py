@@ -63,6 +63,11 @@ def captured(model: SourceModel, folder: Path, length: int = 64) -> None:
         ({"model_type": None}, "model_type: a name expected, got None"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config: null"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "2", "rope_theta": 1e4}}, "factor"),
+        # Up to the model's positions both are alike; beyond them each has its own.
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type: another type than dynamic expected",
+        ),
     ],
     ids=str,
 )
@@ -428,3 +433,34 @@ def test_a_fuzzed_model_is_run_or_refused_in_one_line(
         event("run")
     except InputError as error:
         check_line(error, model)
+
+
+def long_rope(tiny_model: Path, directory: Path, original: int) -> Path:
+    config = json.loads((tiny_model / "config.json").read_text())
+    halves = (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": original,
+        "short_factor": [1.0] * halves,
+        "long_factor": [4.0] * halves,
+        "factor": config["max_position_embeddings"] / original,
+    }
+    return changed_model(tiny_model, directory, rope_parameters=rope)
+
+
+@pytest.mark.parametrize(("longest", "status"), [(128, 2), (256, 0)])
+def test_long_rope_is_tuned_with_the_factors_that_are_served(
+    longest: int,
+    status: int,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A server that admits long prompts takes the long factors for every prompt."""
+    model = long_rope(tiny_model, tmp_path / "model", original=128)
+    lengths = ["--lengths", str(longest // 2), str(longest), "--tolerance", "0.2"]
+    arguments = command(model, tmp_path / "p.json", *lengths)
+    assert tune.main(arguments) == status
+    if status:
+        assert "--lengths: a longest length of 129 or more expected" in capsys.readouterr().err

@@ -43,9 +43,42 @@ def _other_attention(text: Any) -> str | None:
             "dual_chunk_attention_config: null expected: attention in chunks is not supported "
             "(null in --hf-overrides, here and for the server, uses plain attention)"
         )
+    if rope_type(text) == "dynamic":
+        return (
+            "rope_parameters.rope_type: another type than dynamic expected: transformers and vLLM "
+            "stretch positions differently with it"
+        )
     if getattr(text, "is_heterogeneous", False):
         return "per_layer_config: null expected: layers of different shapes are not supported"
     return None
+
+
+def rope_type(text: Any) -> str:
+    """The kind of a model's rotary embedding; ``default`` if nothing is configured.
+
+    Args:
+        text: The text part of a ``PretrainedConfig``.
+    """
+    return str((getattr(text, "rope_parameters", None) or {}).get("rope_type", "default"))
+
+
+def least_longest_length(config: Any) -> int:
+    """Tokens that the longest calibrated length must have at least, for the model's positions.
+
+    vLLM computes every prompt with LongRoPE's long factors as soon as ``max_model_len`` exceeds the
+    original positions. transformers takes them only for contexts beyond the original positions.
+
+    Args:
+        config: The model's ``PretrainedConfig``.
+    """
+    text = config.get_text_config()
+    if rope_type(text) != "longrope":
+        return 1
+    parameters = text.rope_parameters
+    original = parameters.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", 0
+    )
+    return int(original) + 1 if text.max_position_embeddings > original else 1
 
 
 def _partial_layers(text: Any) -> str | None:

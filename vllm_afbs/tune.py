@@ -152,12 +152,19 @@ def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSetti
     from vllm_afbs.tuning.device import compute_device
     from vllm_afbs.tuning.model import InputError
     from vllm_afbs.tuning.search.scorer import SearchSettings
+    from vllm_afbs.tuning.supported import least_longest_length
 
     reach = model.max_length
     has_gpu = compute_device().type == "cuda"
     lengths = sorted(set(options.lengths or default_lengths(reach, has_gpu)))
     if lengths and lengths[-1] > reach:
         raise InputError(f"--lengths: at most {reach} (max_position_embeddings), got {lengths[-1]}")
+    least = least_longest_length(model.config)
+    if lengths and lengths[-1] < least:
+        raise InputError(
+            f"--lengths: a longest length of {least} or more expected, since this model's longer "
+            f"contexts have other positions (longrope), got {lengths[-1]}"
+        )
     if len(lengths) < 2:
         raise InputError(
             f"--lengths: at least two different lengths up to {reach} expected, got {lengths}"
