@@ -3,8 +3,9 @@
 REQUEST is a JSON file with a list of engines, one after the other in one process, which imports
 vLLM once. Each has ``llm`` (arguments of ``vllm.LLM``) and ``batches``, each of them ``prompts``
 (lists of token ids), ``max_tokens`` and, to keep the batch's keys and values apart in the prefix
-cache, ``cache_salt``. ANSWER becomes, for each engine and batch, a list of {"token_ids",
-"num_cached_tokens", "first": {token id: probability}}.
+cache, ``cache_salt``; with ``ignore_eos`` every answer has ``max_tokens`` tokens. ANSWER becomes,
+for each engine and batch, a list of {"token_ids", "num_cached_tokens", "first": {token id:
+probability}}.
 """
 
 import json
@@ -26,7 +27,12 @@ def _answers(llm: dict[str, Any], batches: list[dict[str, Any]]) -> list[Any]:
     engine = LLM(**llm)
     answers = []
     for batch in batches:
-        sampling = SamplingParams(temperature=0, max_tokens=batch["max_tokens"], logprobs=20)
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=batch["max_tokens"],
+            ignore_eos=batch.get("ignore_eos", False),
+            logprobs=20,
+        )
         salt = {"cache_salt": batch["cache_salt"]} if "cache_salt" in batch else {}
         prompts = [{"prompt_token_ids": ids, **salt} for ids in batch["prompts"]]
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
