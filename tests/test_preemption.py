@@ -1,9 +1,5 @@
 """Tokens that vLLM computes again after it preempted a request are a prefill like any other."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from tests.generate import generate
 from tests.profiles import SMALL_MODEL, uniform_profile
 from tests.tuning_jobs import save_tiny_model
 from vllm_afbs.backends.shared import StepSorter
-from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import metrics
 from vllm_afbs.observability.status import Counters
@@ -92,18 +88,7 @@ def test_a_preempted_request_is_computed_again_sparse(
     }
     prompts = [[(seed * n) % 250 for n in range(PROMPT_LEN)] for seed in (7, 11)]
     batch = {"prompts": prompts, "max_tokens": ANSWER_LEN, "ignore_eos": True}
-    request, answer = tmp_path / "request.json", tmp_path / "answer.json"
-    request.write_text(json.dumps([{"llm": engine, "batches": [batch]}]))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.generate", str(request), str(answer)],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | SERVER_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ((answers,),) = json.loads(answer.read_text())
+    ((answers,),) = generate([{"llm": engine, "batches": [batch]}], tmp_path)
     assert [len(each["token_ids"]) for each in answers] == [ANSWER_LEN] * 2
 
     counters = Counters(metrics.read())
