@@ -3,15 +3,45 @@
 REQUEST is a JSON file with a list of engines, one after the other in one process, which imports
 vLLM once. Each has ``llm`` (arguments of ``vllm.LLM``) and ``batches``, each of them ``prompts``
 (lists of token ids), ``max_tokens`` and, to keep the batch's keys and values apart in the prefix
-cache, ``cache_salt``. ANSWER becomes, for each engine and batch, a list of {"token_ids",
-"num_cached_tokens", "first": {token id: probability}}.
+cache, ``cache_salt``; with ``ignore_eos`` every answer has ``max_tokens`` tokens. ANSWER becomes,
+for each engine and batch, a list of {"token_ids", "num_cached_tokens", "first": {token id:
+probability}}.
 """
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from vllm_afbs.demo.server import SERVER_ENVIRONMENT
+
+Answers = list[dict[str, Any]]
+
+
+def generate(engines: list[dict[str, Any]], directory: Path) -> list[list[Answers]]:
+    """Runs this module in a process of its own; the answers of each engine and batch.
+
+    Args:
+        engines: What REQUEST holds.
+        directory: Where REQUEST and ANSWER are written.
+    """
+    request, answer = directory / "request.json", directory / "answer.json"
+    request.write_text(json.dumps(engines))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.generate", str(request), str(answer)],
+        cwd=Path(__file__).parent.parent,
+        # Without engine processes, each of which would import vLLM once more.
+        env=os.environ | SERVER_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers: list[list[Answers]] = json.loads(answer.read_text())
+    return answers
 
 
 def main() -> None:
@@ -26,7 +56,13 @@ def _answers(llm: dict[str, Any], batches: list[dict[str, Any]]) -> list[Any]:
     engine = LLM(**llm)
     answers = []
     for batch in batches:
-        sampling = SamplingParams(temperature=0, max_tokens=batch["max_tokens"], logprobs=20)
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=batch["max_tokens"],
+            ignore_eos=batch.get("ignore_eos", False),
+            detokenize=not llm.get("skip_tokenizer_init", False),
+            logprobs=20,
+        )
         salt = {"cache_salt": batch["cache_salt"]} if "cache_salt" in batch else {}
         prompts = [{"prompt_token_ids": ids, **salt} for ids in batch["prompts"]]
         outputs = engine.generate(prompts, sampling, use_tqdm=False)

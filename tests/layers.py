@@ -31,6 +31,7 @@ def make_impl(platform: str, **arguments: Any) -> Any:
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.bfloat16),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        additional_config={},
     )
     fa = "vllm.v1.attention.backends.flash_attn"
     with ExitStack() as stack:

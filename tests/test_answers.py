@@ -1,9 +1,5 @@
 """The served model's answers against stock vLLM's, on a real model and real text."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +7,14 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from tests.generate import Answers, generate
 from tests.profiles import uniform_profile
 from vllm_afbs.demo.assets import prepare
-from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 pytestmark = pytest.mark.machine
 
-Answers = list[dict[str, Any]]
 NUM_PROMPTS, PROMPT_TOKENS, LONG_TOKENS, CHUNK = 20, 320, 2048, 512
 CHUNK_ENDS = range(CHUNK, LONG_TOKENS + 1, CHUNK)
 MIN_SEQ_LEN = 256  # so that the short prompts run through tiles, too
@@ -73,24 +68,7 @@ def answers(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Batc
         {"llm": ours(1.0), "batches": [short]},
         {"llm": ours(0.9), "batches": [long | {"cache_salt": "whole"}, *growing]},
     ]
-    return Batches(*_generate(engines, directory))
-
-
-def _generate(engines: list[dict[str, Any]], directory: Path) -> list[list[Answers]]:
-    request, answer = directory / "request.json", directory / "answer.json"
-    request.write_text(json.dumps(engines))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.generate", str(request), str(answer)],
-        cwd=Path(__file__).parent.parent,
-        # Without engine processes, each of which would import vLLM once more.
-        env=os.environ | SERVER_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers: list[list[Answers]] = json.loads(answer.read_text())
-    return answers
+    return Batches(*generate(engines, directory))
 
 
 def total_variation(one: dict[str, float], other: dict[str, float]) -> float:

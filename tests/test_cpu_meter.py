@@ -14,7 +14,7 @@ from vllm.v1.attention.backends import cpu_attn
 
 from tests.cpu_problems import HEAD_DIM, fill_cache
 from tests.problems import SCALE, make_problem, relative_l1
-from vllm_afbs.backends.cpu.backend import AfbsCPUImpl, AfbsCPUMetadata, ServedLayer
+from vllm_afbs.backends.cpu.backend import AfbsCPUImpl, AfbsCPUMetadata
 from vllm_afbs.backends.cpu.meter import DenseCost, HostMeter, LayerWork
 from vllm_afbs.backends.cpu.sparse import CacheFormat
 from vllm_afbs.commands.client import Counters, parse_counters
@@ -81,7 +81,7 @@ def test_a_mixed_step_is_counted_and_sampled(
     impl = make_layer(monkeypatch)
     plan = LayerPlan(LAYER, HEADS, problem.thresholds, None)
     meter = HostMeter(Settings(per_head_metrics=True, sample_rate=1.0))
-    impl.serve(ServedLayer(plan, impl.sparse_prefill(plan, FORMAT), meter))
+    impl.serve(impl.prepare(plan, FORMAT, meter))
 
     # A short prompt in front, over the first of the same keys.
     step = Step([PrefillRequest(SHORT_LEN, 1, problem.geometry)], [0])

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.engine import Decode, Job, run_job
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import LLAMA_8B
+from tests.generate import generate
 from vllm_afbs.evaluate.divergence import total_variation
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import BlockGeometry
@@ -105,3 +106,68 @@ def test_speculative_decoding_verifies_as_flash_attention_does(model_dir: Path) 
         return [each["token_ids"] for each in result["answers"]]
 
     assert answers("AFBS", str(path)) == answers("FLASH_ATTN", None)
+
+
+def make_engine(directory: Path, changes: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
+    """A server of a random model that differs from Llama 3 8B as told, every layer sparse."""
+    from transformers import AutoConfig
+
+    (directory / "config.json").write_text(json.dumps(LLAMA_8B | changes), encoding="utf-8")
+    fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(directory))
+    profile = uniform_profile(fingerprint, 0.9, 0.9, [1024, max_seq_len])
+    write_atomically(directory / "profile.json", profile.to_json())
+    return {
+        "model": str(directory),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "max_num_seqs": 2,
+        "enable_prefix_caching": False,
+        "attention_config": {"backend": "AFBS"},
+        "additional_config": {"afbs": {"profile": str(directory / "profile.json")}},
+    }
+
+
+@pytest.mark.gpu
+def test_a_full_graph_server_counts_every_prefilled_token(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every chunk of the prompt fits into a captured size, which would replay it dense."""
+    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
+    changes = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    num_tokens, chunk = 9000, 512
+    engine = make_engine(model_dir, changes, 16384) | {
+        "max_model_len": 16384,
+        "max_num_batched_tokens": chunk,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL",
+            "cudagraph_capture_sizes": [1, 2, 64, 128, 256, chunk],
+        },
+    }
+    prompt = [(11 * i) % 1000 for i in range(num_tokens)]
+    batch = {"prompts": [prompt], "max_tokens": 8, "ignore_eos": True}
+    generate([{"llm": engine, "batches": [batch]}], model_dir)
+    tokens = Counters(metrics.read()).by("vllm_afbs_prefill_tokens_total", "path")
+    # vLLM may warm up with a few more.
+    assert NUM_LAYERS * num_tokens <= sum(tokens.values()) < 1.5 * NUM_LAYERS * num_tokens
+    runs = Counters(metrics.read()).by("vllm_afbs_prefill_attention_seconds_count", "path")
+    assert sum(runs.values()) > 0
+
+
+@pytest.mark.gpu
+def test_long_prompts_fit_beside_a_cache_that_fills_the_gpu(tmp_path: Path) -> None:
+    """A step of the whole prompt: attention's workspace is larger than all other activations."""
+    num_tokens = 131072
+    changes = {"num_hidden_layers": 2, "num_attention_heads": 64, "hidden_size": 1024}
+    changes |= {"intermediate_size": 1024, "vocab_size": 1024}
+    engine = make_engine(tmp_path, changes, num_tokens) | {
+        "max_model_len": num_tokens + 16,
+        "max_num_batched_tokens": num_tokens,
+        "gpu_memory_utilization": 0.98,
+        "enforce_eager": True,
+    }
+    prompt = [(11 * i) % 1000 for i in range(num_tokens)]
+    batch = {"prompts": [prompt], "max_tokens": 2, "ignore_eos": True}
+    (((answer,),),) = generate([{"llm": engine, "batches": [batch]}], tmp_path)
+    assert len(answer["token_ids"]) == 2

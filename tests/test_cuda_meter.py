@@ -1,6 +1,8 @@
 """What a layer reports of its steps on CUDA, on a made-up device and on a real one."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,11 +84,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return device
 
 
-def make_layer(slot: int, the_meter: meter.DeviceMeter) -> Any:
+def make_layer(slot: int) -> Any:
     layer = object.__new__(backend.AfbsCUDAImpl)
-    layer.num_heads, layer.head_size = NUM_HEADS, HEAD_DIM
+    layer.num_heads = layer.num_kv_heads = NUM_HEADS
+    layer.head_size = HEAD_DIM
     prefills: Any = {"tiles": MadeUpPrefill()} if PLANS[slot].dense_reason is None else {}
-    layer.serve(backend.ServedLayer(PLANS[slot], slot, prefills, the_meter))
+    layer.serve(backend.ServedLayer(PLANS[slot], slot, prefills))
     return layer
 
 
@@ -127,7 +130,7 @@ def test_layers_report_what_the_device_did(
     monkeypatch.setattr(backend, "fastest_kernel", lambda *_: "tiles")
     settings = Settings(per_head_metrics=True, sample_rate=1.0)
     the_meter = meter.DeviceMeter(PLANS, settings, device)
-    layers = [make_layer(slot, the_meter) for slot in range(len(PLANS))]
+    layers = [make_layer(slot) for slot in range(len(PLANS))]
     # A short prompt in front; in the second step the long one is alone.
     for first_row in (SHORT_LEN, 0):
         blocks = cut_query_blocks([PrefillRequest(first_row, 1, LONG)], device)
@@ -136,7 +139,9 @@ def test_layers_report_what_the_device_did(
         query = torch.zeros(first_row + LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
         kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
         for layer in layers:
-            output = attend(layer, query, kv_cache, blocks=blocks, dense_requests=short)
+            output = attend(
+                layer, query, kv_cache, blocks=blocks, meter=the_meter, dense_requests=short
+            )
             assert (output[:first_row] == 1.0).all()
             assert (output[first_row:] == (0.9 if layer is layers[0] else 1.0)).all()
     short_runs = [rows for metadata, rows in dense_runs if metadata == "the short prompt's"]
@@ -184,13 +189,13 @@ def test_steps_are_reported_although_the_last_layer_reports_elsewhere(
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     monkeypatch.setattr(backend, "fastest_kernel", lambda *_: "tiles")
     the_meter = meter.DeviceMeter(PLANS, Settings(), device)
-    layer = make_layer(0, the_meter)
+    layer = make_layer(0)
     blocks = cut_query_blocks([PrefillRequest(0, 1, LONG)], device)
     query = torch.zeros(LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
     kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
     num_steps = 5
     for _ in range(num_steps):
-        attend(layer, query, kv_cache, blocks=blocks, dense_requests=None)
+        attend(layer, query, kv_cache, blocks=blocks, meter=the_meter, dense_requests=None)
     assert the_meter._step == []
     # The first step shows that the layer is the last; the second one's blocks go with it.
     counters = reported(num_steps - 1, num_layers=1)
@@ -200,6 +205,42 @@ def test_steps_are_reported_although_the_last_layer_reports_elsewhere(
     )
     assert computed == 2 * (1 + 2) * (num_steps - 2)
     assert computed + skipped == 2 * NUM_HEADS * LONG.num_visible * (num_steps - 1)
+
+
+def test_microbatches_report_to_meters_of_their_own(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``--enable-dbo`` two threads run the layers of a step's two halves in turns.
+
+    vLLM makes a metadata builder, hence a meter, for each half.
+    """
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(backend, "fastest_kernel", lambda *_: "tiles")
+    layers = [make_layer(slot) for slot in range(len(PLANS))]
+    blocks = cut_query_blocks([PrefillRequest(0, 1, LONG)], device)
+    kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
+
+    def run(half: int, the_meter: meter.DeviceMeter) -> None:
+        query = torch.zeros(LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
+        for _ in range(2):  # steps
+            for layer in layers:
+                assert turns[half].acquire(timeout=30)
+                attend(layer, query, kv_cache, blocks=blocks, meter=the_meter, dense_requests=None)
+                turns[1 - half].release()
+
+    meters = [meter.DeviceMeter(PLANS, Settings(), device) for _ in turns]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(run, range(2), meters))
+    assert all(each._step == [] for each in meters)
+    counters = reported(2 * 2 * len(PLANS))
+    name = "vllm_afbs_block_products_total"
+    computed = {
+        layer: counters.value(name, layer=layer, outcome="computed") for layer in ("7", "8")
+    }
+    assert computed == {"7": 2 * 2 * 2 * (1 + 2), "8": 2 * 2 * 2 * NUM_HEADS * LONG.num_visible}
+    tokens = counters.by("vllm_afbs_prefill_tokens_total", "path")
+    assert tokens == {"sparse": 2 * 2 * LONG.q_len, "dense": 2 * 2 * LONG.q_len}
 
 
 def test_the_dense_estimate_is_the_measurement_itself_where_one_was_made() -> None:

@@ -75,13 +75,13 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tests.layers import make_impl
-    from vllm_afbs.backends.cuda import backend
+    from vllm_afbs.backends.cuda import backend, graphs
     from vllm_afbs.serving.plan import plan_layer
 
     compiled = []
     monkeypatch.setattr(backend, "compile_kernels", lambda *arguments: compiled.append(arguments))
     monkeypatch.setattr(backend, "TilePrefill", lambda layer: "tiles")
-    monkeypatch.setattr(backend.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
+    monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
     profile = uniform_profile()
     monkeypatch.setattr(backend.admission, "admitted_profile", lambda _: profile)
     plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "sinks"))]
@@ -108,10 +108,10 @@ def test_without_a_profile_attention_is_flash_attentions_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tests.layers import make_impl
-    from vllm_afbs.backends.cuda import backend
+    from vllm_afbs.backends.cuda import backend, graphs
     from vllm_afbs.serving.plan import plan_layer
 
-    monkeypatch.setattr(backend.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
+    monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
     impl = make_impl("cuda")
     assert impl.forward.__func__ is backend.AfbsCUDAImpl.forward
     plans = [(impl, plan_layer(None, 0, 4, 0, None))]

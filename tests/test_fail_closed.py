@@ -2,7 +2,8 @@
 
 docs/operations.md, "What runs dense, what is refused", has the table of conditions. Here is a row
 for each that is a layer's or a server's, on vLLM's own implementations and layers;
-``test_fail_closed_steps.py`` has those of steps, ``test_refused.py`` those that stop a server.
+``test_fail_closed_steps.py`` has those of steps, ``test_fail_closed_calls.py`` those of a layer's
+call, ``test_refused.py`` those that stop a server.
 """
 
 from pathlib import Path
@@ -282,7 +283,8 @@ def test_every_reason_is_given_and_tested() -> None:
     assert tuple(all_reasons.KINDS) == get_args(Reason)
     code = [Path(module.__file__ or "") for module in (eligibility, plan, batch, cpu, cuda)]
     here = Path(__file__)
-    tests = [here, here.with_name("test_fail_closed_steps.py"), here.with_name("test_server.py")]
+    others = ("test_fail_closed_calls.py", "test_fail_closed_steps.py", "test_server.py")
+    tests = [here, *map(here.with_name, others)]
     for texts in (code, tests):
         text = "".join(path.read_text(encoding="utf-8") for path in texts)
         assert not [reason for reason in all_reasons.KINDS if f'"{reason}"' not in text]

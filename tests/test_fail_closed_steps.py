@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_a_quantised_output_is_left_to_vllms_dense_backend(
     step = one_prefill(2000, 3000)
     on_cpu = AfbsCPUMetadata(**CPU_FIELDS, step=step)
     blocks: Any = SimpleNamespace(requests=step.long_prefills)
-    on_cuda = AfbsCUDAMetadata(**CUDA_FIELDS, blocks=blocks)
+    on_cuda = AfbsCUDAMetadata(**CUDA_FIELDS, blocks=blocks, meter=Mock())
     for platform, metadata in (("cpu", on_cpu), ("cuda", on_cuda)):
         impl = make_impl(platform)
         with pytest.raises(NotImplementedError, match="output quantization"):

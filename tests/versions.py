@@ -37,6 +37,14 @@ KNOWN_MASK_FIELDS = frozenset(
 )  # fmt: skip
 """Fields of metadata that make a step dense where they are set, each read about."""
 
+FORWARD_ARGUMENTS = frozenset(
+    {
+        "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale",
+        "output_block_scale",
+    }
+)  # fmt: skip
+"""Arguments of a layer's call that our ``forward`` names."""
+
 COMMON_FIELDS = frozenset(
     {
         "query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound",
@@ -170,6 +178,8 @@ def _unread_parts(tree: Tree) -> Iterator[str]:
             yield f"{module_name}: metadata has a new field {field}: steps that set it run dense"
         for name in sorted(arguments_of(impl, "__init__") - eligibility.KNOWN_ARGUMENTS):
             yield f"{module_name}: layers have a new argument {name}: those that set it run dense"
+        for name in sorted(arguments_of(impl, "forward") - FORWARD_ARGUMENTS):
+            yield f"{module_name}: forward has a new argument {name}: calls that pass it run dense"
     common = tree.module(f"{ATTENTION}.backend")
     found = class_of(common, "CommonAttentionMetadata") if common else None
     for field in sorted(COMMON_FIELDS - (fields_of(found) if found else set())):

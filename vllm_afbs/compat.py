@@ -68,6 +68,14 @@ def is_afbs(backend: Any) -> bool:
     return backend is not None and backend.name == BACKEND_NAME
 
 
+def current_config() -> "VllmConfig | None":
+    """The configuration for which vLLM is building a model in this process; None if for none."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config: VllmConfig | None = get_current_vllm_config_or_none()
+    return config
+
+
 def layer_indices(vllm_config: "VllmConfig") -> dict[str, int]:
     """Index of each attention layer's decoder layer, by the attention layer's name.
 

@@ -10,8 +10,8 @@ from vllm_afbs.serving.reasons import KINDS, Reason
 logger = logging.getLogger("vllm.afbs")
 
 _SEEN_IN_STEPS = {reason for reason, kind in KINDS.items() if kind == "changing"}
-# This reason is fixed, but a layer learns of it only when it runs.
-_SEEN_IN_STEPS.add("output_quantization")
+# These reasons are fixed, but a layer may learn of them only when it runs.
+_SEEN_IN_STEPS |= {"output_quantization", "unknown_argument", "cache_layout"}
 
 
 def count(reasons: Mapping[Reason, int]) -> None:

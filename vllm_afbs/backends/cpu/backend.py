@@ -1,7 +1,9 @@
 """The attention backend on the CPU: long prefills run sparse, the rest in vLLM's CPU_ATTN."""
 
+import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_afbs import compat
+from vllm_afbs.backends.cpu.key_pages import UnknownPackingError
 from vllm_afbs.backends.cpu.meter import HostMeter, LayerWork
 from vllm_afbs.backends.cpu.sparse import MAX_DENSITY, CacheFormat, SparsePrefill
 from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
@@ -28,6 +31,8 @@ from vllm_afbs.serving.settings import read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.afbs")
 
 
 class AfbsCPUBackend(CPUAttentionBackend):
@@ -96,7 +101,7 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         meter = HostMeter(read_settings(vllm_config))
         cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)
         for impl, plan in plan_layers(vllm_config, profile, layer_names, self.block_size):
-            impl.serve(ServedLayer(plan, impl.sparse_prefill(plan, cache_format), meter))
+            impl.serve(impl.prepare(plan, cache_format, meter))
 
     def build(
         self,
@@ -134,13 +139,20 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             }
         )
 
-    def sparse_prefill(self, plan: LayerPlan, cache_format: CacheFormat) -> SparsePrefill | None:
-        """Prepares this layer's sparse prefill; None if its plan is dense."""
+    def prepare(self, plan: LayerPlan, cache_format: CacheFormat, meter: HostMeter) -> ServedLayer:
+        """Prepares what this layer serves: sparse prefill if its plan is sparse."""
         if plan.thresholds is None:
-            return None
-        return SparsePrefill(
-            plan.thresholds, self.num_kv_heads, self.head_size, self.scale, cache_format
-        )
+            return ServedLayer(plan, None, meter)
+        try:
+            sparse = SparsePrefill(
+                plan.thresholds, self.num_kv_heads, self.head_size, self.scale, cache_format
+            )
+        except UnknownPackingError as error:
+            logger.warning("Layer %d runs dense: cache_layout (%s).", plan.layer, error)
+            return ServedLayer(
+                replace(plan, thresholds=None, dense_reason="cache_layout"), None, meter
+            )
+        return ServedLayer(plan, sparse, meter)
 
     def serve(self, served: ServedLayer) -> None:
         """Takes what the layer serves; the metadata builder calls this before the first step."""
@@ -157,17 +169,20 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
+        **unknown: Any,
     ) -> torch.Tensor:
-        """Attends; shapes and arguments are vLLM's."""
+        """Attends; shapes and arguments are vLLM's, those of a later version included."""
         # vLLM warms up without metadata.
         if isinstance(attn_metadata, AfbsCPUMetadata) and attn_metadata.step.has_prefill:
             if output_scale is None and output_block_scale is None:
-                self._attend_prefills(layer, query, key, value, kv_cache, attn_metadata, output)
+                self._attend_prefills(
+                    layer, query, key, value, kv_cache, attn_metadata, output, **unknown
+                )
                 return output
             fallbacks.count({"output_quantization": attn_metadata.step.num_prefills})
         return super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output,
-            output_scale, output_block_scale,
+            output_scale, output_block_scale, **unknown,
         )  # fmt: skip
 
     def _attend_prefills(
@@ -179,15 +194,16 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         metadata: AfbsCPUMetadata,
         output: torch.Tensor,
+        **unknown: Any,
     ) -> None:
         """Attends in a step that has prefills, and reports the work; see ``forward``."""
         plan, sparse, meter = self._served.plan, self._served.sparse, self._served.meter
         step = metadata.step
         started = time.perf_counter()
-        tables, num_kept = self._choose_tiles(query, kv_cache, metadata)
+        tables, num_kept = self._choose_tiles(query, kv_cache, metadata, unknown)
         chosen = time.perf_counter()
         if sparse is None or not tables:
-            super().forward(layer, query, key, value, kv_cache, metadata, output)
+            super().forward(layer, query, key, value, kv_cache, metadata, output, **unknown)
             attended = time.perf_counter()
         else:
             for request, its_tables in zip(step.long_prefills, tables, strict=True):
@@ -207,7 +223,11 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             meter.add_sample(plan, step, output, reference, time.perf_counter() - started)
 
     def _choose_tiles(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AfbsCPUMetadata
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AfbsCPUMetadata,
+        unknown: Mapping[str, Any],
     ) -> tuple[list[TileTables], list[int]]:
         """Chooses the blocks of the step's long prefills, and counts why prefills run dense.
 
@@ -223,6 +243,12 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
                 fallbacks.count({plan.dense_reason: num_long})
             return [], []
         if not num_long:
+            return [], []
+        obstacle: Reason | None = "unknown_argument" if unknown else None
+        if obstacle is None and not sparse.can_read(kv_cache):
+            obstacle = "cache_layout"
+        if obstacle is not None:
+            fallbacks.count({obstacle: num_long})
             return [], []
         requests = [(each, metadata.block_table[each.table_row]) for each in step.long_prefills]
         keeps = [sparse.select(query, kv_cache, request, pages) for request, pages in requests]

@@ -6,6 +6,10 @@ import torch
 from vllm import _custom_ops as ops
 
 
+class UnknownPackingError(RuntimeError):
+    """vLLM's kernels store a page of K in a way that ``KeyPageReader`` cannot undo."""
+
+
 class KeyPageReader:
     """Unpacks pages of K.
 
@@ -24,7 +28,7 @@ class KeyPageReader:
             dtype: The cache's dtype: fp32, fp16 or bf16.
 
         Raises:
-            RuntimeError: The kernel does not store K as a permutation of a page.
+            UnknownPackingError: The kernel does not store K as a permutation of a page.
         """
         self._shape = (page_size, head_dim)
         size = page_size * head_dim
@@ -34,7 +38,9 @@ class KeyPageReader:
         element_at = high * 256 + low
         self._place_of = torch.empty(size, dtype=torch.int64)
         if not torch.equal(element_at.sort().values, torch.arange(size)):
-            raise RuntimeError(f"the {isa!r} kernels' K cache is not a permutation of a page")
+            raise UnknownPackingError(
+                f"the {isa!r} kernels' K cache is not a permutation of a page"
+            )
         self._place_of[element_at] = torch.arange(size)
 
     def _packed(self, isa: str, key: torch.Tensor) -> torch.Tensor:

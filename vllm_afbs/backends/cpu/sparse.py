@@ -54,13 +54,26 @@ class SparsePrefill:
             head_dim: Size of a head.
             softmax_scale: Factor of the scores.
             cache_format: The layout of the cache.
+
+        Raises:
+            UnknownPackingError: vLLM's kernels pack K in a way that is not known.
         """
         self._thresholds = thresholds
-        self._num_kv_heads = num_kv_heads
+        self._num_kv_heads, self._head_dim = num_kv_heads, head_dim
         self._softmax_scale = softmax_scale
         self._format = cache_format
         self._reader = key_page_reader(
             cache_format.isa, cache_format.page_size, head_dim, cache_format.dtype
+        )
+
+    def can_read(self, kv_cache: torch.Tensor) -> bool:
+        """Whether a cache has the shape, strides and dtype that this class reads."""
+        page = (self._num_kv_heads, self._format.page_size, 2 * self._head_dim)
+        return (
+            kv_cache.ndim == 4
+            and tuple(kv_cache.shape[1:]) == page
+            and kv_cache.is_contiguous()
+            and kv_cache.dtype == self._format.dtype
         )
 
     def select(

@@ -11,11 +11,12 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadata,
-    FlashAttentionMetadataBuilder,
 )
 
 from vllm_afbs import compat
 from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
+from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
+from vllm_afbs.backends.cuda.kv_cache import is_readable, split_kv_cache
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
@@ -25,6 +26,7 @@ from vllm_afbs.backends.cuda.sparse import (
     can_cut,
 )
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
+from vllm_afbs.backends.cuda.workspace import show_workspace
 from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
 from vllm_afbs.kernels import QueryBlocks, StepInputs, cut_query_blocks
 from vllm_afbs.observability import fallbacks, metrics
@@ -75,10 +77,13 @@ class AfbsCUDAMetadata(FlashAttentionMetadata):
 
     Attributes:
         blocks: The query blocks of the long prefills.
+        meter: Where the layers report their work. With microbatching vLLM gives each microbatch a
+            builder, and runs one microbatch's layers between those of another.
         dense_requests: The other requests; None if there are none.
     """
 
     blocks: QueryBlocks
+    meter: DeviceMeter
     dense_requests: DenseRequests | None = None
 
 
@@ -90,16 +95,14 @@ class ServedLayer:
         plan: The thresholds of the layer, or why it runs dense.
         slot: The layer's place among those of the builder, and in its meter.
         prefills: The layer's sparse prefill by kernel; empty if the layer runs dense.
-        meter: Where the layer reports its work; shared by all layers of a builder.
     """
 
     plan: LayerPlan
     slot: int
     prefills: Mapping[KernelChoice, SparsePrefill]
-    meter: DeviceMeter
 
 
-class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
+class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
     """Builds the metadata of each step, and gives each layer what it serves."""
 
     supports_update_block_table = False
@@ -121,16 +124,16 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self._sorter = StepSorter(vllm_config, profile)
         layers = list(plan_layers(vllm_config, profile, layer_names, page_size))
         self._plans = [plan for _, plan in layers]
-        meter = DeviceMeter(self._plans, read_settings(vllm_config), device)
+        self._meter = DeviceMeter(self._plans, read_settings(vllm_config), device)
         for slot, (impl, plan) in enumerate(layers):
             if profile is None:
                 impl.step_aside()
                 continue
             prefills = impl.sparse_prefills(plan, device)
-            impl.serve(ServedLayer(plan, slot, prefills, meter))
+            impl.serve(ServedLayer(plan, slot, prefills))
             if prefills:
                 model_config = vllm_config.model_config
-                shape = impl.shape(profile, model_config.dtype, page_size)
+                shape = LayerShape.of(impl, profile, model_config, page_size)
                 longest = min(profile.max_seq_len, model_config.max_model_len)
                 # Layers of one shape share their kernels, so only the first takes long.
                 compile_kernels(prefills.values(), shape, profile.min_seq_len, longest, device)
@@ -155,7 +158,7 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         if not step.long_prefills:
             return whole
         blocks = cut_query_blocks(step.long_prefills, self.device)
-        metadata = extend_metadata(AfbsCUDAMetadata, whole, blocks=blocks)
+        metadata = extend_metadata(AfbsCUDAMetadata, whole, blocks=blocks, meter=self._meter)
         if step.dense_indices:
             rows, common = restrict(common_attn_metadata, step.dense_indices)
             dense = super().build(0, common, fast_build=True)
@@ -186,11 +189,12 @@ class AfbsCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
 class AfbsCUDAImpl(FlashAttentionImpl):
     """One layer's attention."""
 
-    _served: ServedLayer
+    _served: ServedLayer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Notes which arguments we do not know; arguments are vLLM's."""
         super().__init__(*args, **kwargs)
+        self._vllm_config = compat.current_config()
         self.unknown_arguments = eligibility.unknown_arguments(super().__init__, args, kwargs)
 
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
@@ -217,18 +221,6 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
         return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
 
-    def shape(self, profile: Profile, dtype: torch.dtype, page_size: int) -> LayerShape:
-        """What this layer's kernels are compiled for."""
-        return LayerShape(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_size,
-            dtype=dtype,
-            page_size=page_size,
-            block_q=profile.block_q,
-            block_k=profile.block_k,
-        )
-
     def serve(self, served: ServedLayer) -> None:
         """Takes what the layer serves; the metadata builder calls this before the first step."""
         self._served = served
@@ -238,7 +230,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
 
         Nothing of ours runs there, so vLLM's attention should not even pass through our code.
         """
-        self.forward = super().forward  # type: ignore[method-assign]
+        self.forward = super().forward  # type: ignore[method-assign, assignment]
 
     def forward(
         self,
@@ -251,17 +243,23 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
+        **unknown: Any,
     ) -> torch.Tensor:
-        """Attends; shapes and arguments are vLLM's."""
-        if isinstance(attn_metadata, AfbsCUDAMetadata):
+        """Attends; shapes and arguments are vLLM's, those of a later version included."""
+        if attn_metadata is None and self._served is None:
+            # vLLM measures memory. Later calls without metadata only warm up.
+            show_workspace(self, self._vllm_config, query.device)
+        elif isinstance(attn_metadata, AfbsCUDAMetadata):
             if output_scale is None and output_block_scale is None:
-                self._attend_prefills(layer, query, key, value, kv_cache, attn_metadata, output)
+                self._attend_prefills(
+                    layer, query, key, value, kv_cache, attn_metadata, output, **unknown
+                )
                 return output
             num_long = len(attn_metadata.blocks.requests)
             fallbacks.count({"output_quantization": num_long})
         return super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output,
-            output_scale, output_block_scale,
+            output_scale, output_block_scale, **unknown,
         )  # fmt: skip
 
     def _attend_prefills(
@@ -273,19 +271,23 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         kv_cache: torch.Tensor,
         metadata: AfbsCUDAMetadata,
         output: torch.Tensor,
+        **unknown: Any,
     ) -> None:
         """Attends in a step that has long prefills, and reports the work; see ``forward``."""
-        served, blocks = self._served, metadata.blocks
-        prefill = self._choose_prefill(blocks)
+        served, blocks, meter = self._served, metadata.blocks, metadata.meter
+        assert served is not None
+        prefill, dense_reason = None, None
+        if served.prefills:  # otherwise the builder has counted the layer's reason
+            prefill, dense_reason = self._choose_prefill(served, blocks, query, kv_cache, unknown)
         started, chosen_at, attended_at = mark(), None, None
         if prefill is None:
-            if served.prefills:
-                fallbacks.count({"dense_is_faster": len(blocks.requests)})
-            super().forward(layer, query, key, value, kv_cache, metadata, output)
+            if dense_reason is not None:
+                fallbacks.count({dense_reason: len(blocks.requests)})
+            super().forward(layer, query, key, value, kv_cache, metadata, output, **unknown)
         else:
-            key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-            step = StepInputs(query, key_cache, value_cache, metadata.block_table, blocks)
-            chosen = prefill.choose(step, served.meter.counter(served.slot))
+            caches = split_kv_cache(kv_cache, self.head_size)
+            step = StepInputs(query, *caches, metadata.block_table, blocks)
+            chosen = prefill.choose(step, meter.counter(served.slot))
             chosen_at = mark()
             prefill.attend(step, chosen, output)
             if metadata.dense_requests is not None:
@@ -295,12 +297,12 @@ class AfbsCUDAImpl(FlashAttentionImpl):
                     metadata.dense_requests, output,
                 )  # fmt: skip
         ended = mark()
-        is_sampled = prefill is not None and served.meter.is_sampled()
+        is_sampled = prefill is not None and meter.is_sampled()
         if is_sampled:
             reference = torch.empty_like(output)
             super().forward(layer, query, key, value, kv_cache, metadata, reference)
-            served.meter.add_sample(served.slot, output, reference, blocks.requests)
-        served.meter.add(
+            meter.add_sample(served.slot, output, reference, blocks.requests)
+        meter.add(
             LayerWork(
                 slot=served.slot,
                 path="dense" if prefill is None else "sparse",
@@ -320,12 +322,23 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         kv_len = blocks.requests[0].geometry.kv_len
         return dense_seconds(self.head_size, kv_len, self.num_heads * blocks.num_scores)
 
-    def _choose_prefill(self, blocks: QueryBlocks) -> SparsePrefill | None:
-        """The fastest kernel at the expected sparsity; None if dense attention is faster."""
-        served = self._served
-        if not served.prefills:
-            return None
+    def _choose_prefill(
+        self,
+        served: ServedLayer,
+        blocks: QueryBlocks,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        unknown: Mapping[str, Any],
+    ) -> tuple[SparsePrefill | None, Reason | None]:
+        """The fastest kernel at the expected sparsity, or why a sparse layer runs dense."""
+        if unknown:
+            return None, "unknown_argument"
+        if not is_readable(kv_cache, query, self.num_kv_heads, blocks.block_k):
+            return None, "cache_layout"
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - served.plan.expected_sparsity(kv_len)
         num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
-        return served.prefills.get(fastest_kernel(self.head_size, kv_len, density, num_scores))
+        kernel = fastest_kernel(self.head_size, kv_len, density, num_scores)
+        if kernel == "dense":
+            return None, "dense_is_faster"
+        return served.prefills[kernel], None

@@ -7,6 +7,7 @@ are compiled later, or fails (``--jit-monitor-mode``).
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +15,7 @@ import triton
 from vllm_afbs.backends.cuda.sparse import SparsePrefill
 from vllm_afbs.kernels import BlockGeometry, StepInputs
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
+from vllm_afbs.profile.schema import Profile
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class LayerShape:
     page_size: int
     block_q: int
     block_k: int
+
+    @classmethod
+    def of(cls, impl: Any, profile: Profile, model_config: Any, page_size: int) -> "LayerShape":
+        """The shape of a layer, by vLLM's implementation and configuration and the profile."""
+        return cls(
+            num_heads=impl.num_heads,
+            num_kv_heads=impl.num_kv_heads,
+            head_dim=impl.head_size,
+            dtype=model_config.dtype,
+            page_size=page_size,
+            block_q=profile.block_q,
+            block_k=profile.block_k,
+        )
 
 
 def compile_kernels(
