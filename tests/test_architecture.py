@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "plugin": {"compat", "observability.metrics"},
     "tuning": {"files", "kernels", "profile"},
     "commands": {"files"},
+    "check": {"commands", "compat", "files", "profile", "serving"},
     "tune": {"commands", "files", "profile", "tuning"},
     "evaluate": {"commands", "files", "kernels", "profile", "serving.plan", "tuning"},
     "demo": {"commands", "evaluate.divergence", "files", "profile", "serving.settings"},
@@ -33,7 +34,7 @@ A room is a folder or a single module of the package. It may import only rooms a
 table, so there is no cycle.
 """
 
-CALLS_VLLM = {"compat", "backends", "plugin"}
+CALLS_VLLM = {"compat", "backends", "check", "plugin"}
 """Rooms that import vLLM when they run. The others may name its types for the type checker."""
 
 MAX_LINES = 350

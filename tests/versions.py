@@ -103,7 +103,7 @@ class Tree:
 
 def imports() -> Iterator[tuple[str, str]]:
     """Every module of vLLM's and name in it that our package imports, wherever it does so."""
-    for folder in ("", "backends", "observability", "profile", "serving"):
+    for folder in ("", "backends", "check", "observability", "profile", "serving"):
         for path in sorted((PACKAGE / folder).glob("**/*.py" if folder else "*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":

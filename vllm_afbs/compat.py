@@ -41,6 +41,21 @@ def unknown_version() -> str | None:
     )
 
 
+def installed_version() -> str:
+    """The version of the installed vLLM."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def active_platform() -> str:
+    """Dotted name of the class of the platform that vLLM chose in this process."""
+    from vllm.platforms import current_platform
+
+    kind = type(current_platform)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def register_backend(path: str) -> None:
     """Adds ``AFBS`` to vLLM's attention backends. Repeated calls change nothing.
 
@@ -128,6 +143,26 @@ def attention_layers(vllm_config: "VllmConfig", layer_names: list[str] | None) -
     return dict(get_layers_from_vllm_config(vllm_config, Attention, layer_names))
 
 
+def cache_specs(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """What each layer with a cache of its own keeps there, as vLLM's workers ask for it."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    kind: Any = AttentionLayerBase
+    specs = {}
+    for name, layer in get_layers_from_vllm_config(vllm_config, kind).items():
+        shares = getattr(layer, "kv_sharing_target_layer_name", None) is not None
+        spec = None if shares else layer.get_kv_cache_spec(vllm_config)
+        if spec is not None:
+            specs[name] = spec
+    return specs
+
+
+def is_ours(layer: Any) -> bool:
+    """Whether our backend, or a backend that vLLM derived from it, runs an attention layer."""
+    return bool(layer.get_attn_backend().get_name() == BACKEND_NAME)
+
+
 def tensor_parallel_rank() -> int:
     """This worker's rank among those that share the heads."""
     from vllm.distributed import get_tensor_model_parallel_rank
@@ -140,6 +175,27 @@ def tensor_parallel_size() -> int:
     from vllm.distributed import get_tensor_model_parallel_world_size
 
     return int(get_tensor_model_parallel_world_size())
+
+
+def is_first_rank(vllm_config: "VllmConfig") -> bool:
+    """Whether this worker is the one of its machine and pipeline stage that speaks for all."""
+    return tensor_parallel_rank() == 0 and not vllm_config.parallel_config.data_parallel_rank_local
+
+
+def pipeline_stage() -> tuple[int, int]:
+    """This worker's pipeline stage, from 0 on, and the number of stages."""
+    from vllm.distributed import get_pp_group
+
+    group = get_pp_group()
+    return int(group.rank_in_group), int(group.world_size)
+
+
+def longest_chunk(vllm_config: "VllmConfig") -> int:
+    """Most tokens of one prompt that the scheduler puts into one step."""
+    scheduler = vllm_config.scheduler_config
+    threshold = int(scheduler.long_prefill_token_threshold)
+    budget = int(scheduler.max_num_batched_tokens)
+    return min(budget, threshold) if threshold > 0 else budget
 
 
 def host_seq_lens(common: "CommonAttentionMetadata") -> "torch.Tensor | None":

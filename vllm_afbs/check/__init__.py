@@ -1,0 +1,1 @@
+"""Says whether a server would run sparse attention, and why not: ``python -m vllm_afbs.check``."""

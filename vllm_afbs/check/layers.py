@@ -1,0 +1,182 @@
+"""Plans the layers of a server as its workers would, without weights, cache or engine.
+
+vLLM's own parser makes the configuration, its own model class makes the layers on torch's device
+``meta``, which has shapes and no memory, and ``serving/plan.py`` plans them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vllm_afbs import compat
+from vllm_afbs.check.model import make_layers, only_rank, rank_counts
+from vllm_afbs.check.plugins import one_line
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving import admission, eligibility
+from vllm_afbs.serving.plan import LayerPlan, plan_layer, plan_layers
+from vllm_afbs.serving.summary import Summary
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+    from vllm.config import VllmConfig
+
+
+class RefusedError(ValueError):
+    """A server would not start with what was given; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server's layers would serve.
+
+    Attributes:
+        summary: Counts of layers and the lengths, as the server logs them.
+        plans: The plan of each layer, by the layer's name.
+        profile: The profile that the server would serve, if any.
+        notes: What the reader has to know about the answer, one line each.
+    """
+
+    summary: Summary
+    plans: dict[str, LayerPlan]
+    profile: Profile | None
+    notes: list[str]
+
+
+def parse_serve_arguments(arguments: Sequence[str]) -> "Namespace":
+    """Parses what follows ``vllm serve``, in the way in which that command does.
+
+    Raises:
+        RefusedError: vLLM does not accept the arguments.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    make_parser: Any = FlexibleArgumentParser
+    parser = make_parser()
+    command = ServeSubcommand()
+    serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    for each in (parser, serve):
+        _raise_errors(each)
+    try:
+        options: Namespace = parser.parse_args([command.name, *arguments])
+        command.validate(options)
+    except (ValueError, TypeError, OSError) as error:
+        if isinstance(error, RefusedError):
+            raise
+        raise RefusedError(f"vllm serve: {one_line(error)}") from None
+    if getattr(options, "model_tag", None) is not None:
+        options.model = options.model_tag
+    return options
+
+
+def _raise_errors(parser: "ArgumentParser") -> None:
+    """Makes a parser raise where it would print its usage and end the process."""
+
+    def error(message: str) -> NoReturn:
+        raise RefusedError(f"vllm serve: {' '.join(message.split())}")
+
+    parser.error = error  # type: ignore[method-assign]
+
+
+def server_config(options: "Namespace") -> "VllmConfig":
+    """The configuration of a server, with an admitted profile.
+
+    Raises:
+        RefusedError: vLLM or our admission refuses what was given.
+    """
+    from pydantic import ValidationError
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    if options.model.startswith(("/", "./", "../", "~")) and not Path(options.model).exists():
+        raise RefusedError(f"{options.model}: no such directory")
+    try:
+        config: VllmConfig = AsyncEngineArgs.from_cli_args(options).create_engine_config()
+    except SystemExit as error:  # admission's one line
+        raise RefusedError(str(error.code).removeprefix("vllm-afbs: ")) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RefusedError(f"vllm serve: {' '.join(first['msg'].split())}") from None
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise RefusedError(f"vllm serve: {one_line(error)}") from None
+    return config
+
+
+def plan_server(vllm_config: "VllmConfig") -> Answer:
+    """Plans the layers that a server of this configuration has.
+
+    If vLLM cannot make the model without its weights, the answer follows from the configuration
+    and the profile alone, and a note says so.
+    """
+    profile = admission.admitted_profile(vllm_config)
+    ranks = rank_counts(vllm_config)
+    notes = _notes_on_ranks(ranks) if math.prod(ranks.values()) > 1 else []
+    if vllm_config.speculative_config is not None:
+        notes.append("layers of the drafter are not listed; they run dense: unknown_layer")
+    with only_rank(vllm_config):
+        try:
+            make_layers(vllm_config)
+        except Exception as error:  # whatever a model's class does without memory
+            notes.append(
+                f"vLLM cannot make this model without its weights ({one_line(error)}); the answer "
+                "follows from the configuration and the profile, and leaves out what single layers "
+                "have, such as windows or sinks"
+            )
+            plans = _plan_by_configuration(vllm_config, profile)
+        else:
+            plans = _plan_layers(vllm_config, profile, ranks)
+    return Answer(Summary.of(vllm_config, profile, plans.values()), plans, profile, notes)
+
+
+def _notes_on_ranks(ranks: Mapping[str, int]) -> list[str]:
+    several = ", ".join(f"{name}={count}" for name, count in ranks.items() if count > 1)
+    return [
+        f"{several}: planned as one rank that holds all heads and layers, which decides alike "
+        "unless ranks get uneven shares of the heads (head_shape)"
+    ]
+
+
+def _plan_layers(
+    vllm_config: "VllmConfig", profile: Profile | None, ranks: Mapping[str, int]
+) -> dict[str, LayerPlan]:
+    """Plans the layers that vLLM made, in the groups for which it makes metadata builders."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+    from vllm.v1.worker.utils import select_common_block_size
+
+    layers = {
+        name: layer
+        for name, layer in compat.attention_layers(vllm_config, None).items()
+        if compat.is_ours(layer)
+    }
+    for layer in layers.values():
+        layer.impl.dcp_world_size = ranks["decode_context_parallel_size"]
+        layer.impl.pcp_world_size = ranks["prefill_context_parallel_size"]
+    plans: dict[str, LayerPlan] = {}
+    for group in get_kv_cache_groups(vllm_config, compat.cache_specs(vllm_config)):
+        names = [
+            name
+            for name, layer in layers.items()
+            if {name, layer.kv_sharing_target_layer_name} & set(group.layer_names)
+        ]
+        if names:
+            backends = list({layers[name].get_attn_backend() for name in names})
+            page_size = select_common_block_size(group.kv_cache_spec.block_size, backends)
+            planned = plan_layers(vllm_config, profile, names, page_size)
+            plans |= zip(names, (plan for _, plan in planned), strict=True)
+    return plans
+
+
+def _plan_by_configuration(
+    vllm_config: "VllmConfig", profile: Profile | None
+) -> dict[str, LayerPlan]:
+    """Plans the profile's layers by what makes all layers of a server dense."""
+    if profile is None:
+        return {}
+    unsupported = eligibility.first_true(eligibility.server_obstacles(vllm_config))
+    num_heads = profile.model.num_heads
+    return {
+        f"layers.{index}": plan_layer(profile, index, num_heads, 0, unsupported)
+        for index in range(profile.model.num_layers)
+    }

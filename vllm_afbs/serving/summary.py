@@ -1,0 +1,151 @@
+"""One line that says whether sparse attention is on: how many layers, at which lengths, why not."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from vllm_afbs import compat
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving.reasons import Reason
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_afbs.serving.plan import LayerPlan
+
+logger = logging.getLogger("vllm.afbs")
+
+_PLANS: "WeakKeyDictionary[Any, LayerPlan]" = WeakKeyDictionary()
+"""What this process's layers serve, by vLLM's layer.
+
+A model has one metadata builder for each group of layers, and vLLM may make builders again: after
+it has profiled the memory, or one for each microbatch.
+"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the layers of a model serve.
+
+    Attributes:
+        num_sparse: Number of layers that may run sparse.
+        dense: Number of dense layers by reason.
+        shortest: Shortest calibrated context, in tokens.
+        longest: Longest context that the profile covers and the server accepts, in tokens.
+        limit: Why no prompt of this server reaches the layers that were tuned to run sparse, with
+            its reason; None if prompts do.
+    """
+
+    num_sparse: int
+    dense: Counter[Reason]
+    shortest: int = 0
+    longest: int = 0
+    limit: "Limit | None" = None
+
+    @classmethod
+    def of(
+        cls, vllm_config: "VllmConfig", profile: Profile | None, plans: "Iterable[LayerPlan]"
+    ) -> "Summary":
+        """Sums up plans, within the lengths that the server accepts.
+
+        Args:
+            vllm_config: The server's configuration.
+            profile: The admitted profile, if any.
+            plans: The plans of all layers.
+        """
+        dense: Counter[Reason] = Counter()
+        num_sparse = 0
+        for plan in plans:
+            if plan.dense_reason is None:
+                num_sparse += 1
+            else:
+                dense[plan.dense_reason] += 1
+        if profile is None:
+            return cls(0, dense)
+        longest = min(profile.max_seq_len, int(vllm_config.model_config.max_model_len))
+        limit = _limit(vllm_config, profile) if num_sparse else None
+        if limit is not None:
+            dense[limit.reason] += num_sparse
+            num_sparse = 0
+        return cls(num_sparse, dense, profile.min_seq_len, longest, limit)
+
+    def __str__(self) -> str:
+        num_dense = self.dense.total()
+        line = f"{self.num_sparse} of {self.num_sparse + num_dense} layers sparse"
+        if self.num_sparse:
+            line += f" from {self.shortest:,} to {self.longest:,} tokens"
+        if not num_dense:
+            return line
+        counts = self.dense.most_common()
+        reasons = [reason if len(counts) == 1 else f"{count} {reason}" for reason, count in counts]
+        line += f"; {num_dense} dense: {', '.join(reasons)}"
+        return line if self.limit is None else f"{line} ({self.limit.explanation})"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A setting of the server that keeps every prompt from running sparse.
+
+    Attributes:
+        reason: The reason with which prefills will run dense.
+        explanation: The setting and what it falls short of.
+    """
+
+    reason: Reason
+    explanation: str
+
+
+def _limit(vllm_config: "VllmConfig", profile: Profile) -> Limit | None:
+    longest, shortest = int(vllm_config.model_config.max_model_len), profile.min_seq_len
+    if longest < shortest:
+        return Limit(
+            "short_context",
+            f"max_model_len is {longest:,}, the shortest calibrated context {shortest:,}",
+        )
+    chunk = compat.longest_chunk(vllm_config)
+    if chunk < profile.block_q:
+        return Limit(
+            "short_query",
+            f"chunks have at most {chunk:,} tokens, the profile's query blocks {profile.block_q:,}",
+        )
+    return None
+
+
+def log_when_complete(
+    vllm_config: "VllmConfig",
+    profile: Profile | None,
+    planned: "Mapping[str, LayerPlan]",
+) -> None:
+    """Logs the summary once every layer of the model has a plan: one line for each server.
+
+    With tensor or data parallelism, only the first rank logs it. With pipeline parallelism, the
+    first rank of each stage logs a line about the stage's layers.
+
+    Args:
+        vllm_config: The worker's configuration.
+        profile: The admitted profile, if any.
+        planned: The plans of one metadata builder's layers, by the layer's name.
+    """
+    layers = compat.attention_layers(vllm_config, None)
+    changed = False
+    for name, plan in planned.items():
+        earlier = _PLANS.get(layers[name])
+        changed |= earlier is None or earlier.dense_reason != plan.dense_reason
+        _PLANS[layers[name]] = plan
+    missing = [name for name, layer in layers.items() if layer not in _PLANS]
+    # A layer that needs no cache, such as an encoder's, may have no builder. vLLM's configuration
+    # is asked for caches only while some layer has no plan.
+    waiting = missing and any(
+        name in missing and compat.is_ours(layers[name]) for name in compat.cache_specs(vllm_config)
+    )
+    if not changed or waiting or not compat.is_first_rank(vllm_config):
+        return
+    stage, num_stages = compat.pipeline_stage()
+    place = f"Pipeline stage {stage + 1} of {num_stages}: " if num_stages > 1 else ""
+    plans = [_PLANS[layer] for layer in layers.values() if layer in _PLANS]
+    summary = Summary.of(vllm_config, profile, plans)
+    level = logging.INFO if summary.num_sparse else logging.WARNING
+    logger.log(level, "%s%s.", place, summary)
