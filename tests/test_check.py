@@ -214,7 +214,6 @@ def test_layers_are_answered_without_weights(
 OFF: list[tuple[list[str], str]] = [
     (["--kv-cache-dtype", "fp8"], "0 of 4 layers sparse; 4 dense: kv_cache_dtype"),
     (["--enable-lora"], "0 of 4 layers sparse; 4 dense: lora"),
-    (["--enable-sleep-mode"], "0 of 4 layers sparse; 4 dense: sleep_mode"),
     (["--block-size", "96"], "0 of 4 layers sparse; 4 dense: page_size"),
     (["--max-model-len", "512"], "max_model_len is 512, the shortest calibrated context 1,024"),
     (["--max-num-batched-tokens", "64"], "chunks have at most 64 tokens"),
@@ -246,9 +245,7 @@ def test_without_a_profile_or_our_backend_nothing_is_on(
         assert lines[-1].endswith("do not choose our backend: add --attention-backend afbs")
 
 
-def test_a_model_of_two_kinds_of_layers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_of_two_kinds_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Layers with a sliding window have a metadata builder of their own."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     config = Gemma3TextConfig(
@@ -320,6 +317,7 @@ def write(path: Path, text: str) -> str:
         (["--additional-config", '{"afbs": {"profil": "p"}}'], "afbs.profil: an object with"),
         (["--model", "/no/such/model"], "/no/such/model: no such directory"),
         (["--profile", "/no/such/profile"], "/no/such/profile: cannot read the profile"),
+        (["--enable-sleep-mode"], "Sleep mode is not supported on current platform"),
         (["--profile", broken], "broken.json: not valid JSON"),
         (["--profile", of_another_model], "model.head_dim is 64 in the profile and 32"),
     ],

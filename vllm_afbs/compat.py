@@ -145,17 +145,37 @@ def attention_layers(vllm_config: "VllmConfig", layer_names: list[str] | None) -
 
 def cache_specs(vllm_config: "VllmConfig") -> dict[str, Any]:
     """What each layer with a cache of its own keeps there, as vLLM's workers ask for it."""
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    kind: Any = AttentionLayerBase
     specs = {}
-    for name, layer in get_layers_from_vllm_config(vllm_config, kind).items():
+    for name, layer in _layers_of_any_kind(vllm_config).items():
         shares = getattr(layer, "kv_sharing_target_layer_name", None) is not None
         spec = None if shares else layer.get_kv_cache_spec(vllm_config)
         if spec is not None:
             specs[name] = spec
     return specs
+
+
+def cache_groups(vllm_config: "VllmConfig") -> list[Any]:
+    """The groups in which layers share their pages, as vLLM's engine forms them."""
+    from vllm.v1.attention.backends import utils
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+    specs = cache_specs(vllm_config)
+    resolve = getattr(utils, "resolve_kv_cache_layout", None)
+    if resolve is not None:  # from some version on; groups then depend on the layout
+        layers = _layers_of_any_kind(vllm_config)
+        backends = [layers[name].get_attn_backend() for name in specs]
+        supported = vars(utils)["get_supported_kv_cache_layouts"](backends)
+        resolve(vllm_config, [[layout.name for layout in supported]], list(specs.values()))
+    return list(get_kv_cache_groups(vllm_config, specs))
+
+
+def _layers_of_any_kind(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """All layers that may have a cache: those of Mamba and latent attention included."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    kind: Any = AttentionLayerBase
+    return dict(get_layers_from_vllm_config(vllm_config, kind))
 
 
 def is_ours(layer: Any) -> bool:

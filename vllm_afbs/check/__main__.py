@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, serve_arguments: Sequence[str]) -> int:
     if reason := missing_engine():
         return _refuse(reason)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        os.environ["VLLM_LOGGING_LEVEL"] = "CRITICAL"
+        logging.getLogger("vllm").setLevel(logging.CRITICAL)  # until vLLM sets its log up
     if options.profile is not None:
         os.environ[PROFILE_VARIABLE] = options.profile
     if not _plugins_work():

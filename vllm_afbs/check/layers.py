@@ -142,7 +142,6 @@ def _plan_layers(
     vllm_config: "VllmConfig", profile: Profile | None, ranks: Mapping[str, int]
 ) -> dict[str, LayerPlan]:
     """Plans the layers that vLLM made, in the groups for which it makes metadata builders."""
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
     from vllm.v1.worker.utils import select_common_block_size
 
     layers = {
@@ -154,7 +153,7 @@ def _plan_layers(
         layer.impl.dcp_world_size = ranks["decode_context_parallel_size"]
         layer.impl.pcp_world_size = ranks["prefill_context_parallel_size"]
     plans: dict[str, LayerPlan] = {}
-    for group in get_kv_cache_groups(vllm_config, compat.cache_specs(vllm_config)):
+    for group in compat.cache_groups(vllm_config):
         names = [
             name
             for name, layer in layers.items()
