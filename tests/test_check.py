@@ -3,7 +3,6 @@
 Models have a configuration and no weights, except where a server is started.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -166,12 +165,16 @@ def test_without_vllm_it_says_what_to_install(
 
 
 def test_an_unknown_version_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     status, lines, _ = outcome(capsys)
     assert status == 0
-    assert lines[1].startswith("note: vllm-afbs does not know vLLM 0.99.0")
+    notice = "note: vllm-afbs does not know vLLM 0.99.0"
+    assert lines[1].startswith(notice)
+    # Admission says it, too, once there is a model.
+    _, lines, _ = outcome(capsys, "--model", model)
+    assert sum(line.startswith(notice) for line in lines) == 1
 
 
 def test_another_platforms_plugin_is_no_answer(
@@ -272,6 +275,22 @@ def test_several_ranks_are_planned_as_one(
     assert status == 0
     assert any(line.startswith("note: tensor_parallel_size=2: planned as one") for line in lines)
     assert lines[-1].startswith("on: 3 of 4 layers sparse")
+
+
+def test_what_the_answer_leaves_out_is_noted() -> None:
+    def notes(device: str, draft: object, **counts: int) -> list[str]:
+        config: Any = SimpleNamespace(
+            device_config=SimpleNamespace(device_type=device), speculative_config=draft
+        )
+        return layers.notes_on(config, counts)
+
+    assert notes("cpu", None, tensor_parallel_size=1) == []
+    (on_gpu,) = notes("cuda", None, tensor_parallel_size=1)
+    assert "dense_is_faster" in on_gpu
+    (drafter,) = notes("cpu", object(), tensor_parallel_size=1)
+    assert "unknown_layer" in drafter
+    (ranks,) = notes("cpu", None, tensor_parallel_size=1, pipeline_parallel_size=2)
+    assert ranks.startswith("pipeline_parallel_size=2: planned as one rank")
 
 
 def test_a_model_that_cannot_be_made_is_answered_from_its_configuration(
@@ -377,4 +396,3 @@ def test_a_server_says_once_what_the_check_says(
         log = (tmp_path / "server.log").read_text(encoding="utf-8")
     assert log.count(f"{answer}.") == 1
     assert log.count("layers sparse") == 1
-    assert json.loads(profile.read_text(encoding="utf-8"))["layers"]

@@ -205,6 +205,7 @@ def test_programs_list_the_options_that_their_source_has(module: str) -> None:
         ("vllm_afbs.tune", "tuning.md"),
         ("vllm_afbs.evaluate", "evaluation.md"),
         ("vllm_afbs.demo", "contributing.md"),
+        ("vllm_afbs.check", "operations.md"),
     ],
 )
 def test_options_are_all_explained(module: str, page: str) -> None:

@@ -109,7 +109,8 @@ def _check_layers(model: str | None, serve_arguments: Sequence[str]) -> int:
     with _collected_log() as lines:
         config = server_config(parse_serve_arguments(given))
         for line in lines:
-            print(f"note: {line}")
+            if line != compat.unknown_version():  # said already
+                print(f"note: {line}")
         if not compat.is_afbs(config.attention_config.backend):
             print("off: these arguments do not choose our backend: add --attention-backend afbs")
             return EXIT_OFF

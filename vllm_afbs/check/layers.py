@@ -4,7 +4,6 @@ vLLM's own parser makes the configuration, its own model class makes the layers 
 ``meta``, which has shapes and no memory, and ``serving/plan.py`` plans them.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,9 +111,7 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
     """
     profile = admission.admitted_profile(vllm_config)
     ranks = rank_counts(vllm_config)
-    notes = _notes_on_ranks(ranks) if math.prod(ranks.values()) > 1 else []
-    if vllm_config.speculative_config is not None:
-        notes.append("layers of the drafter are not listed; they run dense: unknown_layer")
+    notes = notes_on(vllm_config, ranks)
     with only_rank(vllm_config):
         try:
             make_layers(vllm_config)
@@ -130,12 +127,27 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
     return Answer(Summary.of(vllm_config, profile, plans.values()), plans, profile, notes)
 
 
-def _notes_on_ranks(ranks: Mapping[str, int]) -> list[str]:
-    several = ", ".join(f"{name}={count}" for name, count in ranks.items() if count > 1)
-    return [
-        f"{several}: planned as one rank that holds all heads and layers, which decides alike "
-        "unless ranks get uneven shares of the heads (head_shape)"
-    ]
+def notes_on(vllm_config: "VllmConfig", ranks: Mapping[str, int]) -> list[str]:
+    """What an answer leaves out, one line each.
+
+    Args:
+        vllm_config: The server's configuration.
+        ranks: Number of ranks of each kind of parallelism.
+    """
+    notes = []
+    if several := [f"{name}={count}" for name, count in ranks.items() if count > 1]:
+        notes.append(
+            f"{', '.join(several)}: planned as one rank that holds all heads and layers; ranks "
+            "that get uneven shares of the heads run dense (head_shape)"
+        )
+    if vllm_config.speculative_config is not None:
+        notes.append("layers of the drafter are not listed; they run dense (unknown_layer)")
+    if vllm_config.device_config.device_type == "cuda":
+        notes.append(
+            "the server leaves a layer dense where it expects dense attention to be faster "
+            "(dense_is_faster), which depends on each step"
+        )
+    return notes
 
 
 def _plan_layers(
