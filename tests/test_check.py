@@ -17,6 +17,8 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, LlamaForCaus
 
 from tests.distributions import CHECKOUT, link, required_by
 from tests.profiles import uniform_profile
+from vllm_afbs.backends.cpu import backend
+from vllm_afbs.backends.cpu.key_pages import UnknownPackingError
 from vllm_afbs.check import __main__ as check
 from vllm_afbs.check import layers
 from vllm_afbs.commands import extras
@@ -234,6 +236,18 @@ def test_arguments_that_turn_everything_off(
     assert lines[-1].startswith("off: 0 of 4 layers sparse; 4 dense: ")
     assert reason in lines[-1]
     assert not any(line.endswith(": sparse") for line in lines)
+
+
+def test_what_the_builder_cannot_prepare_is_off(
+    model: Path, profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise UnknownPackingError("keys are no permutation of a page")
+
+    monkeypatch.setattr(backend, "SparsePrefill", fail)
+    status, lines, _ = outcome(capsys, "--model", model, "--profile", profile)
+    assert status == 1
+    assert lines[-1] == "off: 0 of 4 layers sparse; 4 dense: 3 cache_layout, 1 profile_dense"
 
 
 def test_without_a_profile_or_our_backend_nothing_is_on(

@@ -87,6 +87,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "sinks"))]
     impls = [make_impl("cuda") for _ in plans]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: zip(impls, plans, strict=True))
+    monkeypatch.setattr(backend.summary, "report", lambda *_: None)
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=4096),
         additional_config={},
@@ -116,6 +117,7 @@ def test_without_a_profile_attention_is_flash_attentions_own(
     assert impl.forward.__func__ is backend.AfbsCUDAImpl.forward
     plans = [(impl, plan_layer(None, 0, 4, 0, None))]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: iter(plans))
+    monkeypatch.setattr(backend.summary, "report", lambda *_: None)
     config: Any = SimpleNamespace(additional_config={}, speculative_config=None)
     backend.AfbsCUDAMetadataBuilder(
         SimpleNamespace(block_size=64), ["a"], config, torch.device("cpu")

@@ -40,11 +40,7 @@ def make_config(tmp_path: Path, layers: dict[str, Any], **changes: Any) -> Any:
         "additional_config": {"afbs": settings},
         "compilation_config": SimpleNamespace(static_forward_context=layers),
         "lora_config": None,
-        "model_config": SimpleNamespace(enable_sleep_mode=False, max_model_len=8192),
-        "parallel_config": SimpleNamespace(data_parallel_rank_local=None),
-        "scheduler_config": SimpleNamespace(
-            max_num_batched_tokens=2048, long_prefill_token_threshold=0
-        ),
+        "model_config": SimpleNamespace(enable_sleep_mode=False),
         "speculative_config": None,
     }
     return SimpleNamespace(**values | changes)
@@ -55,7 +51,6 @@ def reasons(
 ) -> list[Reason | None]:
     monkeypatch.setattr(compat, "tensor_parallel_rank", lambda: rank)
     monkeypatch.setattr(compat, "tensor_parallel_size", lambda: num_ranks)
-    monkeypatch.setattr(compat, "pipeline_stage", lambda: (0, 1))
     names = list(config.compilation_config.static_forward_context)
     profile = admission.admitted_profile(config)
     plans = plan.plan_layers(config, profile, names, PAGE_SIZE)
@@ -255,7 +250,7 @@ def test_what_the_whole_server_does_decides(
     layers = {name_of(0): make_layer(make_impl("cpu"))}
     config = make_config(tmp_path, layers, lora_config=SimpleNamespace(max_loras=1))
     assert reasons(config, monkeypatch) == ["lora"]
-    may_sleep = SimpleNamespace(enable_sleep_mode=True, max_model_len=8192)
+    may_sleep = SimpleNamespace(enable_sleep_mode=True)
     config = make_config(tmp_path, layers, model_config=may_sleep)
     assert reasons(config, monkeypatch) == ["sleep_mode"]
     config = make_config(tmp_path, layers)
@@ -275,7 +270,6 @@ def test_layers_are_logged_once_by_reason(
     assert logged == [
         f"1 layers run dense: sliding_window ({name_of(0)} to {name_of(0)}).",
         "2 layers run dense: unknown_layer (a to b).",
-        "0 of 3 layers sparse; 3 dense: 2 unknown_layer, 1 sliding_window.",
     ]
 
 

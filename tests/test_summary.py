@@ -13,7 +13,7 @@ from tests.test_fail_closed import PAGE_SIZE, make_config, name_of
 from vllm_afbs import compat
 from vllm_afbs.serving import admission
 from vllm_afbs.serving.plan import plan_layer, plan_layers
-from vllm_afbs.serving.summary import Summary
+from vllm_afbs.serving.summary import Summary, report
 
 WHOLE = "2 of 2 layers sparse from 1,024 to 8,192 tokens"
 
@@ -31,7 +31,14 @@ def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     """The configuration of a worker with two layers, each with a cache and of our backend."""
     layers = {name_of(index): make_layer(make_impl("cpu")) for index in range(2)}
-    config = make_config(tmp_path, layers, **changes)
+    settings = {
+        "model_config": SimpleNamespace(enable_sleep_mode=False, max_model_len=8192),
+        "parallel_config": SimpleNamespace(data_parallel_rank_local=None),
+        "scheduler_config": SimpleNamespace(
+            max_num_batched_tokens=2048, long_prefill_token_threshold=0
+        ),
+    }
+    config = make_config(tmp_path, layers, **settings | changes)
     monkeypatch.setattr(compat, "is_ours", lambda layer: True)
     monkeypatch.setattr(compat, "cache_specs", lambda config: dict.fromkeys(layers))
     return config
@@ -40,7 +47,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> An
 def build(config: Any, *indices: int) -> None:
     """What a metadata builder does for its layers."""
     names = [name_of(index) for index in indices]
-    list(plan_layers(config, admission.admitted_profile(config), names, PAGE_SIZE))
+    profile = admission.admitted_profile(config)
+    final = [plan for _, plan in plan_layers(config, profile, names, PAGE_SIZE)]
+    report(config, profile, names, final)
 
 
 def test_several_builders_give_one_line(
@@ -65,6 +74,7 @@ def test_layers_that_are_planned_otherwise_later_are_said_again(
     config.lora_config = SimpleNamespace()
     build(config, 0, 1)
     assert logged[-1] == "0 of 2 layers sparse; 2 dense: lora."
+    assert logged[0] == f"{WHOLE}."
 
 
 def test_a_layer_without_a_cache_is_not_waited_for(

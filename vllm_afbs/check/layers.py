@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from vllm_afbs import compat
 from vllm_afbs.check.model import make_layers, only_rank, rank_counts
 from vllm_afbs.check.plugins import one_line
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission, eligibility
+from vllm_afbs.serving import admission, eligibility, summary
 from vllm_afbs.serving.plan import LayerPlan, plan_layer, plan_layers
 from vllm_afbs.serving.summary import Summary
 
@@ -164,19 +166,33 @@ def _plan_layers(
     for layer in layers.values():
         layer.impl.dcp_world_size = ranks["decode_context_parallel_size"]
         layer.impl.pcp_world_size = ranks["prefill_context_parallel_size"]
-    plans: dict[str, LayerPlan] = {}
+    specs = compat.cache_specs(vllm_config)
     for group in compat.cache_groups(vllm_config):
         names = [
             name
             for name, layer in layers.items()
             if {name, layer.kv_sharing_target_layer_name} & set(group.layer_names)
         ]
-        if names:
-            backends = list({layers[name].get_attn_backend() for name in names})
-            page_size = select_common_block_size(group.kv_cache_spec.block_size, backends)
-            planned = plan_layers(vllm_config, profile, names, page_size)
-            plans |= zip(names, (plan for _, plan in planned), strict=True)
-    return plans
+        if not names:
+            continue
+        backends = list({layers[name].get_attn_backend() for name in names})
+        page_size = select_common_block_size(group.kv_cache_spec.block_size, backends)
+        if vllm_config.device_config.device_type == "cpu":
+            for name in names:
+                spec = specs[layers[name].kv_sharing_target_layer_name or name]
+                _build(vllm_config, layers[name], name, spec.copy_with_new_block_size(page_size))
+        else:
+            planned = [plan for _, plan in plan_layers(vllm_config, profile, names, page_size)]
+            summary.report(vllm_config, profile, names, planned)
+    return summary.plans(vllm_config)
+
+
+def _build(vllm_config: "VllmConfig", layer: Any, name: str, spec: Any) -> None:
+    """Makes a layer's metadata builder, which on the CPU also tries how keys are packed.
+
+    On CUDA, a builder takes memory of the device and compiles kernels.
+    """
+    layer.get_attn_backend().get_builder_cls()(spec, [name], vllm_config, torch.device("cpu"))
 
 
 def _plan_by_configuration(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import Profile, mean_calibration
-from vllm_afbs.serving import eligibility, summary
+from vllm_afbs.serving import eligibility
 from vllm_afbs.serving.reasons import KINDS, Reason
 
 if TYPE_CHECKING:
@@ -101,7 +101,6 @@ def plan_layers(
         index = indices.get(name, UNKNOWN_LAYER)
         plans[name] = plan_layer(profile, index, layer.impl.num_heads, rank, unsupported)
     _log_dense_layers(plans)
-    summary.log_when_complete(vllm_config, profile, plans)
     for name, layer in layers.items():
         yield layer.impl, plans[name]
 

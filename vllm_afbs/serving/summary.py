@@ -2,19 +2,18 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from vllm_afbs import compat
 from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving.plan import LayerPlan
 from vllm_afbs.serving.reasons import Reason
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-    from vllm_afbs.serving.plan import LayerPlan
 
 logger = logging.getLogger("vllm.afbs")
 
@@ -47,7 +46,7 @@ class Summary:
 
     @classmethod
     def of(
-        cls, vllm_config: "VllmConfig", profile: Profile | None, plans: "Iterable[LayerPlan]"
+        cls, vllm_config: "VllmConfig", profile: Profile | None, plans: Iterable[LayerPlan]
     ) -> "Summary":
         """Sums up plans, within the lengths that the server accepts.
 
@@ -114,27 +113,36 @@ def _limit(vllm_config: "VllmConfig", profile: Profile) -> Limit | None:
     return None
 
 
-def log_when_complete(
+def plans(vllm_config: "VllmConfig") -> dict[str, LayerPlan]:
+    """The plans that were reported for this model's layers, by the layer's name."""
+    layers = compat.attention_layers(vllm_config, None)
+    return {name: _PLANS[layer] for name, layer in layers.items() if layer in _PLANS}
+
+
+def report(
     vllm_config: "VllmConfig",
     profile: Profile | None,
-    planned: "Mapping[str, LayerPlan]",
+    layer_names: list[str],
+    final: Sequence[LayerPlan],
 ) -> None:
-    """Logs the summary once every layer of the model has a plan: one line for each server.
+    """Takes what layers will serve; logs the summary once every layer of the model has a plan.
 
-    With tensor or data parallelism, only the first rank logs it. With pipeline parallelism, the
-    first rank of each stage logs a line about the stage's layers.
+    That is one line for each server: with tensor or data parallelism, only the first rank of a
+    machine logs it. With pipeline parallelism, each stage logs a line about its own layers.
 
     Args:
         vllm_config: The worker's configuration.
         profile: The admitted profile, if any.
-        planned: The plans of one metadata builder's layers, by the layer's name.
+        layer_names: The layers of one metadata builder.
+        final: Their plans, in the order of ``plan_layers``.
     """
     layers = compat.attention_layers(vllm_config, None)
     changed = False
-    for name, plan in planned.items():
-        earlier = _PLANS.get(layers[name])
+    own = compat.attention_layers(vllm_config, layer_names).values()
+    for layer, plan in zip(own, final, strict=True):
+        earlier = _PLANS.get(layer)
         changed |= earlier is None or earlier.dense_reason != plan.dense_reason
-        _PLANS[layers[name]] = plan
+        _PLANS[layer] = plan
     missing = [name for name, layer in layers.items() if layer not in _PLANS]
     # A layer that needs no cache, such as an encoder's, may have no builder. vLLM's configuration
     # is asked for caches only while some layer has no plan.
@@ -145,7 +153,6 @@ def log_when_complete(
         return
     stage, num_stages = compat.pipeline_stage()
     place = f"Pipeline stage {stage + 1} of {num_stages}: " if num_stages > 1 else ""
-    plans = [_PLANS[layer] for layer in layers.values() if layer in _PLANS]
-    summary = Summary.of(vllm_config, profile, plans)
+    summary = Summary.of(vllm_config, profile, plans(vllm_config).values())
     level = logging.INFO if summary.num_sparse else logging.WARNING
     logger.log(level, "%s%s.", place, summary)

@@ -23,7 +23,7 @@ from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_
 from vllm_afbs.kernels import TileTables
 from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission, eligibility
+from vllm_afbs.serving import admission, eligibility, summary
 from vllm_afbs.serving.batch import DenseRequests, Step, restrict
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
@@ -100,8 +100,12 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._sorter = StepSorter(vllm_config, profile)
         meter = HostMeter(read_settings(vllm_config))
         cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)
+        final = []
         for impl, plan in plan_layers(vllm_config, profile, layer_names, self.block_size):
-            impl.serve(impl.prepare(plan, cache_format, meter))
+            served = impl.prepare(plan, cache_format, meter)
+            impl.serve(served)
+            final.append(served.plan)
+        summary.report(vllm_config, profile, layer_names, final)
 
     def build(
         self,

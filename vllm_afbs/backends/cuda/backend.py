@@ -31,7 +31,7 @@ from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_
 from vllm_afbs.kernels import QueryBlocks, StepInputs, cut_query_blocks
 from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission, eligibility
+from vllm_afbs.serving import admission, eligibility, summary
 from vllm_afbs.serving.batch import DenseRequests, Step, restrict
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
@@ -124,6 +124,7 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         self._sorter = StepSorter(vllm_config, profile)
         layers = list(plan_layers(vllm_config, profile, layer_names, page_size))
         self._plans = [plan for _, plan in layers]
+        summary.report(vllm_config, profile, layer_names, self._plans)
         self._meter = DeviceMeter(self._plans, read_settings(vllm_config), device)
         for slot, (impl, plan) in enumerate(layers):
             if profile is None:
