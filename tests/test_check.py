@@ -1,11 +1,10 @@
 """``python -m vllm_afbs.check``: what is off is said in one line, and what is on is what is served.
 
-Models have a configuration and no weights, except where a server is started.
+``test_check_plugins.py`` has the environments in which a plugin does not load. Models here have a
+configuration and no weights, except where a server is started.
 """
 
 import os
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ import pytest
 import vllm
 from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from tests.distributions import CHECKOUT, link, required_by
 from tests.profiles import uniform_profile
 from vllm_afbs.backends.cpu import backend
 from vllm_afbs.backends.cpu.key_pages import UnknownPackingError
@@ -80,82 +78,6 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     return status, printed.out.splitlines(), printed.err
 
 
-# Plugins: each in an environment of its own.
-
-
-def run_check(
-    *arguments: object, python: str | Path = sys.executable, path: Path | None = None, **env: str
-) -> tuple[int, list[str], str]:
-    paths = [str(path), str(CHECKOUT)] if path else [str(CHECKOUT)]
-    done = subprocess.run(
-        [python, "-m", "vllm_afbs.check", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.returncode, done.stdout.splitlines(), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "reason"),
-    [
-        ("VLLM_PLUGINS", "other", "VLLM_PLUGINS='other' does not name it: add afbs"),
-        ("VLLM_PLUGINS", "", "VLLM_PLUGINS='' does not name it: add afbs"),
-        ("VLLM_TARGET_DEVICE", "cpu", "VLLM_TARGET_DEVICE=cpu makes vLLM take its own"),
-    ],
-)
-def test_a_variable_that_keeps_our_plugin_out_is_named(
-    variable: str, value: str, reason: str, model: Path, profile: Path
-) -> None:
-    arguments = ("--model", model, "--profile", profile, OURS)
-    status, lines, _ = run_check(*arguments, **{variable: value})
-    assert status == 1
-    assert lines[-1].startswith(f"off: platform plugin afbs: does not load: {reason}")
-    assert not any("layers" in line for line in lines)
-
-
-def test_named_in_the_variable_everything_of_ours_loads() -> None:
-    status, lines, _ = run_check(VLLM_PLUGINS="other,afbs")
-    assert status == 0
-    assert {"platform plugin afbs: loads", "endpoint plugin afbs: loads"} <= set(lines)
-    assert lines[-1].startswith("on: ")
-
-
-def test_a_plugin_of_others_that_fails_is_told(tmp_path: Path) -> None:
-    information = tmp_path / "broken-1.0.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("[vllm.general_plugins]\nbroken = no_such:it\n")
-    status, lines, _ = run_check(path=tmp_path)
-    assert status == 0
-    failed = "ModuleNotFoundError: No module named 'no_such'"
-    assert f"general plugin broken: does not load: {failed}" in lines
-
-
-def test_our_plugin_that_fails_is_told(tmp_path: Path) -> None:
-    (tmp_path / "prometheus_client.py").write_text("raise ImportError('lib.so:\\nmissing')\n")
-    status, lines, _ = run_check(path=tmp_path)
-    assert status == 1
-    reason = "platform plugin afbs: does not load: ImportError: lib.so: missing"
-    assert reason in lines
-    assert lines[-1].startswith(f"off: {reason}")
-
-
-def test_a_bare_checkout_is_told(tmp_path: Path) -> None:
-    """An environment with vLLM, and our sources on ``PYTHONPATH`` alone."""
-    create = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"]
-    subprocess.run(create, check=True)
-    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    link(required_by("vllm").values(), packages)
-    status, lines, _ = run_check(python=tmp_path / "venv" / "bin" / "python")
-    assert status == 1
-    assert lines[-1].startswith("off: vllm-afbs is importable here but not installed")
-    assert not any("plugin afbs" in line for line in lines)
-
-
 def test_without_vllm_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,9 +120,6 @@ def test_every_plugin_that_vllm_finds_is_listed(capsys: pytest.CaptureFixture[st
     for group in ("platform", "endpoint", "general"):
         for found in metadata.entry_points(group=f"vllm.{group}_plugins"):
             assert any(line.startswith(f"{group} plugin {found.name}: ") for line in lines)
-
-
-# Layers: what the real model class makes without weights.
 
 
 def test_layers_are_answered_without_weights(
