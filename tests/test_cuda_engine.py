@@ -12,7 +12,6 @@ from benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.evaluate.divergence import total_variation
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import BlockGeometry
-from vllm_afbs.observability import metrics
 from vllm_afbs.observability.status import Counters
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
@@ -38,7 +37,7 @@ def test_engine_answers_as_flash_attention_does(
     from transformers import AutoConfig
 
     # Read once the engine has gone.
-    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
+    monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model_dir))
     # Calibrated as sparse, so that it runs sparse, but with a tau that keeps nearly every block.
     nearly_all = uniform_profile(fingerprint, 1 - 1e-6, 0.8, [8192, 32768])
@@ -67,7 +66,7 @@ def test_engine_answers_as_flash_attention_does(
     assert total == 2 * NUM_LAYERS * NUM_HEADS * visible * 2
     assert products["computed"] > 0.99 * total
 
-    counters = Counters(metrics.read())
+    counters = Counters(metric_files.read())
     for outcome in ("computed", "skipped"):
         by_head = counters.by("vllm_afbs_head_block_products_total", "outcome")[outcome]
         assert by_head == counters.by("vllm_afbs_block_products_total", "outcome")[outcome]

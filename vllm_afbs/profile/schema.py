@@ -136,6 +136,9 @@ class Profile(Record):
     schema_version: Literal[2] = 2
     model_name: str
     model: ModelFingerprint
+    model_weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        default=None, description="Of pieces of the weight files that were tuned; null: unknown."
+    )
     block_q: Annotated[int, Field(gt=0)]
     block_k: Annotated[int, Field(gt=0)]
     min_seq_len: Annotated[int, Field(gt=0)] = Field(
