@@ -12,6 +12,7 @@ from benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.evaluate.divergence import total_variation
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import BlockGeometry
+from vllm_afbs.observability import instance, metric_files
 from vllm_afbs.observability.status import Counters
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 

@@ -12,6 +12,7 @@ from vllm_afbs.backends.cuda import backend, meter
 from vllm_afbs.backends.cuda.dispatch import dense_seconds, measurements
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
+from vllm_afbs.observability import metric_files
 from vllm_afbs.observability.status import Counters
 from vllm_afbs.serving.batch import DenseRequests
 from vllm_afbs.serving.plan import LayerPlan

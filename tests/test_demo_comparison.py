@@ -13,7 +13,7 @@ from vllm_afbs.commands.client import Completion, Counters, growth, parse_counte
 from vllm_afbs.demo import __main__ as demo
 from vllm_afbs.demo import report
 from vllm_afbs.demo.comparison import Arm, Outcome, arms, shift
-from vllm_afbs.observability import fallbacks, metrics
+from vllm_afbs.observability import fallbacks, instance, metrics
 
 
 class FakeMetrics:

@@ -16,7 +16,7 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu.backend import AfbsCPUMetadata
 from vllm_afbs.backends.cuda.backend import AfbsCUDAMetadata, AfbsCUDAMetadataBuilder
-from vllm_afbs.observability import fallbacks
+from vllm_afbs.observability import fallbacks, metric_files
 from vllm_afbs.serving.batch import Step, sort_requests
 from vllm_afbs.serving.reasons import Reason
 
