@@ -247,7 +247,7 @@ def test_off_reaches_workers_that_ray_starts(tmp_path: Path) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
     }
-    for name in (instance.DIRECTORY_VARIABLE, instance.SERVER_VARIABLE):
+    for name in (instance.DIRECTORY_VARIABLE, instance._SERVER_VARIABLE):
         environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-c", RAY_DRIVER], env=environment, capture_output=True, text=True,

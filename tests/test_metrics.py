@@ -340,7 +340,7 @@ for _ in range(3):
 assert b"python_info" in generate_latest()
 """
     environment = {**os.environ}
-    for variable in (instance.DIRECTORY_VARIABLE, instance.SERVER_VARIABLE):
+    for variable in (instance.DIRECTORY_VARIABLE, instance._SERVER_VARIABLE):
         environment.pop(variable, None)
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True,

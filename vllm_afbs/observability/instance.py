@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DIRECTORY_VARIABLE = "VLLM_AFBS_METRICS_DIR"
-SERVER_VARIABLE = "VLLM_AFBS_SERVER"
+_SERVER_VARIABLE = "VLLM_AFBS_SERVER"
 _DIRECTORY_PREFIX = "vllm-afbs-"
 _ID = re.compile(r"(?P<host>[A-Za-z0-9]+)-(?P<pid>\d+)-[0-9a-f]{16}")
 
@@ -66,7 +66,7 @@ def start() -> bool:
         Whether this process did so. Repeated calls change nothing.
     """
     global _first
-    inherited = os.environ.get(SERVER_VARIABLE)
+    inherited = os.environ.get(_SERVER_VARIABLE)
     # A program that has imported vLLM may start several servers, each by a command line of its own.
     # These are no children; only what multiprocessing starts is, which has another name.
     is_child = multiprocessing.current_process().name != "MainProcess"
@@ -74,7 +74,7 @@ def start() -> bool:
         return False
     server_id = f"{host()}-{os.getpid()}-{secrets.token_hex(8)}"
     _first = (os.getpid(), server_id)
-    os.environ[SERVER_VARIABLE] = server_id
+    os.environ[_SERVER_VARIABLE] = server_id
     named = os.environ.get(DIRECTORY_VARIABLE)
     if named is None or Path(named).name == f"{_DIRECTORY_PREFIX}{inherited}":
         # Most processes that import vLLM never serve, so the first one that writes makes the
@@ -91,7 +91,7 @@ def current() -> Instance:
         return _joined
     start()
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ[DIRECTORY_VARIABLE]
-    return Instance(os.environ[SERVER_VARIABLE], shared)
+    return Instance(os.environ[_SERVER_VARIABLE], shared)
 
 
 def join(server: Instance) -> None:
