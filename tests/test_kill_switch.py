@@ -300,3 +300,16 @@ def test_a_look_takes_microseconds() -> None:
     for _ in range(2000):
         switch.is_enabled()
     assert (time.perf_counter() - started) / 2000 < 100e-6
+
+
+def test_a_container_that_starts_again_removes_what_it_left(tmp_path: Path) -> None:
+    """Its processes have the same name and ids as before."""
+    directory = tmp_path / "metrics"
+    directory.mkdir()
+    mine = f"{instance.host()}-{os.getpid()}-0123456789abcdef"
+    (directory / f"afbs-switch-{mine}").write_text("off")
+    (directory / f"afbs-seen-{mine}-{instance.host()}-1").write_text("off")
+    elsewhere = directory / f"afbs-switch-elsewhere-{os.getpid()}-0123456789abcdef"
+    elsewhere.write_text("off")
+    kill_switch.begin()
+    assert set(directory.iterdir()) == {elsewhere, kill_switch.switch_file()}

@@ -117,7 +117,10 @@ def host() -> str:
 def has_ended(server_id: str) -> bool:
     """Whether a server's first process ran on this machine and has ended."""
     parts = _ID.fullmatch(server_id)
-    return parts is not None and parts["host"] == host() and not is_running(int(parts["pid"]))
+    if parts is None or parts["host"] != host() or server_id == current().server_id:
+        return False
+    # Containers reuse process ids, so this process's id was an earlier server's.
+    return int(parts["pid"]) == os.getpid() or not is_running(int(parts["pid"]))
 
 
 def is_running(pid: int) -> bool:

@@ -199,7 +199,8 @@ def remove_files_of_the_dead() -> None:
     for file, server_id, pid in _our_files():
         is_of_this_host = server_id is None or server_id.split("-")[0] == instance.host()
         # Containers reuse process ids, so a file with this process's id is from an earlier process.
-        if is_of_this_host and (pid == os.getpid() or not instance.is_running(pid)):
+        has_ended = pid == os.getpid() or not instance.is_running(pid)
+        if (is_of_this_host and has_ended) or instance.has_ended(server_id or ""):
             remove(file)
 
 

@@ -137,7 +137,10 @@ class Profile(Record):
     model_name: str
     model: ModelFingerprint
     model_weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
-        default=None, description="Of pieces of the weight files that were tuned; null: unknown."
+        default=None,
+        # Profiles without it keep their ids.
+        exclude_if=lambda value: value is None,
+        description="Of pieces of the weight files that were tuned. Left out: unknown.",
     )
     block_q: Annotated[int, Field(gt=0)]
     block_k: Annotated[int, Field(gt=0)]
