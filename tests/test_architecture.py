@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "files": set(),
     "profile": {"files"},
     "serving": {"compat", "kernels", "profile"},
-    "observability": {"compat", "kernels", "profile", "serving"},
+    "observability": {"compat", "files", "kernels", "profile", "serving"},
     "backends": {"compat", "kernels", "profile", "serving", "observability"},
     "plugin": {"compat", "observability.metrics"},
     "tuning": {"files", "kernels", "profile"},

@@ -13,7 +13,7 @@ from tests.generate import generate
 from vllm_afbs.evaluate.divergence import total_variation
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import BlockGeometry
-from vllm_afbs.observability import metrics
+from vllm_afbs.observability import instance, metric_files
 from vllm_afbs.observability.status import Counters
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
@@ -39,7 +39,7 @@ def test_engine_answers_as_flash_attention_does(
     from transformers import AutoConfig
 
     # Read once the engine has gone.
-    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
+    monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model_dir))
     # Calibrated as sparse, so that it runs sparse, but with a tau that keeps nearly every block.
     nearly_all = uniform_profile(fingerprint, 1 - 1e-6, 0.8, [8192, 32768])
@@ -68,7 +68,7 @@ def test_engine_answers_as_flash_attention_does(
     assert total == 2 * NUM_LAYERS * NUM_HEADS * visible * 2
     assert products["computed"] > 0.99 * total
 
-    counters = Counters(metrics.read())
+    counters = Counters(metric_files.read())
     for outcome in ("computed", "skipped"):
         by_head = counters.by("vllm_afbs_head_block_products_total", "outcome")[outcome]
         assert by_head == counters.by("vllm_afbs_block_products_total", "outcome")[outcome]
@@ -133,7 +133,7 @@ def test_a_full_graph_server_counts_every_prefilled_token(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every chunk of the prompt fits into a captured size, which would replay it dense."""
-    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
+    monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
     changes = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     num_tokens, chunk = 9000, 512
     engine = make_engine(model_dir, changes, 16384) | {
@@ -148,10 +148,10 @@ def test_a_full_graph_server_counts_every_prefilled_token(
     prompt = [(11 * i) % 1000 for i in range(num_tokens)]
     batch = {"prompts": [prompt], "max_tokens": 8, "ignore_eos": True}
     generate([{"llm": engine, "batches": [batch]}], model_dir)
-    tokens = Counters(metrics.read()).by("vllm_afbs_prefill_tokens_total", "path")
+    tokens = Counters(metric_files.read()).by("vllm_afbs_prefill_tokens_total", "path")
     # vLLM may warm up with a few more.
     assert NUM_LAYERS * num_tokens <= sum(tokens.values()) < 1.5 * NUM_LAYERS * num_tokens
-    runs = Counters(metrics.read()).by("vllm_afbs_prefill_attention_seconds_count", "path")
+    runs = Counters(metric_files.read()).by("vllm_afbs_prefill_attention_seconds_count", "path")
     assert sum(runs.values()) > 0
 
 

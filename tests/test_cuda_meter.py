@@ -14,7 +14,7 @@ from vllm_afbs.backends.cuda import backend, meter
 from vllm_afbs.backends.cuda.dispatch import dense_seconds, measurements
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
-from vllm_afbs.observability import metrics
+from vllm_afbs.observability import metric_files
 from vllm_afbs.observability.status import Counters
 from vllm_afbs.serving.batch import DenseRequests
 from vllm_afbs.serving.plan import LayerPlan
@@ -105,12 +105,12 @@ def attend(layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, **ours: Any)
 def reported(count: float, num_layers: int = len(PLANS)) -> Counters:
     """The counters once the thread has reported so many layers."""
     for _ in range(500):
-        counters = Counters(metrics.read())
+        counters = Counters(metric_files.read())
         counts = counters.by("vllm_afbs_prefill_attention_seconds_count", "path")
         products = counters.by("vllm_afbs_block_products_total", "layer")
         if sum(counts.values()) == count and len(products) == num_layers:
             time.sleep(0.05)  # what follows of the last one
-            return Counters(metrics.read())
+            return Counters(metric_files.read())
         time.sleep(0.01)
     raise AssertionError("the reporting thread did not report")
 

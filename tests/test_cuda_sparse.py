@@ -83,7 +83,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     monkeypatch.setattr(backend, "TilePrefill", lambda layer: "tiles")
     monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
     profile = uniform_profile()
-    monkeypatch.setattr(backend.admission, "admitted_profile", lambda _: profile)
+    monkeypatch.setattr(backend, "join_server", lambda _: profile)
     plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "sinks"))]
     impls = [make_impl("cuda") for _ in plans]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: zip(impls, plans, strict=True))

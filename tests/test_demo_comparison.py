@@ -13,7 +13,7 @@ from vllm_afbs.commands.client import Completion, Counters, growth, parse_counte
 from vllm_afbs.demo import __main__ as demo
 from vllm_afbs.demo import report
 from vllm_afbs.demo.comparison import Arm, Outcome, arms, shift
-from vllm_afbs.observability import fallbacks, metrics
+from vllm_afbs.observability import fallbacks, instance, metrics
 
 
 class FakeMetrics:
@@ -84,7 +84,7 @@ def test_figures_are_read_from_what_our_workers_write(
 ) -> None:
     """The names and labels here and in `vllm_afbs.observability.metrics` have to be the same."""
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(tmp_path / "metrics"))
+    monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(tmp_path / "metrics"))
     metrics.count_products(layer=3, num_kept=[1], num_blocks=4)
     metrics.PREFILL_ATTENTION_SECONDS.observe(0.5, "sparse")
     metrics.SELECTOR_SECONDS.observe(0.125)

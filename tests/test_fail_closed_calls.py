@@ -18,7 +18,7 @@ from vllm_afbs.backends.cpu.backend import AfbsCPUMetadata
 from vllm_afbs.backends.cpu.key_pages import UnknownPackingError
 from vllm_afbs.backends.cuda import backend as cuda
 from vllm_afbs.kernels import cut_query_blocks
-from vllm_afbs.observability import fallbacks, metrics
+from vllm_afbs.observability import fallbacks, metric_files
 from vllm_afbs.serving.plan import LayerPlan, plan_layer
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, SMALL_MODEL.num_kv_heads, SMALL_MODEL.head_dim
@@ -251,5 +251,5 @@ def test_what_only_a_call_shows_is_logged_at_the_first_prefill(
         fallbacks.count({"cache_layout": 1, "unknown_argument": 2})
     assert ["cache_layout" in logged[0], "unknown_argument" in logged[1]] == [True, True]
     assert len(logged) == 2
-    counts = {s.labels["reason"]: s.value for family in metrics.read() for s in family.samples}
+    counts = {s.labels["reason"]: s.value for family in metric_files.read() for s in family.samples}
     assert counts == {"cache_layout": 2, "unknown_argument": 4}

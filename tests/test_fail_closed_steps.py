@@ -17,7 +17,7 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu.backend import AfbsCPUMetadata
 from vllm_afbs.backends.cuda.backend import AfbsCUDAMetadata, AfbsCUDAMetadataBuilder
-from vllm_afbs.observability import fallbacks, metrics
+from vllm_afbs.observability import fallbacks, metric_files
 from vllm_afbs.serving.batch import Step, sort_requests
 from vllm_afbs.serving.reasons import Reason
 
@@ -162,7 +162,7 @@ def test_reasons_seen_in_steps_are_logged_once_and_counted_always(
     assert "output_quantization" in fixed
     counts = {
         sample.labels["reason"]: sample.value
-        for family in metrics.read()
+        for family in metric_files.read()
         for sample in family.samples
     }
     assert counts == {"long_context": 6, "short_query": 3, "output_quantization": 3, "lora": 3}

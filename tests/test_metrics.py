@@ -1,6 +1,5 @@
 """Workers' files against prometheus-client's own counting."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +10,24 @@ from prometheus_client import Histogram as OwnHistogram
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.full_disk import room_for
+from tests import metric_workers
 from tests.profiles import uniform_profile
-from vllm_afbs.observability import metrics
+from vllm_afbs.observability import instance, metric_files, metrics
 
-WORKER = """
-from vllm_afbs.observability import fallbacks, metrics
-metrics.count_products(3, [4, 6], 20, range(2, 4))
-fallbacks.count({"short_context": 2, "dense_is_faster": 0})
-for seconds in (0.002, 0.02, 20.0):
-    metrics.PREFILL_ATTENTION_SECONDS.observe(seconds, "sparse")
-"""
+Key = tuple[str, tuple[tuple[str, str], ...]]
+DIRECTORIES = pytest.mark.parametrize(
+    "variable", [instance.DIRECTORY_VARIABLE, "PROMETHEUS_MULTIPROC_DIR"]
+)
 
 
-def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+@pytest.fixture(autouse=True)
+def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(metric_files._files, "retry_at", 0.0)
+    metric_files.warn_once.cache_clear()
+
+
+def samples(text: str) -> dict[Key, float]:
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -33,13 +36,7 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-def run_workers(directory: Path, variable: str) -> None:
-    environment = {**os.environ, variable: str(directory)}
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", WORKER], env=environment, check=True)
-
-
-def check(shown: dict[tuple[str, tuple[tuple[str, str], ...]], float]) -> None:
+def check(shown: dict[Key, float]) -> None:
     products = "vllm_afbs_block_products_total"
     assert shown[products, (("layer", "3"), ("outcome", "computed"))] == 2 * 2 * 10
     assert shown[products, (("layer", "3"), ("outcome", "skipped"))] == 2 * 2 * 30
@@ -74,11 +71,11 @@ def check(shown: dict[tuple[str, tuple[tuple[str, str], ...]], float]) -> None:
 def test_one_api_server_reads_the_workers_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     metrics.publish()
     metrics.publish()
-    run_workers(tmp_path, metrics.DIRECTORY_VARIABLE)
+    metric_workers.run(metric_workers.count, 2)
     check(samples(generate_latest(REGISTRY).decode()))
 
 
@@ -87,7 +84,7 @@ def test_a_quantile_can_be_taken_although_no_value_was_infinite(
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     metrics.SAMPLED_ERROR.observe(0.03, "1")
-    (family,) = metrics.read()
+    (family,) = metric_files.read()
     bounds = {
         sample.labels["le"]: sample.value for sample in family.samples if "le" in sample.labels
     }
@@ -96,8 +93,11 @@ def test_a_quantile_can_be_taken_although_no_value_was_infinite(
     assert bounds["0.03"] == bounds["+Inf"] == 1
 
 
-def test_several_api_servers_read_prometheus_own_directory(tmp_path: Path) -> None:
-    run_workers(tmp_path, "PROMETHEUS_MULTIPROC_DIR")
+def test_several_api_servers_read_prometheus_own_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    metric_workers.run(metric_workers.count, 2)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(tmp_path))
     check(samples(generate_latest(registry).decode()))
@@ -115,6 +115,7 @@ def test_the_profile_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (labels,) = [dict(labels) for name, labels in shown if name == "vllm_afbs_profile_info"]
     assert labels["profile_id"] == profile.profile_id
     assert labels["tolerance"] == "0.05"
+    assert labels["weights"] == "unknown"
 
 
 def test_room_is_taken_before_numbers_are_written(
@@ -127,45 +128,36 @@ def test_room_is_taken_before_numbers_are_written(
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size == 2 << 20
     assert file.stat().st_blocks * 512 >= file.stat().st_size
-    (family,) = metrics.read()
+    (family,) = metric_files.read()
     assert [sample.value for sample in family.samples] == [2.0] * 6000
 
 
-def test_a_full_disk_costs_numbers_and_not_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
-) -> None:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    metrics._log_once.cache_clear()
-    with room_for(100_000):
-        for _ in range(3):
-            metrics.count_tokens("dense", 5)
-        metrics.SELECTOR_SECONDS.observe(0.1)
-        metrics.report_profile(None)
-    assert logged == ["Metrics are not written: [Errno 27] File too large."]
-    metrics.count_tokens("dense", 7)
-    assert [sample.value for family in metrics.read() for sample in family.samples] == [7]
+def shown(registry: CollectorRegistry = REGISTRY) -> dict[Key, float]:
+    return samples(generate_latest(registry).decode())
 
 
-@pytest.mark.parametrize("variable", [metrics.DIRECTORY_VARIABLE, "PROMETHEUS_MULTIPROC_DIR"])
+@DIRECTORIES
 def test_a_new_server_shows_nothing_of_those_that_ended(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for each in (metrics.DIRECTORY_VARIABLE, metrics._STARTED_VARIABLE):
-        monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
-    (tmp_path / "afbs-disabled").touch()
-    metrics.count_tokens("dense", 1)  # of a process that runs on
-    ours = {path.name for path in tmp_path.iterdir()}
-    run_workers(tmp_path, variable)
-    assert len(list(tmp_path.iterdir())) == len(ours) + 2 * 2
+    metrics.count_tokens("dense", 1)  # of a server that runs on
+    (tmp_path / "gauge_max_afbs-999999.db").touch()  # as earlier versions named them
+    ours = {path.name for path in tmp_path.glob("*_afbs-*-*.db")}
+    metric_workers.run(metric_workers.count, 2)
+    assert len(list(tmp_path.iterdir())) == len(ours) + 1 + 2 * 2
 
-    start = "import os; from vllm_afbs.observability import metrics; metrics.publish()"
-    worker = f"{start}; metrics.publish(); metrics.count_tokens('dense', 2)"
-    server = f"{start}; import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    start = "import os; from vllm_afbs.observability import metric_files, metrics"
+    count = "metrics.publish(); metrics.publish(); metrics.count_tokens('dense', 2)"
+    show = "print([sample.value for each in metric_files.read() for sample in each.samples])"
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", server], check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", f"{start}; {count}; {show}"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout == "[2.0]\n"  # and nothing of the server that runs on
         # The one that ended last is still there: its file goes when the next one starts.
         (left,) = {path.name for path in tmp_path.iterdir()} - ours
         assert left.startswith("counter_afbs-")
-    (family,) = metrics.read()
-    assert [sample.value for sample in family.samples] == [1 + 2]
+    (family,) = metric_files.read()
+    assert [sample.value for sample in family.samples] == [1]

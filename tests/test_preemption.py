@@ -13,7 +13,7 @@ from tests.profiles import SMALL_MODEL, uniform_profile
 from tests.tuning_jobs import save_tiny_model
 from vllm_afbs.backends.shared import StepSorter
 from vllm_afbs.files import write_atomically
-from vllm_afbs.observability import metrics
+from vllm_afbs.observability import instance, metric_files
 from vllm_afbs.observability.status import Counters
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
@@ -51,7 +51,7 @@ def test_a_preempted_request_is_computed_again_sparse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompts are too short to run sparse, so whatever runs sparse is computed again."""
-    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(tmp_path / "metrics"))
+    monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(tmp_path / "metrics"))
     model = tmp_path / "model"
     save_tiny_model(model)  # its tokenizer; the heads are too small for vLLM
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_a_preempted_request_is_computed_again_sparse(
     ((answers,),) = generate([{"llm": engine, "batches": [batch]}], tmp_path)
     assert [len(each["token_ids"]) for each in answers] == [ANSWER_LEN] * 2
 
-    counters = Counters(metrics.read())
+    counters = Counters(metric_files.read())
     num_layers = SMALL_MODEL.num_layers
     tokens = counters.by("vllm_afbs_prefill_tokens_total", "path")
     reasons = counters.by("vllm_afbs_dense_fallbacks_total", "reason")

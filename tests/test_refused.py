@@ -20,6 +20,7 @@ from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, vllm_comm
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.weights import weights_sha256
 from vllm_afbs.serving import admission
 
 
@@ -88,6 +89,47 @@ def test_other_weights_and_outer_caches_are_said_once(tmp_path: Path, logged: li
     assert "quantised (fp8)" in quantised
     assert f"cache_salt={uniform_profile().profile_id!r}" in connector
     assert "\n" not in quantised + connector
+
+
+def checkpoint(directory: Path, fill: int) -> str:
+    """A checkpoint whose weight file holds these bytes."""
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(bytes([fill]) * 200_000)
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("served", "load_format", "expected"),
+    [
+        ("tuned", "auto", "same"),
+        ("other", "auto", "other"),
+        ("other", "safetensors", "other"),
+        ("other", "dummy", "unknown"),
+        ("not-there", "auto", "unknown"),
+    ],
+)
+def test_other_weights_than_the_tuned_ones_are_said(
+    served: str, load_format: str, expected: str, tmp_path: Path, logged: list[str]
+) -> None:
+    tuned = Path(checkpoint(tmp_path / "tuned", 1))
+    checkpoint(tmp_path / "other", 2)
+    profile = uniform_profile().model_copy(update={"model_weights_sha256": weights_sha256(tuned)})
+    config = server_config(tmp_path, llama(), load_config=SimpleNamespace(load_format=load_format))
+    write_atomically(tmp_path / "profile.json", profile.to_json())
+    config.model_config.model = str(tmp_path / served)
+    config.model_config.revision = None
+    admission.admit(config)
+    assert admission.known_weights(config) == expected
+    assert len(logged) == (expected == "other")
+    assert all("weight files are not those" in line for line in logged)
+
+
+def test_a_profile_that_knows_no_weights_says_unknown(tmp_path: Path, logged: list[str]) -> None:
+    config = server_config(tmp_path, llama())
+    admission.admit(config)
+    assert admission.known_weights(config) == "unknown"
+    assert not logged
 
 
 def test_latent_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

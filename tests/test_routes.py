@@ -20,9 +20,11 @@ from fastapi.testclient import TestClient
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tests.profiles import uniform_profile
+from tests.switch_workers import workers
+from vllm_afbs import compat
 from vllm_afbs.demo.server import HOST, free_port
 from vllm_afbs.files import write_atomically
-from vllm_afbs.observability import fallbacks, kill_switch, metrics
+from vllm_afbs.observability import fallbacks, kill_switch, metrics, routes
 from vllm_afbs.observability.routes import RoutesPlugin
 from vllm_afbs.profile.schema import Profile
 
@@ -40,6 +42,8 @@ def make_app(
     tmp_path: Path,
     profile: Profile | None = None,
     api_key: list[str] | None = None,
+    num_workers: int = 0,
+    weights: str = "unknown",
     **settings: Any,
 ) -> FastAPI:
     """A server's app as vLLM would set it up."""
@@ -50,7 +54,15 @@ def make_app(
     config = SimpleNamespace(
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="AFBS")),
         additional_config={"afbs": settings},
+        parallel_config=SimpleNamespace(
+            world_size=num_workers,
+            data_parallel_size=1,
+            data_parallel_external_lb=False,
+            data_parallel_hybrid_lb=False,
+        ),
     )
+    compat.hand_over(config, weights=weights)
+    kill_switch.begin()
     app, plugin = FastAPI(), RoutesPlugin()
     plugin.attach_router(app)
     engine = SimpleNamespace(vllm_config=config)
@@ -110,10 +122,10 @@ def test_only_who_may_moves_the_switch(
     client = client_of(make_app(tmp_path, api_key=keys), peer)
     response = client.post("/afbs/disable", headers=headers)
     assert response.status_code == expected
-    assert (kill_switch.disabled_since() is not None) == (expected == 200)
+    assert kill_switch.read_state().enabled == (expected != 200)
     kill_switch.set_enabled(False)
     assert client.post("/afbs/enable", headers=headers).status_code == expected
-    assert (kill_switch.disabled_since() is None) == (expected == 200)
+    assert kill_switch.read_state().enabled == (expected == 200)
     if expected != 200:
         assert isinstance(response.json()["detail"], str)
     # Reading is open, as /metrics is.
@@ -140,8 +152,59 @@ def test_the_switch_answers_with_its_state(tmp_path: Path) -> None:
     assert off["enabled"] is False
     assert off["disabled_since"].endswith("Z")
     assert client.get("/afbs/status").json()["disabled_since"] == off["disabled_since"]
-    assert client.post("/afbs/enable").json() == {"enabled": True, "disabled_since": None}
+    assert client.post("/afbs/enable").json() == {
+        "enabled": True,
+        "disabled_since": None,
+        "num_workers": 0,
+        "num_acknowledged": 0,
+        "pending": None,
+    }
     assert client.get("/afbs/disable").status_code == 405
+
+
+def test_the_switch_answers_when_all_workers_have_acknowledged(tmp_path: Path) -> None:
+    client = client_of(make_app(tmp_path, num_workers=2))
+    with workers(2) as started:
+        for route, enabled in (("disable", False), ("enable", True)):
+            answer = client.post(f"/afbs/{route}").json()
+            assert answer["enabled"] is enabled
+            assert answer["num_acknowledged"] == answer["num_workers"] == 2
+            assert answer["pending"] is None
+            assert [worker.is_enabled() for worker in started] == [enabled, enabled]
+
+
+def test_what_has_not_acknowledged_in_time_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "ANSWER_SECONDS", 2.0)
+    client = client_of(make_app(tmp_path, num_workers=3))  # one of them is on another machine
+    with workers(2):
+        off = client.post("/afbs/disable").json()
+        assert off["enabled"] is False
+        assert (off["num_workers"], off["num_acknowledged"]) == (3, 2)
+        assert off["pending"].startswith("1 of 3 workers have not acknowledged and may still run")
+        assert client.get("/afbs/status").json()["pending"] == off["pending"]
+
+
+def test_a_switch_that_cannot_be_written_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(make_app(tmp_path))
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system", "FILE")
+
+    monkeypatch.setattr(kill_switch, "write_atomically", refuse)
+    response = client.post("/afbs/disable")
+    assert response.status_code == 500
+    assert "The switch is unchanged" in response.json()["detail"]
+    assert kill_switch.read_state().enabled
+
+
+@pytest.mark.parametrize("weights", ["same", "other", "unknown"])
+def test_the_status_tells_whose_weights_are_served(weights: str, tmp_path: Path) -> None:
+    client = client_of(make_app(tmp_path, uniform_profile(), weights=weights))
+    assert client.get("/afbs/status").json()["weights"] == weights
 
 
 def count_something() -> None:
@@ -252,7 +315,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 @pytest.mark.parametrize("per_head", [True, False], ids=["by-head", "by-layer"])
 def test_a_browser_draws_the_heat_map_without_an_error(per_head: bool, tmp_path: Path) -> None:
     profile = uniform_profile(model_name="<b>model</b>")
-    app = make_app(tmp_path, profile, per_head_metrics=per_head)
+    app = make_app(tmp_path, profile, num_workers=1, weights="other", per_head_metrics=per_head)
     count_something()
     kill_switch.set_enabled(False)
     with serving(app) as url:
@@ -266,7 +329,9 @@ def test_a_browser_draws_the_heat_map_without_an_error(per_head: bool, tmp_path:
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert ">disabled</span>" in done.stdout
+    assert ">disabled, pending</span>" in done.stdout
+    assert "1 of 1 workers have not acknowledged" in done.stdout
+    assert "not those that the profile was tuned on" in done.stdout
     assert "&lt;b&gt;model&lt;/b&gt;" in done.stdout
     assert "75.0 %" in done.stdout
     cells = re.findall(r'<td title="([^"]*)"(?: style="[^"]*background: ([^;"]*))?', done.stdout)

@@ -117,7 +117,10 @@ def test_a_name_names_no_file(name: str, tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{12}", loaded.profile_id)
     metrics.report_profile(loaded)
     files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
-    assert all(re.fullmatch(r"profile\.json|gauge_\w+_afbs-\d+\.db", file) for file in files)
+    assert all(
+        re.fullmatch(r"profile\.json|gauge_max_afbs-\w+-\d+-[0-9a-f]{16}-\d+\.db", file)
+        for file in files
+    )
 
 
 @HOSTILE_NAMES

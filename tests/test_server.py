@@ -23,7 +23,7 @@ from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.evaluate.predictor import end_tokens
 from vllm_afbs.evaluate.server import Served
 from vllm_afbs.files import write_atomically
-from vllm_afbs.observability.metrics import DIRECTORY_VARIABLE
+from vllm_afbs.observability.instance import DIRECTORY_VARIABLE
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning.model import InputError, open_model
@@ -153,7 +153,9 @@ def test_the_kill_switch_reaches_the_workers(server: Server) -> None:
         complete(url, "model", [first + i % 900 for i in range(1200)], 1)
         return growth(before, scrape(url))
 
-    assert httpx.post(f"{url}/afbs/disable").json()["enabled"] is False
+    off = httpx.post(f"{url}/afbs/disable", timeout=30).json()
+    assert off["enabled"] is False
+    assert off["num_acknowledged"] == off["num_workers"] == 1
     assert scrape(url)["vllm_afbs_enabled", frozenset()] == 0
     grown = grown_by_a_prompt(2000)
     assert total(grown, name, path="dense") == 1200 * num_layers
@@ -162,7 +164,7 @@ def test_the_kill_switch_reaches_the_workers(server: Server) -> None:
     assert total(grown, "vllm_afbs_block_products_total") == 0
     assert httpx.get(f"{url}/afbs/status").json()["fallbacks"]["disabled"] >= num_layers
 
-    assert httpx.post(f"{url}/afbs/enable").json()["enabled"] is True
+    assert httpx.post(f"{url}/afbs/enable", timeout=30).json()["pending"] is None
     assert scrape(url)["vllm_afbs_enabled", frozenset()] == 1
     assert total(grown_by_a_prompt(4000), name, path="sparse") > 0
     layers = httpx.get(f"{url}/afbs/layers").json()

@@ -18,7 +18,7 @@ from tests.test_server import of_first_layers
 from vllm_afbs.commands.client import complete, growth, scrape, total
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server
 from vllm_afbs.files import write_atomically
-from vllm_afbs.observability.metrics import DIRECTORY_VARIABLE
+from vllm_afbs.observability.instance import DIRECTORY_VARIABLE
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 PROMPT_TOKENS = 3000

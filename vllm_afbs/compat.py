@@ -294,3 +294,40 @@ def api_keys(args: "Namespace") -> list[str]:
 
     named = args.api_key or [envs.VLLM_API_KEY]
     return [key for key in named if key]
+
+
+_HANDED_OVER = "afbs_handed_over"
+
+
+def hand_over(vllm_config: "VllmConfig", **texts: str) -> None:
+    """Sends texts to all workers with vLLM's configuration, beside those sent before.
+
+    They are an attribute of their own: vLLM's compilation cache has everything in
+    ``additional_config`` in its key, and these texts may be new at each start.
+    """
+    setattr(vllm_config, _HANDED_OVER, {**handed_over(vllm_config), **texts})
+
+
+def handed_over(vllm_config: "VllmConfig") -> dict[str, str]:
+    """What ``hand_over`` sent; nothing if vLLM has built the configuration anew, as for a draft."""
+    return getattr(vllm_config, _HANDED_OVER, {})
+
+
+def num_workers(vllm_config: "VllmConfig") -> int:
+    """Number of workers, on all machines, that this API server's requests may reach."""
+    parallel = vllm_config.parallel_config
+    engines = parallel.data_parallel_size
+    if parallel.data_parallel_external_lb:
+        engines = 1
+    elif parallel.data_parallel_hybrid_lb:
+        engines = parallel.data_parallel_size_local
+    return int(engines * parallel.world_size)
+
+
+def weights_source(vllm_config: "VllmConfig") -> tuple[str, str | None] | None:
+    """The model whose safetensors files are served, and its revision; None if others are."""
+    if vllm_config.load_config.load_format not in ("auto", "hf", "safetensors", "fastsafetensors"):
+        return None
+    model_config = vllm_config.model_config
+    weights = getattr(model_config, "model_weights", None) or model_config.model
+    return weights, model_config.revision

@@ -282,7 +282,8 @@ def _what_changed() -> list[Panel]:
         panel(
             table.Panel(), "Profiles being served",
             "One row per server. The tolerance is the error that the tuner allowed per head; "
-            "created_at is when it tuned.",
+            "created_at is when it tuned. Weights are the same, others, or not known to be those "
+            "that were tuned.",
             "no profile is served", snapshot(ours("profile_info")),
         ).with_transformation(_without("Value")),
         panel(

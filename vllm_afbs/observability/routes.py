@@ -3,6 +3,7 @@
 Anybody who can read ``/metrics`` can read these. Changing something is restricted; see ``access``.
 """
 
+import time
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -31,6 +32,10 @@ _POLICY = (
 """The page loads nothing from other servers and sends requests only to its own."""
 
 
+ANSWER_SECONDS = 5.0
+"""How long the POST routes wait for the workers, which look at the switch twice a second."""
+
+
 @dataclass(frozen=True)
 class Server:
     """What the routes know about their server. It is kept in ``app.state.afbs``.
@@ -40,12 +45,16 @@ class Server:
         profile: The served profile; None if every layer runs dense.
         backend: Whether the server runs our attention backend.
         per_head: Whether block products are also counted for each head.
+        num_workers: Number of workers that look at the kill switch.
+        weights: Whether the model has the weights that the profile was tuned on.
     """
 
     api_keys: list[str] = field(repr=False)
     profile: status.ServedProfile | None
     backend: bool
     per_head: bool
+    num_workers: int = 0
+    weights: str = "unknown"
 
 
 def _server(request: Request) -> Server:
@@ -68,7 +77,7 @@ class Refusal(BaseModel):
 _NO_PROFILE: dict[int | str, dict[str, Any]] = {404: {"model": Refusal}}
 _GUARDED: dict[str, Any] = {
     "dependencies": [Depends(authorise)],
-    "responses": {401: {"model": Refusal}, 403: {"model": Refusal}},
+    "responses": {code: {"model": Refusal} for code in (401, 403, 500)},
 }
 router = APIRouter(prefix="/afbs", tags=["vllm-afbs"])
 
@@ -90,7 +99,7 @@ def get_profile(
 @router.get("/status")
 def get_status(server: Annotated[Server, Depends(_server)]) -> status.Status:
     """What the server has done since it started, over all its workers."""
-    return status.read_status(server.profile, server.backend)
+    return status.read_status(server.profile, server.backend, server.num_workers, server.weights)
 
 
 @router.get("/layers", responses=_NO_PROFILE)
@@ -103,17 +112,30 @@ def get_layers(
 
 
 @router.post("/disable", **_GUARDED)
-def disable() -> status.SwitchState:
-    """Makes all workers run every prefill dense from their next step on."""
-    kill_switch.set_enabled(False)
-    return status.switch_state()
+def disable(server: Annotated[Server, Depends(_server)]) -> status.SwitchState:
+    """Makes all workers run every prefill dense from their next step on.
+
+    Waits until all workers have acknowledged it, up to 5 seconds, and says how many have.
+    """
+    return _switch(False, server.num_workers)
 
 
 @router.post("/enable", **_GUARDED)
-def enable() -> status.SwitchState:
-    """Lets layers run sparse again."""
-    kill_switch.set_enabled(True)
-    return status.switch_state()
+def enable(server: Annotated[Server, Depends(_server)]) -> status.SwitchState:
+    """Lets layers run sparse again; waits and answers as ``/afbs/disable`` does."""
+    return _switch(True, server.num_workers)
+
+
+def _switch(enabled: bool, num_workers: int) -> status.SwitchState:
+    try:
+        kill_switch.set_enabled(enabled)
+    except OSError as error:
+        detail = f"The switch is unchanged, its file cannot be written: {error}."
+        raise HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, detail) from None
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while kill_switch.count_acknowledged(enabled) < num_workers and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return status.switch_state(num_workers)
 
 
 class RoutesPlugin:
@@ -143,4 +165,11 @@ class RoutesPlugin:
             profile = admission.admitted_profile(config)
             per_head = read_settings(config).per_head_metrics
             served = status.ServedProfile.of(profile) if profile else None
-            state.afbs = Server(api_keys, served, backend=True, per_head=per_head)
+            state.afbs = Server(
+                api_keys,
+                served,
+                backend=True,
+                per_head=per_head,
+                num_workers=compat.num_workers(config),
+                weights=admission.known_weights(config),
+            )

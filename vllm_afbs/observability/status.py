@@ -8,7 +8,7 @@ from importlib.metadata import version
 from prometheus_client import Metric
 from pydantic import BaseModel, Field
 
-from vllm_afbs.observability import kill_switch, metrics
+from vllm_afbs.observability import kill_switch, metric_files, metrics
 from vllm_afbs.profile.schema import HeadProfile, Profile, mean_calibration
 
 Labels = frozenset[tuple[str, str]]
@@ -62,8 +62,13 @@ class ServedProfile(BaseModel):
 class SwitchState(BaseModel):
     """The kill switch."""
 
-    enabled: bool = Field(description="Whether layers may run sparse.")
-    disabled_since: datetime | None = Field(description="UTC; null: enabled.")
+    enabled: bool = Field(description="Whether layers may run sparse, as the switch says.")
+    disabled_since: datetime | None = Field(
+        description="UTC; null: enabled, or disabled because the switch's file is gone."
+    )
+    num_workers: int = Field(description="Workers of the server.")
+    num_acknowledged: int = Field(description="Workers that last saw the switch as it is.")
+    pending: str | None = Field(description="What is not certain yet; null: all acknowledged.")
 
 
 class Status(SwitchState):
@@ -73,6 +78,10 @@ class Status(SwitchState):
     backend: bool = Field(description="Whether the server runs --attention-backend afbs.")
     profile_id: str | None = Field(description="null: no profile, every layer runs dense.")
     model_name: str | None
+    weights: str | None = Field(
+        description="Whether the model's weight files are those that the profile was tuned on: "
+        "same, other or unknown; null: no profile."
+    )
     live: Products
     sparse_tokens: int = Field(description="Prefill tokens whose attention ran sparse.")
     dense_tokens: int
@@ -91,7 +100,7 @@ class Counters:
     """The workers' counters at one moment."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
-        """Takes the metrics that ``metrics.read`` returns."""
+        """Takes the metrics that ``metric_files.read`` returns."""
         self._samples: dict[str, dict[Labels, float]] = defaultdict(dict)
         for family in families:
             for sample in family.samples:
@@ -129,34 +138,56 @@ def _products(computed: float, skipped: float) -> Products:
     )
 
 
-def switch_state() -> SwitchState:
-    """The kill switch as workers see it."""
-    since = kill_switch.disabled_since()
-    return SwitchState(enabled=since is None, disabled_since=since)
+def switch_state(num_workers: int) -> SwitchState:
+    """The kill switch, and how many workers have acknowledged it.
+
+    Args:
+        num_workers: Number of workers of the server.
+    """
+    state = kill_switch.read_state()
+    # Workers that ended lately may still be counted.
+    acknowledged = min(kill_switch.count_acknowledged(state.enabled), num_workers)
+    pending = None
+    if acknowledged < num_workers:
+        other = "dense" if state.enabled else "sparse"
+        pending = (
+            f"{num_workers - acknowledged} of {num_workers} workers have not acknowledged and may "
+            f"still run {other}: they are busy, or on another machine, which has its own switch."
+        )
+    return SwitchState(
+        enabled=state.enabled,
+        disabled_since=state.disabled_since,
+        num_workers=num_workers,
+        num_acknowledged=acknowledged,
+        pending=pending,
+    )
 
 
-def read_status(served: ServedProfile | None, backend: bool) -> Status:
+def read_status(
+    served: ServedProfile | None, backend: bool, num_workers: int, weights: str
+) -> Status:
     """Reads what the server has done since it started.
 
     Args:
         served: The served profile.
         backend: Whether the server runs our attention backend.
+        num_workers: Number of workers of the server.
+        weights: Whether the model has the weights that the profile was tuned on.
     """
-    counters = Counters(metrics.read())
+    counters = Counters(metric_files.read())
     tokens = counters.by(f"{metrics.PREFILL_TOKENS.name}_total", "path")
     seconds = counters.by(f"{metrics.PREFILL_ATTENTION_SECONDS.name}_sum", "path")
     estimate = counters.value(f"{metrics.DENSE_ESTIMATE_SECONDS.name}_total")
     fallbacks = counters.by(f"{metrics.DENSE_FALLBACKS.name}_total", "reason")
     error_sums = counters.by(f"{metrics.SAMPLED_ERROR.name}_sum", "layer")
     samples = counters.by(f"{metrics.SAMPLED_ERROR.name}_count", "layer")
-    state = switch_state()
     return Status(
-        enabled=state.enabled,
-        disabled_since=state.disabled_since,
+        **switch_state(num_workers).model_dump(),
         version=version("vllm-afbs"),
         backend=backend,
         profile_id=served.profile_id if served else None,
         model_name=served.profile.model_name if served else None,
+        weights=weights if served else None,
         live=counters.all_products(),
         sparse_tokens=round(tokens["sparse"]),
         dense_tokens=round(tokens["dense"]),
@@ -177,7 +208,7 @@ def read_layers(profile: Profile, per_head: bool) -> list[Layer]:
         profile: The served profile.
         per_head: Whether block products are also counted for each head.
     """
-    counters = Counters(metrics.read())
+    counters = Counters(metric_files.read())
     layers = []
     for index, tuned in enumerate(profile.layers):
         name, layer = metrics.SAMPLED_ERROR.name, str(index)

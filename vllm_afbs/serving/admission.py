@@ -3,13 +3,14 @@
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vllm_afbs import compat
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
+from vllm_afbs.profile.weights import served_weights_sha256
 from vllm_afbs.serving.settings import (
     PROFILE_VARIABLE,
     additional_config,
@@ -22,22 +23,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.afbs")
 
+Weights = Literal["same", "other", "unknown"]
+"""How the model's weight files compare with those that the profile was tuned on."""
 
-def admit_or_exit(vllm_config: "VllmConfig") -> None:
+
+def admit_or_exit(vllm_config: "VllmConfig") -> bool:
     """Calls ``admit`` if our attention backend is chosen; both platforms call this.
+
+    Returns:
+        Whether it is chosen.
 
     Raises:
         SystemExit: The profile was refused, for the reason in its one line. vLLM would bury any
             other exception in a traceback.
     """
     if vllm_config.model_config is None or not compat.is_afbs(vllm_config.attention_config.backend):
-        return
+        return False
     if notice := compat.unknown_version():
         logger.warning("%s", notice)
     try:
         admit(vllm_config)
     except ProfileError as error:
         raise SystemExit(f"vllm-afbs: {error}") from None
+    return True
 
 
 def admit(vllm_config: "VllmConfig") -> None:
@@ -68,18 +76,45 @@ def admit(vllm_config: "VllmConfig") -> None:
         **additional_config(vllm_config),
         "afbs": settings.model_copy(update=checked).model_dump(exclude_defaults=True),
     }
-    for notice in notices(vllm_config, profile.profile_id):
+    weights = compare_weights(vllm_config, profile)
+    compat.hand_over(vllm_config, weights=weights)
+    for notice in notices(vllm_config, profile.profile_id, weights):
         logger.warning("%s", notice)
 
 
-def notices(vllm_config: "VllmConfig", profile_id: str) -> list[str]:
-    """Warnings, one line each, about features that the profile was not tuned with.
+def compare_weights(vllm_config: "VllmConfig", profile: Profile) -> Weights:
+    """Whether the model's weight files are those that the profile was tuned on.
+
+    Pieces of the files are compared, and only files that are on this machine already.
+
+    Args:
+        vllm_config: The server's configuration.
+        profile: The served profile.
+    """
+    if profile.model_weights_sha256 is None:
+        return "unknown"
+    source = compat.weights_source(vllm_config)
+    served = served_weights_sha256(*source) if source else None
+    if served is None:
+        return "unknown"
+    return "same" if served == profile.model_weights_sha256 else "other"
+
+
+def notices(vllm_config: "VllmConfig", profile_id: str, weights: Weights) -> list[str]:
+    """Warnings, one line each, about what the profile was not tuned with.
 
     Args:
         vllm_config: The server's configuration.
         profile_id: Identity of the served profile.
+        weights: What ``compare_weights`` found.
     """
     found = []
+    if weights == "other":
+        found.append(
+            "The model's weight files are not those that the profile was tuned on: a fine-tune, "
+            "another revision, or the same weights stored differently. Serve with a sample_rate "
+            "and compare the error, or tune on these weights."
+        )
     if method := vllm_config.model_config.quantization:
         found.append(
             f"The model's weights are quantised ({method}); the profile does not say whether it "
@@ -114,3 +149,8 @@ def admitted_profile(vllm_config: "VllmConfig") -> Profile | None:
     if settings.profile is None or settings.profile_id is None:
         return None
     return _admitted(settings.profile, settings.profile_id)
+
+
+def known_weights(vllm_config: "VllmConfig") -> str:
+    """What ``admit`` found out about the model's weights."""
+    return compat.handed_over(vllm_config).get("weights", "unknown")

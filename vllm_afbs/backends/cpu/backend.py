@@ -21,9 +21,10 @@ from vllm_afbs.backends.cpu.meter import HostMeter, LayerWork
 from vllm_afbs.backends.cpu.sparse import MAX_DENSITY, CacheFormat, SparsePrefill
 from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
 from vllm_afbs.kernels import TileTables
-from vllm_afbs.observability import fallbacks, metrics
+from vllm_afbs.observability import fallbacks
+from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission, eligibility, summary
+from vllm_afbs.serving import eligibility, summary
 from vllm_afbs.serving.batch import DenseRequests, Step, restrict
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
@@ -95,8 +96,7 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         """Gives each layer what it serves by the admitted profile; arguments are vLLM's."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        profile = admission.admitted_profile(vllm_config)
-        metrics.report_profile(profile)
+        profile = join_server(vllm_config)
         self._sorter = StepSorter(vllm_config, profile)
         meter = HostMeter(read_settings(vllm_config))
         cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)

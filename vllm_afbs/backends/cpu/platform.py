@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_afbs import compat
+from vllm_afbs.observability.membership import begin_server
 from vllm_afbs.serving import admission
 
 if TYPE_CHECKING:
@@ -43,4 +44,5 @@ class AfbsCpuPlatform(CpuPlatform):
             SystemExit: The profile was refused; see ``admission.admit_or_exit``.
         """
         super().check_and_update_config(vllm_config)
-        admission.admit_or_exit(vllm_config)
+        if admission.admit_or_exit(vllm_config):
+            begin_server(vllm_config)

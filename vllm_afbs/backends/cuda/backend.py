@@ -30,8 +30,9 @@ from vllm_afbs.backends.cuda.workspace import show_workspace
 from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
 from vllm_afbs.kernels import QueryBlocks, StepInputs, cut_query_blocks
 from vllm_afbs.observability import fallbacks, metrics
+from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission, eligibility, summary
+from vllm_afbs.serving import eligibility, summary
 from vllm_afbs.serving.batch import DenseRequests, Step, restrict
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
@@ -119,8 +120,7 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         """Gives each layer what it serves by the admitted profile; arguments are vLLM's."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         page_size = kv_cache_spec.block_size
-        profile = admission.admitted_profile(vllm_config)
-        metrics.report_profile(profile)
+        profile = join_server(vllm_config)
         self._sorter = StepSorter(vllm_config, profile)
         layers = list(plan_layers(vllm_config, profile, layer_names, page_size))
         self._plans = [plan for _, plan in layers]

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from vllm.platforms.cuda import CudaPlatform
 
+from vllm_afbs.observability.membership import begin_server
 from vllm_afbs.serving import admission
 
 if TYPE_CHECKING:
@@ -21,4 +22,5 @@ class AfbsCudaPlatform(CudaPlatform):  # type: ignore[misc, valid-type]
             SystemExit: The profile was refused; see ``admission.admit_or_exit``.
         """
         super().check_and_update_config(vllm_config)
-        admission.admit_or_exit(vllm_config)
+        if admission.admit_or_exit(vllm_config):
+            begin_server(vllm_config)
