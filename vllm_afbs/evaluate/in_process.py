@@ -10,13 +10,13 @@ from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, Selection
 from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens
 from vllm_afbs.tuning import attention
 from vllm_afbs.tuning.attention import AttentionCall
+from vllm_afbs.tuning.logits import token_losses
 from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.weights import load_weights
 
 _ATTENTION = "afbs_evaluated"
 _DECODED_AT_ONCE = 16
-_ROWS = 1024  # of logits that are turned to fp32 at a time
 
 
 class Counter:
@@ -96,14 +96,7 @@ class Runner:
     @torch.inference_mode()
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
         """Negative log likelihood of every token after the first, in nats, ``[length - 1]``."""
-        logits = self._logits(tokens, 0)[:-1]
-        targets = torch.tensor(tokens[1:], device=self._device)
-        parts = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
-        losses = [
-            torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
-            for part, target in parts
-        ]
-        return torch.cat(losses).cpu()
+        return token_losses(self._model, torch.tensor([tokens], device=self._device))
 
     @torch.inference_mode()
     def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
@@ -128,7 +121,7 @@ class Runner:
 
     @torch.inference_mode()
     def _logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
-        """Logits of the last ``last`` positions, of all if it is 0: ``[positions, vocabulary]``."""
+        """Logits of the last ``last`` positions, ``[last, vocabulary]``."""
         ids = torch.tensor([tokens], device=self._device)
         output = self._model(input_ids=ids, use_cache=False, logits_to_keep=last)
         logits: torch.Tensor = output.logits[0]
