@@ -7,14 +7,13 @@ from typing import Any
 
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.tuning.errors import InputError, one_line
+
+__all__ = ["InputError", "SourceModel", "one_line", "open_model"]
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHT_FILES = "*.safetensors"
 _DIGEST_BYTES = 1 << 20
-
-
-class InputError(ValueError):
-    """The user gave something that cannot be used; the message is one line that says so."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,6 @@ def open_model(name: str) -> SourceModel:
         raise InputError(f"{name}: {error}") from None
     max_length = int(config.get_text_config().max_position_embeddings)
     return SourceModel(name, config, fingerprint, max_length)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _resolve(name: str, patterns: list[str]) -> Path:

@@ -20,7 +20,7 @@ from vllm_afbs.tuning.texts import Text
 CALIBRATION = "calibration"
 """Name of the calibration window."""
 _LEAST_HELD_OUT = 2
-MOST_ACCEPTANCE = 8
+MOST_ACCEPTANCE = 6
 """Acceptance windows of all texts together, at most (one per text if there are more texts). Each
 takes one dense run of the model and one sparse run per candidate."""
 

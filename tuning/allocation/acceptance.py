@@ -17,6 +17,7 @@ windows alone, and at most ``CANDIDATES`` are tried, each at an equal part of th
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -29,9 +30,11 @@ from vllm_afbs.profile.schema import Acceptance, TextPart
 from vllm_afbs.tuning.allocation.student import t_quantile
 from vllm_afbs.tuning.journal import Journal, Result
 from vllm_afbs.tuning.progress import Progress
-from vllm_afbs.tuning.windows import MOST_ACCEPTANCE, Part
+from vllm_afbs.tuning.windows import Part
 
 CONFIDENCE = 0.95
+LEAST_BLOCKS = 8
+"""Fewest samples: with two or three, Student's bound would be several times the estimate."""
 CANDIDATES = 3
 """Most candidates that are tried; each after the first tunes all layers again."""
 BACK_OFF = 0.5
@@ -81,6 +84,17 @@ def increase_of(dense: Sequence[float], sparse: Sequence[float]) -> Increase:
     return Increase(math.expm1(mean), math.expm1(mean + margin))
 
 
+def describe(acceptance: Acceptance) -> str:
+    """What was accepted, for people."""
+    counts = Counter(window.text for window in acceptance.windows)
+    where = ", ".join(f"{count} of {text}" for text, count in counts.items())
+    return (
+        f"perplexity grows by {acceptance.increase:.2%}, by at most {acceptance.bound:.2%} with "
+        f"{acceptance.confidence:.0%} confidence, on windows that the search had not seen "
+        f"({where}; {acceptance.num_blocks} blocks)"
+    )
+
+
 class AcceptanceTest:
     """Measures candidates on the acceptance windows.
 
@@ -95,7 +109,7 @@ class AcceptanceTest:
         self._journal = journal
         self._progress = progress
         num_losses = len(windows[0].tokens) - 1
-        self._per_window = min(-(-MOST_ACCEPTANCE // len(windows)), num_losses)
+        self._per_window = min(-(-LEAST_BLOCKS // len(windows)), num_losses)
 
     def increase(
         self, name: str, model: Losses, thresholds: Mapping[int, HeadThresholds]

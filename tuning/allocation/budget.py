@@ -268,7 +268,9 @@ class BudgetSearch:
         damage = torch.tensor(damages, dtype=torch.float64)
         # A layer that drops nothing at the shortest length counts as an average one.
         damage = torch.where(damage.isnan(), damage.nanmean(), damage)
-        damage *= kl / damage.sum().clamp_min(1e-12)
+        # If no layer is sparse at the job's tolerance, the shortest length has to do.
+        scale = kl / damage.sum().clamp_min(1e-12) if kl > 0.0 else self._settings.tolerance**2
+        damage *= scale
         growth = torch.tensor(FACTORS, dtype=torch.float64).square()
         density = 1.0 - torch.tensor(sparsities, dtype=torch.float64)
         return Levels(density, damage[:, None] * growth)

@@ -17,6 +17,8 @@ from vllm_afbs.tuning.weights import load_weights
 
 _ATTENTION = "afbs_evaluated"
 _DECODED_AT_ONCE = 16
+_CACHED_TOKENS = 1 << 17
+"""Prompts that are decoded at once have at most as many tokens, padding included."""
 
 
 class Counter:
@@ -109,9 +111,11 @@ class Runner:
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         """Continues prompts greedily; an answer does not include the token that ended it."""
-        answers = []
-        for start in range(0, len(prompts), _DECODED_AT_ONCE):
-            batch = prompts[start : start + _DECODED_AT_ONCE]
+        answers: list[list[int]] = []
+        longest = max(map(len, prompts), default=1)
+        size = max(1, min(_DECODED_AT_ONCE, _CACHED_TOKENS // longest))
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
             answers += [self._until_end(each) for each in self._decode(batch, num_tokens)]
         return answers
 
