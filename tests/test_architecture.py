@@ -15,6 +15,7 @@ NAME = vllm_afbs.__name__
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "compat": set(),
+    "faults": set(),
     "files": set(),
     "profile": {"files"},
     "serving": {"compat", "kernels", "profile"},
@@ -24,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "tuning": {"files", "kernels", "profile"},
     "commands": {"files"},
     "tune": {"commands", "files", "profile", "tuning"},
-    "evaluate": {"commands", "files", "kernels", "profile", "serving.plan", "tuning"},
+    "evaluate": {"commands", "faults", "files", "kernels", "profile", "serving.plan", "tuning"},
     "demo": {"commands", "evaluate.divergence", "files", "profile", "serving.settings"},
 }  # fmt: skip
 """From the lowest floor up: the rooms, or modules in them, that each room imports.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from vllm_afbs.profile.schema import WholeModel
-from vllm_afbs.tuning.allocation.acceptance import Increase
+from vllm_afbs.tuning.allocation.acceptance import CONFIDENCE, Increase
 from vllm_afbs.tuning.allocation.levels import Levels
 
 _SPARSITY_SLACK = 0.01
@@ -95,7 +95,7 @@ class Goal:
         least = min(increases, key=lambda each: each.bound)
         return (
             f"--max-perplexity-increase: {self.value:g} expected at most, {least.bound:.4g} was "
-            "reached: the upper 95 % bound on windows that the search had not seen "
-            f"({least.measured:.4g} measured); give a higher one, or more or longer --calibration "
-            "texts"
+            f"reached ({least.measured:.4g} measured): the upper {100 * CONFIDENCE:g} % bound on "
+            "windows that the search had not seen; give a higher one, or more or longer "
+            "--calibration texts"
         )
