@@ -20,9 +20,9 @@ from vllm_afbs.tuning.texts import Text
 CALIBRATION = "calibration"
 """Name of the calibration window."""
 _LEAST_HELD_OUT = 2
-MOST_ACCEPTANCE = 6
-"""Acceptance windows of all texts together, at most (one per text if there are more texts). Each
-takes one dense run of the model and one sparse run per candidate."""
+NUM_ACCEPTANCE = 6
+"""Acceptance windows of all texts together; rounded up, so that each text has as many. Each takes
+one dense run of the model and one sparse run per candidate."""
 
 
 def held_out(num_texts: int) -> tuple[str, ...]:
@@ -206,7 +206,7 @@ def _acceptance(
     free: Sequence[Sequence[int]],
 ) -> list[Part]:
     """Cuts as many windows of each text, spread over the places that are free in it."""
-    count = min(-(-MOST_ACCEPTANCE // len(tokens)), *map(len, free))
+    count = min(-(-NUM_ACCEPTANCE // len(tokens)), *map(len, free))
     return [
         Part(name, start, length, [*prefix, *text[start : start + length]])
         for text, name, places in zip(tokens, names, free, strict=True)
