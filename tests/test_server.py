@@ -198,7 +198,7 @@ def test_an_evaluation_through_the_server_finds_what_one_in_process_does(
     assert one.loss == pytest.approx(other.loss, abs=0.1)
     assert kl_divergence(other.top, one.top) < 1e-3
     assert served.generate([tokens[9:]], 4) == here.generate([tokens[9:]], 4)
-    with pytest.raises(InputError, match=r"a server of profile 000 expected, it serves"):
+    with pytest.raises(InputError, match=r"a server with profile 000 expected, got one with"):
         Served(url, set(), "000")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.profiles import uniform_profile
-from vllm_afbs.profile.schema import BudgetRun, Measurement, WholeModel
+from vllm_afbs.profile.schema import Acceptance, BudgetRun, Measurement, TextPart, WholeModel
 from vllm_afbs.tuning.allocation.budget import Damage
 from vllm_afbs.tuning.journal import Entry
 from vllm_afbs.tuning.report import _convergence, write_report
@@ -61,7 +61,13 @@ def report(tmp_path: Path) -> Path:
     path = tmp_path / "profile.html"
     layers[0] = layers[0].model_copy(update={"tolerance": 0.025})
     whole = WholeModel(sparsity=0.4, kl=0.01, perplexity=9.5, dense_perplexity=9.0)
-    budget = BudgetRun(goal="perplexity", target=0.1, uniform=whole, allocated=whole)
+    windows = [TextPart(text="<i>a.txt", start=9 * i, num_tokens=8) for i in range(4)]
+    acceptance = Acceptance(
+        increase=0.0123, bound=0.0456, confidence=0.95, candidate=2, num_blocks=8, windows=windows
+    )
+    budget = BudgetRun(
+        goal="perplexity", target=0.1, uniform=whole, allocated=whole, acceptance=acceptance
+    )
     run = profile.tuner.model_copy(update={"budget": budget})
     write_report(profile.model_copy(update={"layers": layers, "tuner": run}), steps(), path)
     return path
@@ -73,6 +79,8 @@ def test_report_names_the_worst_heads_and_the_provenance(report: Path) -> None:
     assert ">0.0575<" in text
     assert ">1.15<" in text  # over the tolerance of 0.05
     assert "perplexity: an increase of at most 0.1" in text
+    assert "by 1.23%, by at most 4.56% with 95% confidence" in text
+    assert "(4 of &lt;i&gt;a.txt; 8 blocks)" in text
     assert "&lt;b&gt;model&lt;/b&gt;" in text
     assert "<b>model" not in text
     assert not re.findall(r"(?:src|href)=[\"']?http", text)

@@ -18,6 +18,7 @@ from rich.text import Text
 from vllm_afbs.files import printable
 from vllm_afbs.kernels import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile
+from vllm_afbs.tuning.allocation.acceptance import describe
 
 
 class ProgressBar:
@@ -81,6 +82,9 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
         f"tolerance {run.tolerance}",
         highlight=False,
     )
+    if run.budget is not None and run.budget.acceptance is not None:
+        accepted = printable(describe(run.budget.acceptance))
+        console.print(accepted, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{output}: profile {profile.profile_id} written; {report}: what it found",
         markup=False,

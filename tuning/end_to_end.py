@@ -13,6 +13,7 @@ from vllm_afbs.kernels import (
 )
 from vllm_afbs.tuning import attention
 from vllm_afbs.tuning.attention import AttentionCall
+from vllm_afbs.tuning.logits import token_losses
 from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.weights import load_weights
@@ -86,6 +87,15 @@ class EndToEnd:
             ).logits[0]
             log_probs = torch.log_softmax(logits.float(), dim=-1)
         return Predictions(log_probs, ids[0, positions.to(device) + 1])
+
+    def losses(
+        self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]
+    ) -> torch.Tensor:
+        """Negative log likelihood of every token after a window's first, ``[length - 1]``, fp32."""
+        self._thresholds = thresholds
+        device = next(self._model.parameters()).device
+        with torch.inference_mode():
+            return token_losses(self._model, torch.tensor([tokens], device=device))
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
         thresholds = self._thresholds.get(call.layer)

@@ -29,7 +29,7 @@ from vllm_afbs.tuning.model import InputError
 FILE_NAME = "journal.jsonl"
 FORMAT_VERSION = 2
 """Raised whenever a line of the journal, or a step's result, changes its shape."""
-SEARCH_VERSION = 3
+SEARCH_VERSION = 4
 """Raised whenever the same settings lead the search elsewhere: a job ends as it was begun."""
 
 T = TypeVar("T")

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile
+from vllm_afbs.tuning.allocation.acceptance import describe
 from vllm_afbs.tuning.allocation.budget import Damage
 from vllm_afbs.tuning.journal import Entry
 from vllm_afbs.tuning.search.results import Attempt, Refined, Trial
@@ -306,6 +307,8 @@ def _whole_model(profile: Profile) -> dict[str, str]:
             f"sparsity {whole.sparsity:.3f}, KL {whole.kl:.5f} nats, perplexity "
             f"{whole.perplexity:.4f} ({whole.dense_perplexity:.4f} dense)"
         )
+    if budget.acceptance is not None:
+        rows["Accepted"] = describe(budget.acceptance)
     return rows
 
 

@@ -17,6 +17,7 @@ from vllm_afbs.profile.schema import (
     TextSource,
     TunerRun,
 )
+from vllm_afbs.tuning.allocation.acceptance import AcceptanceTest
 from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import Capture, capture
@@ -77,7 +78,8 @@ def tune(
         InputError: The model, a text or the journal cannot be used, or the goal was not reached.
         OSError: The work directory cannot be written.
     """
-    cut = cut_windows(model, texts, settings.longest)
+    accepting = goal is not None and goal.kind == "perplexity"
+    cut = cut_windows(model, texts, settings.longest, accepting=accepting)
     work.mkdir(exist_ok=True)
     journal = Journal(
         work / FILE_NAME,
@@ -98,7 +100,8 @@ def tune(
     search = LayerSearches(settings, layers, taken, journal, progress, pool)
     tuned, budget = search.tuned({}), None
     if goal is not None:
-        outer = BudgetSearch(model, settings, cut.windows, journal, search, progress)
+        test = AcceptanceTest(cut.acceptance, journal, progress) if accepting else None
+        outer = BudgetSearch(model, settings, cut.windows, journal, search, progress, test)
         tuned, budget = outer.run(goal, tuned)
     sources = [
         TextSource(

@@ -4,10 +4,13 @@ One *calibration* window is packed from equal shares of every text, each from it
 *Held-out* windows of the whole length are spread over the rest of each text and share no token with
 the calibration window. There are at least two, since one passage of a text (a table, a listing) can
 differ from all others.
+
+*Acceptance* windows lie between the others and share no token with them. The search never sees
+them: they only decide, at the end, whether a promise about perplexity holds.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +20,9 @@ from vllm_afbs.tuning.texts import Text
 CALIBRATION = "calibration"
 """Name of the calibration window."""
 _LEAST_HELD_OUT = 2
+NUM_ACCEPTANCE = 6
+"""Acceptance windows of all texts together; rounded up, so that each text has as many. Each takes
+one dense run of the model and one sparse run per candidate."""
 
 
 def held_out(num_texts: int) -> tuple[str, ...]:
@@ -31,26 +37,48 @@ def by_text(names: Sequence[str]) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """An acceptance window.
+
+    Attributes:
+        text: Name of the text that it is cut from.
+        start: Where it starts in that text, in tokens.
+        num_tokens: Tokens of that text.
+        tokens: Token ids, including the tokenizer's own first token.
+    """
+
+    text: str
+    start: int
+    num_tokens: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
 class Cut:
     """The windows of a job.
 
     Attributes:
         windows: Token ids by window, all of one length; the calibration window comes first.
         num_tokens: Tokens taken from each text. A token that two windows share counts once, and the
-            tokenizer's own first token does not count.
+            tokenizer's own first token does not count, and neither do acceptance windows.
+        acceptance: The acceptance windows, as many of each text; none unless asked for.
     """
 
     windows: dict[str, list[int]]
     num_tokens: list[int]
+    acceptance: list[Part] = field(default_factory=list)
 
 
-def cut_windows(model: SourceModel, texts: Sequence[Text], length: int) -> Cut:
+def cut_windows(
+    model: SourceModel, texts: Sequence[Text], length: int, *, accepting: bool = False
+) -> Cut:
     """Tokenizes the texts and cuts them.
 
     Args:
         model: The model, for its tokenizer.
         texts: The calibration texts, at least one.
         length: Tokens of a window, including the tokenizer's own first token, if it adds one.
+        accepting: Whether to cut acceptance windows, too.
 
     Raises:
         InputError: The tokenizer cannot be read, or a text is too short.
@@ -58,7 +86,7 @@ def cut_windows(model: SourceModel, texts: Sequence[Text], length: int) -> Cut:
     tokenizer = load_tokenizer(model)
     tokens = [tokenize(tokenizer, text) for text in texts]
     names = [f"{text.name} ({text.coverage})" if text.coverage else text.name for text in texts]
-    return cut_tokens(tokens, names, first_tokens(tokenizer), length)
+    return cut_tokens(tokens, names, first_tokens(tokenizer), length, accepting=accepting)
 
 
 def load_tokenizer(model: SourceModel) -> Any:
@@ -90,7 +118,12 @@ def tokenize(tokenizer: Any, text: Text) -> list[int]:
 
 
 def cut_tokens(
-    tokens: Sequence[Sequence[int]], names: Sequence[str], prefix: Sequence[int], length: int
+    tokens: Sequence[Sequence[int]],
+    names: Sequence[str],
+    prefix: Sequence[int],
+    length: int,
+    *,
+    accepting: bool = False,
 ) -> Cut:
     """Cuts tokenized texts.
 
@@ -99,6 +132,7 @@ def cut_tokens(
         names: Where each text came from, for the message.
         prefix: Tokens that every window begins with.
         length: Tokens of a window, including ``prefix``.
+        accepting: Whether to cut acceptance windows, too.
 
     Raises:
         InputError: A text is too short.
@@ -108,21 +142,73 @@ def cut_tokens(
     shares = [whole + (index < rest) for index in range(len(tokens))]
     calibration = list(prefix)
     windows = {CALIBRATION: calibration}
-    num_tokens = []
+    num_tokens, free = [], []
     groups = by_text(held_out(len(tokens)))
     for text, name, share, group in zip(tokens, names, shares, groups, strict=True):
-        if len(text) < share + length:
-            raise InputError(
-                f"{name}: the calibration text has {len(text)} tokens, {share + length} expected "
-                f"for {share} of the calibration window and a held-out window of {length}; give a "
-                "longer text or shorter --lengths"
-            )
+        starts = _held_out_starts(name, len(text), share, length, len(group))
         calibration += text[:share]
         taken = set(range(share))
-        room = len(text) - share - length
-        for part, window in enumerate(group):
-            start = share + room * (2 * part + 1) // (2 * len(group))
+        for window, start in zip(group, starts, strict=True):
             windows[window] = [*prefix, *text[start : start + length]]
             taken.update(range(start, start + length))
         num_tokens.append(len(taken))
-    return Cut(windows, num_tokens)
+        ends = [share, *(start + length for start in starts)]
+        free.append(_between(ends, [*starts, len(text)], length))
+        if accepting and not free[-1]:
+            # From then on, each of the gaps around the held-out windows has room for one.
+            needed = share + length + 2 * len(group) * length
+            raise InputError(
+                f"{name}: the calibration text has {len(text)} tokens, {needed} expected for "
+                f"--max-perplexity-increase, which is accepted on windows of {length} that nothing "
+                "else has seen; give a longer text or shorter --lengths"
+            )
+    parts = _acceptance(tokens, names, prefix, length, free) if accepting else []
+    return Cut(windows, num_tokens, parts)
+
+
+def _held_out_starts(name: str, num_tokens: int, share: int, length: int, count: int) -> list[int]:
+    """Where a text's held-out windows start, spread over what its calibration share leaves.
+
+    Raises:
+        InputError: The text is too short.
+    """
+    room = num_tokens - share - length
+    if room < 0:
+        raise InputError(
+            f"{name}: the calibration text has {num_tokens} tokens, {share + length} expected for "
+            f"{share} of the calibration window and a held-out window of {length}; give a longer "
+            "text or shorter --lengths"
+        )
+    return [share + room * (2 * part + 1) // (2 * count) for part in range(count)]
+
+
+def _between(ends: Sequence[int], starts: Sequence[int], length: int) -> list[int]:
+    """Where windows start that fill the gaps of a text, spread over each gap.
+
+    Args:
+        ends: Where the gaps begin: the ends of the windows that are cut already.
+        starts: Where the gaps end.
+        length: Tokens of a window.
+    """
+    found = []
+    for begin, end in zip(ends, starts, strict=True):
+        count = max(0, end - begin) // length
+        slack = end - begin - count * length
+        found += [begin + slack * (i + 1) // (count + 1) + i * length for i in range(count)]
+    return found
+
+
+def _acceptance(
+    tokens: Sequence[Sequence[int]],
+    names: Sequence[str],
+    prefix: Sequence[int],
+    length: int,
+    free: Sequence[Sequence[int]],
+) -> list[Part]:
+    """Cuts as many windows of each text, spread over the places that are free in it."""
+    count = min(-(-NUM_ACCEPTANCE // len(tokens)), *map(len, free))
+    return [
+        Part(name, start, length, [*prefix, *text[start : start + length]])
+        for text, name, places in zip(tokens, names, free, strict=True)
+        for start in (places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count))
+    ]

@@ -12,18 +12,26 @@ a hundred times as much in one layer as in another. So, after all layers are tun
    Kernel time is linear in the block products.
 4. *Measurement*: the layers are refined and validated with their tolerances, and the whole model
    runs on held-out text. If it misses the goal, the budget moves by the miss, and step 3 repeats.
+5. *Acceptance* (``acceptance``), of a promise about perplexity: the best attempt has to keep it on
+   windows that steps 1 to 4 have not seen. If it does not, attempts with less damage follow.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile.schema import BudgetRun, LayerProfile, WholeModel
+from vllm_afbs.profile.schema import Acceptance, BudgetRun, LayerProfile, WholeModel
+from vllm_afbs.tuning.allocation.acceptance import (
+    BACK_OFF,
+    CANDIDATES,
+    AcceptanceTest,
+    Increase,
+)
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.levels import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
@@ -38,7 +46,7 @@ FACTORS = [2.0 ** (step / 2) for step in range(-6, 7)]
 """A layer's tolerance, in units of the job's: 1/8 to 8, as far as slopes are extrapolated. Chosen
 on SmolLM2-135M at lengths of 1024 and 2048."""
 ATTEMPTS = 4
-"""Most allocations that are measured; each tunes all layers again. Chosen on SmolLM2-135M."""
+"""Most divisions that the search measures; each tunes all layers again. Chosen on SmolLM2-135M."""
 
 Layers = dict[int, LayerProfile]
 
@@ -54,6 +62,30 @@ class Damage(Result):
     kl: float
 
 
+@dataclass(frozen=True)
+class Division:
+    """What a budget is divided by, and the divisions that were tried.
+
+    Attributes:
+        goal: What is wanted.
+        levels: The levels of each layer.
+        layers: The layers' indices, in the order of ``levels``.
+        tried: The tolerances of each attempt.
+    """
+
+    goal: Goal
+    levels: Levels
+    layers: Sequence[int]
+    tried: list[dict[int, float]] = field(default_factory=list)
+
+    def tolerances(self, budget: float, unit: float) -> dict[int, float]:
+        """Each layer's tolerance within a budget, where ``FACTORS`` are in units of ``unit``."""
+        chosen = self.goal.allocation(self.levels, budget).tolist()
+        return {
+            layer: unit * FACTORS[level] for layer, level in zip(self.layers, chosen, strict=True)
+        }
+
+
 class Search(Protocol):
     """Tunes layers."""
 
@@ -62,6 +94,21 @@ class Search(Protocol):
 
     def of_layer(self, layer: int) -> LayerSearch:
         """The search over a tuned layer, to ask it more."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A division of the error among layers that was tuned and measured.
+
+    Attributes:
+        budget: What was divided; see ``Goal.first_budget``.
+        layers: The layers, each tuned to its own tolerance.
+        measured: The whole model with them, on held-out text.
+    """
+
+    budget: float
+    layers: Layers
+    measured: WholeModel
 
 
 class BudgetSearch:
@@ -74,6 +121,7 @@ class BudgetSearch:
         journal: Where steps are kept.
         search: Tunes layers.
         progress: Is told how far the search is.
+        acceptance: What a promise about perplexity has to pass; None to promise nothing.
     """
 
     def __init__(
@@ -84,6 +132,7 @@ class BudgetSearch:
         journal: Journal,
         search: Search,
         progress: Progress,
+        acceptance: AcceptanceTest | None = None,
     ) -> None:
         self._model = model
         self._settings = settings
@@ -92,6 +141,7 @@ class BudgetSearch:
         self._journal = journal
         self._search = search
         self._progress = progress
+        self._acceptance = acceptance
 
     def run(self, goal: Goal, uniform: Layers) -> tuple[Layers, BudgetRun]:
         """Finds the tolerances, or replays how they were found.
@@ -104,35 +154,74 @@ class BudgetSearch:
             The layers, each tuned to its own tolerance, and how the whole model did with them.
 
         Raises:
-            InputError: No attempt reached the goal.
+            InputError: No attempt reached the goal, or none was accepted.
         """
         before = self.whole_model("uniform", uniform)
-        levels = self._levels(list(uniform), before.kl)
+        division = Division(goal, self._levels(list(uniform), before.kl), tuple(uniform))
+        chosen, accepted = self._steered(division), None
+        if self._acceptance is not None:
+            chosen, accepted = self._accepted(self._acceptance, division, chosen)
+        run = BudgetRun(
+            goal=goal.kind,
+            target=goal.value,
+            uniform=before,
+            allocated=chosen.measured,
+            acceptance=accepted,
+        )
+        return chosen.layers, run
+
+    def _steered(self, division: Division) -> Candidate:
+        """The best attempt that reaches the goal on held-out text."""
+        goal = division.goal
         budget, reached = goal.first_budget(), []
-        best: tuple[Layers, WholeModel] | None = None
-        tried: list[dict[int, float]] = []
-        while len(tried) < ATTEMPTS:
-            chosen = goal.allocation(levels, budget).tolist()
-            tolerances = {
-                layer: self._settings.tolerance * FACTORS[level]
-                for layer, level in zip(uniform, chosen, strict=True)
-            }
-            if tolerances in tried:
+        best: Candidate | None = None
+        while len(division.tried) < ATTEMPTS:
+            candidate = self._attempt(division, budget)
+            if candidate is None:
                 break
-            tried.append(tolerances)
-            self._progress.begin(f"Attempt {len(tried)}", len(uniform))
-            layers = self._search.tuned(tolerances)
-            after = self.whole_model(f"{goal.kind} {goal.value!r} attempt {len(tried)}", layers)
-            reached.append(goal.reached(after))
-            if goal.allows(reached[-1]) and (best is None or goal.prefers(after, best[1])):
-                best = layers, after
+            reached.append(goal.reached(candidate.measured))
+            if goal.allows(reached[-1]) and (
+                best is None or goal.prefers(candidate.measured, best.measured)
+            ):
+                best = candidate
             if goal.is_met_closely(reached[-1]):
                 break
             budget = goal.next_budget(budget, reached[-1])
         if best is None:
             raise InputError(goal.missed(reached))
-        run = BudgetRun(goal=goal.kind, target=goal.value, uniform=before, allocated=best[1])
-        return best[0], run
+        return best
+
+    def _accepted(
+        self, acceptance: AcceptanceTest, division: Division, candidate: Candidate | None
+    ) -> tuple[Candidate, Acceptance]:
+        """The first candidate whose bound is within the goal, with less damage each time."""
+        goal = division.goal
+        refused: list[Increase] = []
+        while candidate is not None and len(refused) < CANDIDATES:
+            increase = acceptance.increase(
+                f"{goal.kind} {goal.value!r} candidate {len(refused) + 1}",
+                self._runner,
+                _thresholds(candidate.layers),
+            )
+            if increase.bound <= goal.value:
+                return candidate, acceptance.record(increase, len(refused) + 1)
+            refused.append(increase)
+            if len(refused) < CANDIDATES:
+                candidate = self._attempt(division, candidate.budget * BACK_OFF)
+        raise InputError(goal.refused(refused))
+
+    def _attempt(self, division: Division, budget: float) -> Candidate | None:
+        """Tunes and measures the division of a budget; None if it was tried before."""
+        goal = division.goal
+        tolerances = division.tolerances(budget, self._settings.tolerance)
+        if tolerances in division.tried:
+            return None
+        division.tried.append(tolerances)
+        number = len(division.tried)
+        self._progress.begin(f"Attempt {number}", len(tolerances))
+        layers = self._search.tuned(tolerances)
+        measured = self.whole_model(f"{goal.kind} {goal.value!r} attempt {number}", layers)
+        return Candidate(budget, layers, measured)
 
     @cached_property
     def _runner(self) -> EndToEnd:
@@ -179,7 +268,9 @@ class BudgetSearch:
         damage = torch.tensor(damages, dtype=torch.float64)
         # A layer that drops nothing at the shortest length counts as an average one.
         damage = torch.where(damage.isnan(), damage.nanmean(), damage)
-        damage *= kl / damage.sum().clamp_min(1e-12)
+        # If no layer is sparse at the job's tolerance, the shortest length has to do.
+        scale = kl / damage.sum().clamp_min(1e-12) if kl > 0.0 else self._settings.tolerance**2
+        damage *= scale
         growth = torch.tensor(FACTORS, dtype=torch.float64).square()
         density = 1.0 - torch.tensor(sparsities, dtype=torch.float64)
         return Levels(density, damage[:, None] * growth)

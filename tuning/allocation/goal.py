@@ -1,12 +1,14 @@
 """What a user may ask of the whole model, and when it is reached."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from vllm_afbs.profile.schema import WholeModel
+from vllm_afbs.tuning.allocation.acceptance import CONFIDENCE, Increase
 from vllm_afbs.tuning.allocation.levels import Levels
 
 _SPARSITY_SLACK = 0.01
@@ -86,4 +88,14 @@ class Goal:
         return (
             f"--max-perplexity-increase: {self.value:g} expected at most, {min(reached):.4g} was "
             "reached; give a higher one"
+        )
+
+    def refused(self, increases: Sequence[Increase]) -> str:
+        """The message for a user whose perplexity was reached, but not proven."""
+        least = min(increases, key=lambda each: each.bound)
+        return (
+            f"--max-perplexity-increase: {self.value:g} expected at most, {least.bound:.4g} was "
+            f"reached ({least.measured:.4g} measured): the upper {100 * CONFIDENCE:g} % bound on "
+            "windows that the search had not seen; give a higher one, or more or longer "
+            "--calibration texts"
         )

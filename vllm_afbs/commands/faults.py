@@ -6,7 +6,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 EXIT_FAULT = 70
@@ -37,7 +37,11 @@ def guarded(program: str, run: Callable[[], int]) -> int:
 
 def _keep(error: Exception) -> str:
     """Writes the traceback to a file; says where, or why not and the line that failed."""
-    about = f"vllm-afbs {version('vllm-afbs')}, Python {platform.python_version()}"
+    try:
+        own_version = version("vllm-afbs")
+    except PackageNotFoundError:  # a checkout that is not installed
+        own_version = "not installed"
+    about = f"vllm-afbs {own_version}, Python {platform.python_version()}"
     text = "".join([f"{about}\n", *traceback.format_exception(error)])
     try:
         descriptor, name = tempfile.mkstemp(prefix="vllm-afbs-fault-", suffix=".txt")

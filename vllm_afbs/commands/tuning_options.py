@@ -93,8 +93,8 @@ def tuning_parser(program: str) -> argparse.ArgumentParser:
         type=_ratio,
         metavar="RATIO",
         help="divide the error among layers so that the model skips as many block products as "
-        "possible while its perplexity on held-out text grows by at most this ratio, for instance "
-        "0.01",
+        "possible while its perplexity grows by at most this ratio, for instance 0.01, with 95 %% "
+        "confidence on windows of the texts that the search has not seen",
     )
     parser.add_argument(
         "--block-q", type=positive, default=128, help="rows of a query block (default: 128)"

@@ -8,15 +8,17 @@ Torch is imported only once the arguments are known to be usable.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_afbs.commands.arguments import positive, unusable_output
 from vllm_afbs.commands.extras import missing_extra
+from vllm_afbs.commands.faults import guarded
 
 if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor
+    from vllm_afbs.evaluate.server import Served
     from vllm_afbs.evaluate.suite import Amounts
     from vllm_afbs.profile.schema import Profile
     from vllm_afbs.tuning.model import SourceModel
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 PROGRAM = "python -m vllm_afbs.evaluate"
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 TESTS = ("perplexity", "prefixes", "agreement", "retrieval")
 
 
@@ -32,16 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the evaluation; returns the exit status.
 
     0: the report is written. 2: an argument cannot be used; one line says which. 1: a file cannot
-    be written, for instance because the disk is full.
+    be written, for instance because the disk is full. 70: a fault of ours. 130: interrupted.
     """
     options = _parser().parse_args(argv)
+    try:
+        return guarded(PROGRAM, lambda: _checked(options))
+    except KeyboardInterrupt:
+        return _refuse("interrupted, nothing is written", EXIT_INTERRUPTED)
+
+
+def _checked(options: argparse.Namespace) -> int:
     if reason := missing_extra("evaluate") or _unusable_output(options.output):
         return _refuse(reason)
     from vllm_afbs.profile.errors import ProfileError
+    from vllm_afbs.tuning import memory
     from vllm_afbs.tuning.model import InputError, one_line
 
     try:
-        return _run(options)
+        with memory.explained(
+            "evaluating", "a shorter --length expected, or a machine with more memory"
+        ):
+            return _run(options)
     except (InputError, ProfileError) as error:
         return _refuse(str(error))
     except OSError as error:
@@ -83,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--length",
         type=positive,
-        help="tokens of the longest prompt (default: the longest context of the profile)",
+        help="tokens of the longest prompt with its answer (default: the longest context of the "
+        "profile that the servers take)",
     )
     parser.add_argument(
         "--server",
@@ -145,7 +160,9 @@ def _run(options: argparse.Namespace) -> int:
     profile = load_profile(options.profile)
     model = open_model(options.model)
     profile.check_model(model.fingerprint, str(options.profile))
-    amounts = _amounts(options, profile, model)
+    # Servers come first: one that cannot be used is refused before anything is read or run.
+    servers = _servers(options, profile, model)
+    amounts = _amounts(options, profile, model, servers)
     text = _text(options, profile, model)
     if text.coverage:
         print(f"{text.name}: {text.coverage}", file=sys.stderr)
@@ -155,7 +172,7 @@ def _run(options: argparse.Namespace) -> int:
     from vllm_afbs.tuning.windows import load_tokenizer
 
     suite = make_suite(load_tokenizer(model), text, amounts)
-    dense, sparse = _predictors(options, profile, model)
+    dense, sparse = _predictors(servers, profile, model)
     start = time.monotonic()
     print("asking the dense model", file=sys.stderr, flush=True)
     reference = ask(dense, suite)
@@ -189,17 +206,32 @@ def _unusable_output(output: Path) -> str | None:
     return unusable_output(output)
 
 
-def _amounts(options: argparse.Namespace, profile: "Profile", model: "SourceModel") -> "Amounts":
+def _amounts(
+    options: argparse.Namespace,
+    profile: "Profile",
+    model: "SourceModel",
+    servers: "Mapping[str, Served]",
+) -> "Amounts":
     from vllm_afbs.evaluate.suite import Amounts
     from vllm_afbs.tuning.model import InputError
 
-    reach = min(profile.max_seq_len, model.max_length)
-    length = options.length or reach
-    if not profile.min_seq_len <= length <= reach:
+    limits = [
+        (profile.max_seq_len, "the profile's longest context"),
+        (model.max_length, "the model's positions"),
+    ]
+    # A server generates a token even where only the losses of the prompt are asked for.
+    generated = 1 if "perplexity" in options.tests else 0
+    for option, server in servers.items():
+        if (most := server.max_model_len) is not None:
+            limits.append((most - generated, f"{option}: max_model_len {most} of that server"))
+    shortest, (reach, limit) = profile.min_seq_len, min(limits)
+    if reach < shortest:
         raise InputError(
-            f"--length: {profile.min_seq_len} to {reach} expected, the contexts that the profile "
-            f"makes sparse, got {length}"
+            f"{limit}: at least {shortest + generated} expected, or all prompts would run dense"
         )
+    length = options.length or reach
+    if not shortest <= length <= reach:
+        raise InputError(f"--length: {shortest} to {reach} expected ({limit}), got {length}")
 
     def if_asked(test: str, amount: int) -> int:
         return amount if test in options.tests else 0
@@ -237,23 +269,34 @@ def _text(options: argparse.Namespace, profile: "Profile", model: "SourceModel")
     return Text("Python's language reference, held-out part", python_reference().held_out)
 
 
-def _predictors(
+def _servers(
     options: argparse.Namespace, profile: "Profile", model: "SourceModel"
+) -> "dict[str, Served]":
+    """The running servers, by the option that names them."""
+    from vllm_afbs.evaluate.predictor import end_tokens
+    from vllm_afbs.evaluate.server import Served
+
+    named = {
+        "--server": (options.server, profile.profile_id),
+        "--dense-server": (options.dense_server, None),
+    }
+    return {
+        option: Served(url, end_tokens(model), profile_id)
+        for option, (url, profile_id) in named.items()
+        if url
+    }
+
+
+def _predictors(
+    servers: "Mapping[str, Served]", profile: "Profile", model: "SourceModel"
 ) -> "tuple[Predictor, Predictor]":
     """Makes the dense and the sparse predictor; loads weights only if one of them runs here."""
     from vllm_afbs.evaluate.baselines import of_profile
     from vllm_afbs.evaluate.in_process import InProcess, Runner
     from vllm_afbs.evaluate.methods import Selection
 
-    def served(url: str, profile_id: str | None) -> "Predictor":
-        from vllm_afbs.evaluate.predictor import end_tokens
-        from vllm_afbs.evaluate.server import Served
-
-        return Served(url, end_tokens(model), profile_id)
-
-    # Servers come first: an unusable one is refused before weights are loaded.
-    sparse = served(options.server, profile.profile_id) if options.server else None
-    dense = served(options.dense_server, None) if options.dense_server else None
+    sparse: Predictor | None = servers.get("--server")
+    dense: Predictor | None = servers.get("--dense-server")
     if sparse is None or dense is None:
         runner = Runner(model)
         sparse = sparse or InProcess(runner, Selection(of_profile("afbs", profile), 0.0))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +10,15 @@ from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, Selection
 from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens
 from vllm_afbs.tuning import attention
 from vllm_afbs.tuning.attention import AttentionCall
+from vllm_afbs.tuning.logits import token_losses
 from vllm_afbs.tuning.masked import masked_attention
 from vllm_afbs.tuning.model import SourceModel
 from vllm_afbs.tuning.weights import load_weights
 
 _ATTENTION = "afbs_evaluated"
 _DECODED_AT_ONCE = 16
-_ROWS = 1024  # of logits that are turned to fp32 at a time
+_CACHED_TOKENS = 1 << 17
+"""Prompts that are decoded at once have at most as many tokens, padding included."""
 
 
 class Counter:
@@ -97,34 +98,7 @@ class Runner:
     @torch.inference_mode()
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
         """Negative log likelihood of every token after the first, in nats, ``[length - 1]``."""
-        targets = torch.tensor(tokens[1:], device=self._device)
-        losses = [
-            torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
-            for logits, target in zip(
-                self._logits_in_parts(tokens), targets.split(_ROWS), strict=True
-            )
-        ]
-        return torch.cat(losses).cpu()
-
-    def _logits_in_parts(self, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Logits of all positions but the last, ``[_ROWS, vocabulary]`` at a time.
-
-        All of a long text's are tens of gigabytes.
-
-        The body runs once. What the model makes of its rows is the model's own, so the model runs
-        on each part of them with a body that has them ready.
-        """
-        ids = torch.tensor([tokens], device=self._device)
-        body = self._model.base_model
-        output = body(input_ids=ids, use_cache=False)
-        run = body.forward
-        try:
-            for part in output.last_hidden_state[:, :-1].split(_ROWS, dim=1):
-                body.forward = lambda *_, part=part, **__: replace(output, last_hidden_state=part)
-                logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
-                yield logits
-        finally:
-            body.forward = run
+        return token_losses(self._model, torch.tensor([tokens], device=self._device))
 
     @torch.inference_mode()
     def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
@@ -137,9 +111,11 @@ class Runner:
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         """Continues prompts greedily; an answer does not include the token that ended it."""
-        answers = []
-        for start in range(0, len(prompts), _DECODED_AT_ONCE):
-            batch = prompts[start : start + _DECODED_AT_ONCE]
+        answers: list[list[int]] = []
+        longest = max(map(len, prompts), default=1)
+        size = max(1, min(_DECODED_AT_ONCE, _CACHED_TOKENS // longest))
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
             answers += [self._until_end(each) for each in self._decode(batch, num_tokens)]
         return answers
 
@@ -149,7 +125,7 @@ class Runner:
 
     @torch.inference_mode()
     def _logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
-        """Logits of the last so many positions, ``[last, vocabulary]``."""
+        """Logits of the last ``last`` positions, ``[last, vocabulary]``."""
         ids = torch.tensor([tokens], device=self._device)
         output = self._model(input_ids=ids, use_cache=False, logits_to_keep=last)
         logits: torch.Tensor = output.logits[0]

@@ -20,6 +20,8 @@ from vllm_afbs.tuning.model import InputError, one_line
 
 _PRODUCTS = "vllm_afbs_block_products_total"
 _PROFILE = "vllm_afbs_profile_info"
+_MISREAD = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What reading an answer raises that is none of vLLM's."""
 
 
 class Served:
@@ -30,6 +32,10 @@ class Served:
         ends: Token ids that end an answer; they are cut off.
         profile_id: Identity of the profile that the server must run; None for a dense reference,
             which may run any.
+
+    Attributes:
+        max_model_len: Most tokens of a prompt and its answer together; None if the server does not
+            say.
 
     Raises:
         InputError: The server does not answer, or runs another profile.
@@ -45,21 +51,25 @@ class Served:
             timeout=REQUEST_SECONDS,
         )
         with self._one_line():
-            self._model = self._client.models.list().data[0].id
+            served = self._client.models.list().data[0]
+            self._model = served.id
+            most = (served.model_extra or {}).get("max_model_len")
+            self.max_model_len = None if most is None else int(most)
             self._before = scrape(self._url)
-        if profile_id is not None and profile_id != (served := _served_profile(self._before)):
+            runs = _served_profile(self._before)
+        if profile_id is not None and profile_id != runs:
             raise InputError(
                 f"{self._url}: a server with profile {profile_id} expected, "
-                f"got one with {served or 'no profile'}"
+                f"got one with {runs or 'no profile'}"
             )
 
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
         """See ``Predictor``."""
-        choice = self._complete(tokens, 1, {"prompt_logprobs": 0})
-        told: list[dict[str, dict[str, Any]]] = (choice.model_extra or {})["prompt_logprobs"][1:]
-        return -torch.tensor(
-            [each[str(token)]["logprob"] for each, token in zip(told, tokens[1:], strict=True)]
-        )
+        with self._one_line():
+            choice = self._complete(tokens, 1, {"prompt_logprobs": 0})
+            told: list[dict[str, dict[str, Any]]] = (choice.model_extra or {})["prompt_logprobs"]
+            pairs = zip(told[1:], tokens[1:], strict=True)
+            return -torch.tensor([float(each[str(token)]["logprob"]) for each, token in pairs])
 
     def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
         """See ``Predictor``.
@@ -67,23 +77,26 @@ class Served:
         The server may answer with the target only. The probabilities that it reports do not change
         with this: it takes them before (``--logprobs-mode raw_logprobs``, the default).
         """
-        choice = self._complete(tokens, 1, {"logprobs": TOP, "allowed_token_ids": [target]})
-        assert choice.logprobs is not None
-        assert choice.logprobs.token_logprobs is not None
-        assert choice.logprobs.top_logprobs is not None
-        ids = {token_id(name): value for name, value in choice.logprobs.top_logprobs[0].items()}
+        with self._one_line():
+            choice = self._complete(tokens, 1, {"logprobs": TOP, "allowed_token_ids": [target]})
+            assert choice.logprobs is not None
+            assert choice.logprobs.token_logprobs is not None
+            assert choice.logprobs.top_logprobs is not None
+            found = choice.logprobs.top_logprobs[0]
+            ids = {token_id(name): float(value) for name, value in found.items()}
+            loss = -float(choice.logprobs.token_logprobs[0])
         top = dict(sorted(ids.items(), key=lambda each: -each[1])[:TOP])
         probabilities = torch.tensor(list(top.values())).exp().tolist()
-        loss = -float(choice.logprobs.token_logprobs[0])
         return NextToken(loss, dict(zip(top, probabilities, strict=True)), None)
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         """See ``Predictor``."""
         answers = []
         for prompt in prompts:
-            choice = self._complete(prompt, num_tokens, {"logprobs": 0})
-            names = choice.logprobs.tokens if choice.logprobs is not None else None
-            ids = [token_id(name) for name in names or []]
+            with self._one_line():
+                choice = self._complete(prompt, num_tokens, {"logprobs": 0})
+                names = choice.logprobs.tokens if choice.logprobs is not None else None
+                ids = [token_id(name) for name in names or []]
             answers.append(ids[:-1] if ids and ids[-1] in self._ends else ids)
         return answers
 
@@ -99,22 +112,26 @@ class Served:
     def _complete(
         self, prompt: Sequence[int], max_tokens: int, more: dict[str, Any]
     ) -> CompletionChoice:
-        with self._one_line():
-            completion = self._client.completions.create(
-                model=self._model,
-                prompt=list(prompt),
-                max_tokens=max_tokens,
-                temperature=0,
-                extra_body={"return_tokens_as_token_ids": True, **more},
-            )
+        completion = self._client.completions.create(
+            model=self._model,
+            prompt=list(prompt),
+            max_tokens=max_tokens,
+            temperature=0,
+            extra_body={"return_tokens_as_token_ids": True, **more},
+        )
         return completion.choices[0]
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
         try:
             yield
-        except (openai.OpenAIError, httpx.HTTPError) as error:
+        except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as error:
             raise InputError(f"{self._url}: {one_line(error)}") from None
+        except _MISREAD as error:
+            raise InputError(
+                f"{self._url}: a vLLM server expected, cannot read its answer: "
+                f"{type(error).__name__}: {one_line(error)}"
+            ) from None
 
 
 def _served_profile(counters: Counters) -> str | None:

@@ -106,6 +106,31 @@ class WholeModel(Record):
     dense_perplexity: Annotated[float, Field(ge=1)]
 
 
+class TextPart(Record):
+    """A part of a calibration text, in tokens."""
+
+    text: str = Field(description="Name of the text.")
+    start: Annotated[int, Field(ge=0)]
+    num_tokens: Annotated[int, Field(gt=0)]
+
+
+class Acceptance(Record):
+    """How a promise about perplexity was checked on windows that the search had not seen."""
+
+    increase: float = Field(description="Measured increase of perplexity, as a ratio.")
+    bound: float = Field(description="Upper confidence bound of the increase; at most the target.")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="Of the bound, all candidates that may be tried taken together."
+    )
+    candidate: Annotated[int, Field(gt=0)] = Field(
+        description="Which candidate it is: those before it missed the target."
+    )
+    num_blocks: Annotated[int, Field(gt=1)] = Field(
+        description="Equal parts of the windows, the bound's independent samples."
+    )
+    windows: Annotated[list[TextPart], Field(min_length=1)]
+
+
 class BudgetRun(Record):
     """How tolerances were divided among layers to reach a goal for the whole model."""
 
@@ -115,6 +140,12 @@ class BudgetRun(Record):
     )
     uniform: WholeModel = Field(description="With the tuner's tolerance in every layer.")
     allocated: WholeModel = Field(description="With each layer's own.")
+    acceptance: Acceptance | None = Field(
+        default=None,
+        # Profiles without it keep their identity.
+        exclude_if=lambda value: value is None,
+        description="Of a perplexity; null in profiles that were made without.",
+    )
 
 
 class TunerRun(Record):
