@@ -22,7 +22,7 @@ from vllm_afbs.check import layers
 from vllm_afbs.commands import extras
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
 from vllm_afbs.files import write_atomically
-from vllm_afbs.observability.metrics import DIRECTORY_VARIABLE
+from vllm_afbs.observability.instance import DIRECTORY_VARIABLE
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
 

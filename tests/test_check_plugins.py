@@ -14,13 +14,18 @@ UNSET = ("VLLM_PLUGINS", "VLLM_TARGET_DEVICE", "VLLM_LOGGING_LEVEL", "VLLM_AFBS_
 
 
 def run_check(
-    *arguments: object, python: str | Path = sys.executable, path: Path | None = None, **env: str
+    *arguments: object,
+    python: str | Path = sys.executable,
+    path: Path | None = None,
+    cwd: Path = CHECKOUT,
+    **env: str,
 ) -> tuple[int, list[str], str]:
     paths = [str(path), str(CHECKOUT)] if path else [str(CHECKOUT)]
     inherited = {name: value for name, value in os.environ.items() if name not in UNSET}
     done = subprocess.run(
         [python, "-m", "vllm_afbs.check", *map(str, arguments)],
         env={**inherited, **SERVER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths), **env},
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
@@ -76,12 +81,20 @@ def test_our_plugin_that_fails_is_told(tmp_path: Path) -> None:
 
 
 def test_a_bare_checkout_is_told(tmp_path: Path) -> None:
-    """An environment with vLLM, and our sources on ``PYTHONPATH`` alone."""
+    """An environment with vLLM, and our sources on ``PYTHONPATH`` alone.
+
+    The checkout itself may be installed in place, which leaves its metadata beside the sources.
+    """
+    bare = tmp_path / "checkout"
+    bare.mkdir()
+    (bare / "vllm_afbs").symlink_to(CHECKOUT / "vllm_afbs")
     create = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"]
     subprocess.run(create, check=True)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     link(required_by("vllm").values(), packages)
-    status, lines, _ = run_check(python=tmp_path / "venv" / "bin" / "python")
+    status, lines, _ = run_check(
+        python=tmp_path / "venv" / "bin" / "python", cwd=bare, PYTHONPATH=str(bare)
+    )
     assert status == 1
     assert lines[-1].startswith("off: vllm-afbs is importable here but not installed")
     assert not any("plugin afbs" in line for line in lines)

@@ -10,11 +10,11 @@ from benchmarks.engine import Decode, Job, run_job
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import LLAMA_8B
 from tests.generate import generate
+from tests.written_metrics import counters_in
 from vllm_afbs.evaluate.divergence import total_variation
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import BlockGeometry
-from vllm_afbs.observability import instance, metric_files
-from vllm_afbs.observability.status import Counters
+from vllm_afbs.observability import instance
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 NUM_LAYERS, NUM_HEADS = 2, 8
@@ -68,7 +68,7 @@ def test_engine_answers_as_flash_attention_does(
     assert total == 2 * NUM_LAYERS * NUM_HEADS * visible * 2
     assert products["computed"] > 0.99 * total
 
-    counters = Counters(metric_files.read())
+    counters = counters_in(model_dir / "metrics")
     for outcome in ("computed", "skipped"):
         by_head = counters.by("vllm_afbs_head_block_products_total", "outcome")[outcome]
         assert by_head == counters.by("vllm_afbs_block_products_total", "outcome")[outcome]
@@ -148,10 +148,13 @@ def test_a_full_graph_server_counts_every_prefilled_token(
     prompt = [(11 * i) % 1000 for i in range(num_tokens)]
     batch = {"prompts": [prompt], "max_tokens": 8, "ignore_eos": True}
     generate([{"llm": engine, "batches": [batch]}], model_dir)
-    tokens = Counters(metric_files.read()).by("vllm_afbs_prefill_tokens_total", "path")
+    counters = counters_in(model_dir / "metrics")
+    tokens = counters.by("vllm_afbs_prefill_tokens_total", "path")
     # vLLM may warm up with a few more.
     assert NUM_LAYERS * num_tokens <= sum(tokens.values()) < 1.5 * NUM_LAYERS * num_tokens
-    runs = Counters(metric_files.read()).by("vllm_afbs_prefill_attention_seconds_count", "path")
+    runs = counters_in(model_dir / "metrics").by(
+        "vllm_afbs_prefill_attention_seconds_count", "path"
+    )
     assert sum(runs.values()) > 0
 
 

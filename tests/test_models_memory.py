@@ -136,7 +136,7 @@ def test_logits_of_a_long_text_are_never_held_at_once(
         logits = runner._model(input_ids=torch.tensor([tokens])).logits[0]
         log_probs = torch.log_softmax(logits.double(), -1)
     expected = -log_probs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    monkeypatch.setattr("vllm_afbs.evaluate.in_process._ROWS", 64)
+    monkeypatch.setattr("vllm_afbs.tuning.logits._ROWS", 64)
     rows: list[int] = []
     head = runner._model.lm_head
     head.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[1]))

@@ -11,10 +11,10 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from tests.generate import generate
 from tests.profiles import SMALL_MODEL, uniform_profile
 from tests.tuning_jobs import save_tiny_model
+from tests.written_metrics import counters_in
 from vllm_afbs.backends.shared import StepSorter
 from vllm_afbs.files import write_atomically
-from vllm_afbs.observability import instance, metric_files
-from vllm_afbs.observability.status import Counters
+from vllm_afbs.observability import instance
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 
 PROMPT_LEN, ANSWER_LEN, MIN_SEQ_LEN, BLOCK = 300, 300, 320, 32
@@ -91,7 +91,7 @@ def test_a_preempted_request_is_computed_again_sparse(
     ((answers,),) = generate([{"llm": engine, "batches": [batch]}], tmp_path)
     assert [len(each["token_ids"]) for each in answers] == [ANSWER_LEN] * 2
 
-    counters = Counters(metric_files.read())
+    counters = counters_in(tmp_path / "metrics")
     num_layers = SMALL_MODEL.num_layers
     tokens = counters.by("vllm_afbs_prefill_tokens_total", "path")
     reasons = counters.by("vllm_afbs_dense_fallbacks_total", "reason")

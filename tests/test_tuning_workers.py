@@ -69,6 +69,8 @@ def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
     settings = SearchSettings([128, 256], 0.2, 16, 16, seed=0)
     progress = Quiet()
     model, texts = open_model(str(tiny_model)), read_texts([])
+    # Earlier tests of this process may have left multiprocessing's resource tracker.
+    before = psutil.Process().children(recursive=True)
     with LayerPool(2, None) as pool:
         found = tune_model(model, texts, settings, [0, 1], None, tmp_path / "work", progress, pool)
 
@@ -76,7 +78,7 @@ def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
         nothing = Capture(tmp_path / "none", (0,), ("validation-0",))
         with pytest.raises(InputError) as refused:
             pool.search(settings, [0], {}, nothing, journal, lambda _: None)
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
 
     assert any(head.tau < 1.0 for layer in found.layers for head in layer.heads)
     assert result(found) == result(tiny_profile)
