@@ -1,6 +1,7 @@
 """The documentation against the repository: links, commands, options, targets, names."""
 
 import ast
+import csv
 import functools
 import os
 import re
@@ -302,3 +303,33 @@ def test_routes_are_all_explained() -> None:
     }
     assert served
     assert {row[0].strip("`") for row in rows(OBSERVABILITY, r"`(GET|POST) ")} == served
+
+
+def test_times_to_first_token_are_those_of_the_csv() -> None:
+    """Both pages show the medians of the file, and the speed-up over the faster baseline."""
+    with (CHECKOUT / "benchmarks/results/serving_gpu.csv").open(newline="") as file:
+        medians = {(row["what"], row["shape"]): float(row["p50"]) for row in csv.DictReader(file)}
+    engines = ("FLASH_ATTN", "FLASH_ATTN, pages of 128", "afbs tau=0.2")
+    speedup_of = f"{engines[-1]}: time to first token, speedup over the faster FLASH_ATTN"
+    table = [
+        row
+        for row in rows(CHECKOUT / "docs/benchmarks.md", r"[\d,]+$")
+        if [cell[-1] for cell in row[1:]] == ["s", "s", "s", "x"]
+    ]
+    assert [row[0] for row in table] == ["8,192", "32,768", "65,536", "131,072"]
+    num_on_first_page = 0
+    for length, *cells, speedup in table:
+        shape = length.replace(",", "")
+        times = [medians[f"{each}: time to first token", shape] for each in engines]
+        for cell, seconds in zip(cells, times, strict=True):
+            assert float(cell.removesuffix(" s")) == pytest.approx(seconds, rel=2e-3)
+        assert float(speedup.removesuffix("x")) == pytest.approx(
+            medians[speedup_of, shape], abs=6e-3
+        )
+        for row in rows(README, f"time to first token, {length} tokens$"):
+            num_on_first_page += 1
+            own, _, factor = row[3].partition(" s (")
+            assert float(row[2].removesuffix(" s")) == pytest.approx(min(times[:2]), rel=2e-3)
+            assert float(own) == pytest.approx(times[2], rel=2e-3)
+            assert factor == f"{speedup})"
+    assert num_on_first_page == 3
