@@ -24,7 +24,7 @@ from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.console import ProgressBar
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
-from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.run import LayerSearches
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import read_texts

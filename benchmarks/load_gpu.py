@@ -28,7 +28,7 @@ from vllm_afbs.demo.server import running_server
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.serving.settings import PROFILE_VARIABLE
-from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.windows import load_tokenizer
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")

@@ -25,7 +25,7 @@ from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import MEAN_KEY_SHARE, BlockGeometry, pool_keys
 from vllm_afbs.tuning.capture import LayerTensors, capture
-from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.texts import read_texts
 from vllm_afbs.tuning.windows import CALIBRATION, cut_windows
 

@@ -38,7 +38,7 @@ from vllm_afbs.tuning.capture import (
 )
 from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
-from vllm_afbs.tuning.model import SourceModel, open_model
+from vllm_afbs.tuning.model.source import SourceModel, open_model
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import read_texts

@@ -149,29 +149,40 @@ def added_options(node: ast.AST) -> set[str]:
     }
 
 
+def options_of(module: str, wanted: set[str]) -> set[str]:
+    """Options that some functions of a module add, or functions that they call."""
+    path = source(module)
+    if path.name == "__main__.py" or not path.is_file():
+        return set()
+    local = {each.name: each for each in tree(path).body if isinstance(each, ast.FunctionDef)}
+    options: set[str] = set()
+    waiting, seen = [local[name] for name in wanted & local.keys()], set()
+    while waiting:
+        function = waiting.pop()
+        if function.name in seen:
+            continue
+        seen.add(function.name)
+        options |= added_options(function)
+        called = {each.id for each in ast.walk(function) if isinstance(each, ast.Name)}
+        waiting += [local[name] for name in called & local.keys()]
+        options |= options_of_imports(path, called)
+    return options
+
+
+def options_of_imports(path: Path, wanted: set[str] | None = None) -> set[str]:
+    """Options that functions add which a file imports from our modules: all, or some by name."""
+    options: set[str] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS):
+            names = {alias.name for alias in node.names}
+            options |= options_of(str(node.module), names if wanted is None else names & wanted)
+    return options
+
+
 def options_by_source(module: str) -> set[str]:
     """Options of a module's parser, read off its source and the functions that it imports."""
     path = source(module)
-    options = added_options(tree(path))
-    for node in ast.walk(tree(path)):
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(OURS):
-            continue
-        other = source(str(node.module))
-        if other.name == "__main__.py":
-            continue
-        imported = {alias.name for alias in node.names}
-        local = {each.name: each for each in tree(other).body if isinstance(each, ast.FunctionDef)}
-        waiting = [local[name] for name in imported & local.keys()]
-        seen: set[str] = set()
-        while waiting:
-            function = waiting.pop()
-            if function.name in seen:
-                continue
-            seen.add(function.name)
-            options |= added_options(function)
-            called = {each.id for each in ast.walk(function) if isinstance(each, ast.Name)}
-            waiting += [local[name] for name in called & local.keys()]
-    return options
+    return added_options(tree(path)) | options_of_imports(path)
 
 
 @functools.cache

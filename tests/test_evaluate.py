@@ -28,7 +28,7 @@ from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.profile.schema import Profile, TextSource
 from vllm_afbs.tuning.end_to_end import EndToEnd
 from vllm_afbs.tuning.masked import masked_attention
-from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.texts import Text
 
 BLOCK = 16
@@ -278,6 +278,11 @@ def test_what_cannot_be_used_is_refused_with_one_line(
     other = tmp_path / "other.json"
     model = profile.model.model_copy(update={"head_dim": 96})
     other.write_text(profile.model_copy(update={"model": model}).to_json())
+    longer = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    stretched = tmp_path / "stretched.json"
+    model = open_model(str(tiny_model), overrides=longer).fingerprint
+    stretched.write_text(profile.model_copy(update={"model": model}).to_json())
+    overrides = ("--hf-overrides", json.dumps(longer))
     short = tmp_path / "short.txt"
     short.write_text("too short")
     seen = tmp_path / "seen.txt"
@@ -293,6 +298,8 @@ def test_what_cannot_be_used_is_refused_with_one_line(
         (arguments(tiny_model, tmp_path / "none.json", output), "none.json: cannot read"),
         (arguments(tmp_path / "none", profile_file, output), "none: no such directory"),
         (arguments(tiny_model, other, output), "model.head_dim is 96"),
+        (arguments(tiny_model, stretched, output), "model.rope."),
+        (arguments(tiny_model, stretched, output, *overrides, "--length", "4"), "--length: 128 to"),
         (arguments(tiny_model, profile_file, output, "--text", str(short)), "short.txt: the text"),
         (arguments(tiny_model, on_it, output, "--text", str(seen)), "seen.txt: a held-out text"),
         (arguments(tiny_model, on_it, output), "--text: a text expected"),

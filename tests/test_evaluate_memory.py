@@ -17,7 +17,7 @@ from vllm_afbs.evaluate.in_process import InProcess, Runner
 from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.files import write_atomically
 from vllm_afbs.tuning.end_to_end import EndToEnd
-from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.model.source import open_model
 
 VOCABULARY = 256
 ROWS = 64

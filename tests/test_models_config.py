@@ -19,7 +19,8 @@ from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.model import InputError, SourceModel, open_model
+from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.tuning.model.source import SourceModel, open_model
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
 

@@ -16,7 +16,7 @@ from vllm_afbs.commands import faults
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.tuning import memory
 from vllm_afbs.tuning.errors import InputError
-from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.model.source import open_model
 
 GPU = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
 
@@ -59,7 +59,8 @@ from pathlib import Path
 import torch
 from tests.tuning_jobs import command
 from vllm_afbs import tune
-from vllm_afbs.tuning import capture, weights
+from vllm_afbs.tuning import capture
+from vllm_afbs.tuning.model import weights
 from vllm_afbs.tuning.capture import Recorder
 
 def limit():

@@ -26,7 +26,8 @@ from vllm_afbs.files import write_atomically
 from vllm_afbs.observability.instance import DIRECTORY_VARIABLE
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.tuning.model import InputError, open_model
+from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.tuning.model.source import open_model
 
 pytestmark = pytest.mark.machine
 

@@ -32,8 +32,9 @@ from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.student import t_quantile
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
+from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
-from vllm_afbs.tuning.model import InputError, open_model
+from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.windows import CALIBRATION, Part, cut_tokens
 

@@ -23,7 +23,7 @@ from vllm_afbs.tuning.allocation.budget import _mean_sparsity, _thresholds
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.levels import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
-from vllm_afbs.tuning.model import open_model
+from vllm_afbs.tuning.model.source import open_model
 
 ROUNDING = 1e-9
 

@@ -20,7 +20,8 @@ from vllm_afbs.commands.tuning_options import tuning_parser
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.model import InputError, open_model
+from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
 

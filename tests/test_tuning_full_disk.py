@@ -12,7 +12,8 @@ from vllm_afbs import tune
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.model import InputError, open_model
+from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.windows import CALIBRATION
 
 # Of the tiny model, a captured layer takes 64 KB, the journal less and the report some MB.

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from vllm_afbs.tuning.model import InputError
+from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.texts import Text, read_texts
 from vllm_afbs.tuning.windows import CALIBRATION, cut_tokens
 

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_afbs.tuning.model import InputError
+from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.texts import read_texts
 from vllm_afbs.tuning.windows import CALIBRATION, by_text, cut_tokens, held_out
 

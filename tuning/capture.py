@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.tuning import attention, memory
 from vllm_afbs.tuning.attention import AttentionCall
-from vllm_afbs.tuning.model import InputError, SourceModel, one_line
-from vllm_afbs.tuning.weights import load_weights
+from vllm_afbs.tuning.errors import InputError, one_line
+from vllm_afbs.tuning.model.source import SourceModel
+from vllm_afbs.tuning.model.weights import load_weights
 from vllm_afbs.tuning.windows import CALIBRATION
 
 ATTENTION = "afbs_capture"

@@ -24,7 +24,7 @@ from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationEr
 from pydantic_core import CoreSchema, core_schema
 
 from vllm_afbs.profile.schema import SCHEMA_VERSION
-from vllm_afbs.tuning.model import InputError
+from vllm_afbs.tuning.errors import InputError
 
 FILE_NAME = "journal.jsonl"
 FORMAT_VERSION = 2

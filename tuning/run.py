@@ -22,7 +22,7 @@ from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import Capture, capture
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Result
-from vllm_afbs.tuning.model import SourceModel
+from vllm_afbs.tuning.model.source import SourceModel
 from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS
 from vllm_afbs.tuning.search.layer import LayerSearch

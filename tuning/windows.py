@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from vllm_afbs.tuning.model import InputError, SourceModel, one_line
+from vllm_afbs.tuning.errors import InputError, one_line
+from vllm_afbs.tuning.model.source import SourceModel
 from vllm_afbs.tuning.texts import Text
 
 CALIBRATION = "calibration"

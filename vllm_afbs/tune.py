@@ -21,7 +21,7 @@ from vllm_afbs.commands.tuning_options import CPU_LONGEST, LENGTHS, tuning_parse
 if TYPE_CHECKING:
     from vllm_afbs.profile.schema import Profile
     from vllm_afbs.tuning.allocation.goal import Goal
-    from vllm_afbs.tuning.model import SourceModel
+    from vllm_afbs.tuning.model.source import SourceModel
     from vllm_afbs.tuning.search.scorer import SearchSettings
     from vllm_afbs.tuning.texts import Text
     from vllm_afbs.tuning.workers import LayerPool
@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
             "directory to start again"
         )
     from vllm_afbs.tuning import memory
-    from vllm_afbs.tuning.model import InputError, one_line
+    from vllm_afbs.tuning.errors import InputError, one_line
 
     try:
         with memory.explained(
@@ -85,7 +85,7 @@ def _profile(options: argparse.Namespace, work: Path) -> "Profile":
     """Does the whole job; returns what was written."""
     from vllm_afbs.files import write_atomically
     from vllm_afbs.tuning.journal import FILE_NAME, read_entries
-    from vllm_afbs.tuning.model import open_model
+    from vllm_afbs.tuning.model.source import open_model
     from vllm_afbs.tuning.report import write_report
     from vllm_afbs.tuning.texts import read_texts
     from vllm_afbs.tuning.windows import load_tokenizer
@@ -125,7 +125,7 @@ def _tune(
 
 def _goal(options: argparse.Namespace) -> "Goal | None":
     from vllm_afbs.tuning.allocation.goal import Goal
-    from vllm_afbs.tuning.model import InputError
+    from vllm_afbs.tuning.errors import InputError
 
     if options.target_sparsity is not None:
         goal = Goal("sparsity", options.target_sparsity)
@@ -150,9 +150,9 @@ def _layer_pool(options: argparse.Namespace) -> "AbstractContextManager[LayerPoo
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
     from vllm_afbs.tuning.device import compute_device
-    from vllm_afbs.tuning.model import InputError
+    from vllm_afbs.tuning.errors import InputError
+    from vllm_afbs.tuning.model.supported import least_longest_length
     from vllm_afbs.tuning.search.scorer import SearchSettings
-    from vllm_afbs.tuning.supported import least_longest_length
 
     reach = model.max_length
     has_gpu = compute_device().type == "cuda"
@@ -186,7 +186,7 @@ def default_lengths(reach: int, has_gpu: bool) -> list[int]:
 
 
 def _layers(ranges: Sequence[range] | None, num_layers: int) -> list[int]:
-    from vllm_afbs.tuning.model import InputError
+    from vllm_afbs.tuning.errors import InputError
 
     if ranges is None:
         return list(range(num_layers))

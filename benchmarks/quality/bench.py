@@ -21,7 +21,7 @@ from vllm_afbs.evaluate.suite import Amounts, Answers, Suite, ask, make_suite
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.journal import Journal
-from vllm_afbs.tuning.model import SourceModel
+from vllm_afbs.tuning.model.source import SourceModel
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text, read_texts
 from vllm_afbs.tuning.windows import CALIBRATION, cut_windows, load_tokenizer

@@ -17,7 +17,7 @@ from benchmarks.tuner_arms.arms import Arm, Found, HeadCapture, swept
 from benchmarks.tuner_arms.unseen import Choice, Meter
 from vllm_afbs.tuning.capture import Capture, capture
 from vllm_afbs.tuning.journal import Journal
-from vllm_afbs.tuning.model import SourceModel, open_model
+from vllm_afbs.tuning.model.source import SourceModel, open_model
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text

@@ -35,8 +35,9 @@ from vllm_afbs.tuning.allocation.acceptance import (
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.levels import Levels
 from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
+from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.journal import Journal, Result
-from vllm_afbs.tuning.model import InputError, SourceModel
+from vllm_afbs.tuning.model.source import SourceModel
 from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings

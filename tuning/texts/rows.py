@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_afbs.files import printable
-from vllm_afbs.tuning.model import InputError
+from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.texts.chats import (
     ChatTemplate,
     RefusedChatError,

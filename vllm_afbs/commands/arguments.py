@@ -35,3 +35,23 @@ def unusable_output(output: Path) -> str | None:
             return None
     except OSError as error:
         return f"{output.parent}: cannot write there: {error.strerror}"
+
+
+def add_model_options(parser: argparse.ArgumentParser, model_help: str) -> None:
+    """Adds the options that say which model is meant.
+
+    Args:
+        parser: A command's parser; gets ``model``, ``revision`` and ``hf_overrides``.
+        model_help: What the command wants as ``--model``.
+    """
+    parser.add_argument("--model", required=True, help=model_help)
+    parser.add_argument(
+        "--revision", help="branch, tag or commit of a model on the hub (default: its main branch)"
+    )
+    parser.add_argument(
+        "--hf-overrides",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="fields of config.json to set, as given to vllm serve: longer positions, for instance",
+    )

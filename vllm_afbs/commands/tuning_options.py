@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from vllm_afbs.commands.arguments import json_object, positive
+from vllm_afbs.commands.arguments import add_model_options, positive
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 CPU_LONGEST = 8192
@@ -23,19 +23,7 @@ def tuning_parser(program: str) -> argparse.ArgumentParser:
         prog=program,
         description="Find a model's sparse-attention thresholds and write them to a profile.",
     )
-    parser.add_argument(
-        "--model", required=True, help="a Hugging Face checkpoint: directory or hub id"
-    )
-    parser.add_argument(
-        "--revision", help="branch, tag or commit of a model on the hub (default: its main branch)"
-    )
-    parser.add_argument(
-        "--hf-overrides",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="fields of config.json to set, as given to vllm serve: longer positions, for instance",
-    )
+    add_model_options(parser, "a Hugging Face checkpoint: directory or hub id")
     parser.add_argument(
         "--output",
         required=True,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.commands.arguments import positive, unusable_output
+from vllm_afbs.commands.arguments import add_model_options, positive, unusable_output
 from vllm_afbs.commands.extras import missing_extra
 from vllm_afbs.commands.faults import guarded
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm_afbs.evaluate.server import Served
     from vllm_afbs.evaluate.suite import Amounts
     from vllm_afbs.profile.schema import Profile
-    from vllm_afbs.tuning.model import SourceModel
+    from vllm_afbs.tuning.model.source import SourceModel
     from vllm_afbs.tuning.texts import Text
 
 PROGRAM = "python -m vllm_afbs.evaluate"
@@ -49,7 +49,7 @@ def _checked(options: argparse.Namespace) -> int:
         return _refuse(reason)
     from vllm_afbs.profile.errors import ProfileError
     from vllm_afbs.tuning import memory
-    from vllm_afbs.tuning.model import InputError, one_line
+    from vllm_afbs.tuning.errors import InputError, one_line
 
     try:
         with memory.explained(
@@ -69,11 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure how much quality a model loses with a profile, compared with the same "
         "model run dense.",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="the checkpoint that the profile was tuned for: directory or hub id",
-    )
+    add_model_options(parser, "the checkpoint that the profile was tuned for: directory or hub id")
     parser.add_argument("--profile", required=True, type=Path, help="the profile to evaluate")
     parser.add_argument(
         "--output",
@@ -155,10 +151,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from vllm_afbs.profile.file import load_profile
-    from vllm_afbs.tuning.model import open_model
+    from vllm_afbs.tuning.model.source import open_model
 
     profile = load_profile(options.profile)
-    model = open_model(options.model)
+    model = open_model(options.model, options.revision, options.hf_overrides)
     profile.check_model(model.fingerprint, str(options.profile))
     # Servers come first: one that cannot be used is refused before anything is read or run.
     servers = _servers(options, profile, model)
@@ -213,7 +209,7 @@ def _amounts(
     servers: "Mapping[str, Served]",
 ) -> "Amounts":
     from vllm_afbs.evaluate.suite import Amounts
-    from vllm_afbs.tuning.model import InputError
+    from vllm_afbs.tuning.errors import InputError
 
     limits = [
         (profile.max_seq_len, "the profile's longest context"),
@@ -250,7 +246,7 @@ def _amounts(
 
 def _text(options: argparse.Namespace, profile: "Profile", model: "SourceModel") -> "Text":
     """Reads the text to evaluate on; the profile must not have been tuned on it."""
-    from vllm_afbs.tuning.model import InputError
+    from vllm_afbs.tuning.errors import InputError
     from vllm_afbs.tuning.texts import Text, read_texts
     from vllm_afbs.tuning.windows import load_tokenizer
 

@@ -12,8 +12,8 @@ from vllm_afbs.tuning import attention
 from vllm_afbs.tuning.attention import AttentionCall
 from vllm_afbs.tuning.logits import token_losses
 from vllm_afbs.tuning.masked import masked_attention
-from vllm_afbs.tuning.model import SourceModel
-from vllm_afbs.tuning.weights import load_weights
+from vllm_afbs.tuning.model.source import SourceModel
+from vllm_afbs.tuning.model.weights import load_weights
 
 _ATTENTION = "afbs_evaluated"
 _DECODED_AT_ONCE = 16

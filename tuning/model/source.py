@@ -9,13 +9,11 @@ from typing import Any
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.weights import weights_sha256
-from vllm_afbs.tuning import quantised
-from vllm_afbs.tuning.configuration import positions, read_config
-from vllm_afbs.tuning.errors import InputError, one_line
-from vllm_afbs.tuning.hub import Checkpoint, find_checkpoint
-from vllm_afbs.tuning.supported import unsupported, widen_windows
-
-__all__ = ["InputError", "SourceModel", "one_line", "open_model"]
+from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.tuning.model import quantised
+from vllm_afbs.tuning.model.configuration import positions, read_config
+from vllm_afbs.tuning.model.hub import Checkpoint, find_checkpoint
+from vllm_afbs.tuning.model.supported import unsupported, widen_windows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The model to tune: its files, its configuration, what is refused, and its weights."""
