@@ -1,8 +1,11 @@
 """The check of vLLM's versions: the installed one passes, and one that lacks something does not."""
 
 import ast
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -73,3 +76,21 @@ def test_a_wheel_that_lacks_something_is_told(
     assert printed.startswith(f"vLLM 0.99.0 ({wheel}), not among the known versions: ")
     assert (problem or "0 problems") in printed
     assert "0.99.0" not in compat.KNOWN_VERSIONS
+
+
+def test_layers_are_grouped_by_the_builder_where_vllm_has_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From 0.33 on a platform, or a model, may group its layers in its own way."""
+    config: Any = SimpleNamespace()
+    specs = {"a": 1, "b": 2}
+    monkeypatch.setattr("vllm.v1.core.kv_cache_utils.get_kv_cache_groups", lambda *_: ["0.32"])
+    assert list(compat._group_layers(config, specs)) == ["0.32"]
+
+    asked = []
+    builder = SimpleNamespace(get_kv_cache_groups=lambda *given: asked.append(given) or ["0.33"])
+    newer: Any = ModuleType("kv_cache_config_builder")
+    newer.get_kv_cache_config_builder = lambda given: builder if given is config else None
+    monkeypatch.setitem(sys.modules, "vllm.v1.core.kv_cache_config_builder", newer)
+    assert list(compat._group_layers(config, specs)) == ["0.33"]
+    assert asked == [(config, specs)]

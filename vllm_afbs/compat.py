@@ -6,8 +6,9 @@ platform when this module is first imported.
 """
 
 import functools
+import importlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,6 @@ def cache_specs(vllm_config: "VllmConfig") -> dict[str, Any]:
 def cache_groups(vllm_config: "VllmConfig") -> list[Any]:
     """The groups in which layers share their pages, as vLLM's engine forms them."""
     from vllm.v1.attention.backends import utils
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     specs = cache_specs(vllm_config)
     resolve = getattr(utils, "resolve_kv_cache_layout", None)
@@ -166,7 +166,20 @@ def cache_groups(vllm_config: "VllmConfig") -> list[Any]:
         backends = [layers[name].get_attn_backend() for name in specs]
         supported = vars(utils)["get_supported_kv_cache_layouts"](backends)
         resolve(vllm_config, [[layout.name for layout in supported]], list(specs.values()))
-    return list(get_kv_cache_groups(vllm_config, specs))
+    return list(_group_layers(vllm_config, specs))
+
+
+def _group_layers(vllm_config: "VllmConfig", specs: dict[str, Any]) -> Iterable[Any]:
+    group_layers: Callable[..., Iterable[Any]]
+    try:
+        builders: Any = importlib.import_module("vllm.v1.core.kv_cache_config_builder")
+    except ModuleNotFoundError:  # before 0.33
+        from vllm.v1.core import kv_cache_utils
+
+        group_layers = vars(kv_cache_utils)["get_kv_cache_groups"]
+    else:
+        group_layers = builders.get_kv_cache_config_builder(vllm_config).get_kv_cache_groups
+    return group_layers(vllm_config, specs)
 
 
 def _layers_of_any_kind(vllm_config: "VllmConfig") -> dict[str, Any]:
