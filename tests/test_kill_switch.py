@@ -251,7 +251,7 @@ def test_off_reaches_workers_that_ray_starts(tmp_path: Path) -> None:
         environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-c", RAY_DRIVER], env=environment, capture_output=True, text=True,
-        timeout=200, check=False,
+        timeout=400, check=False,
     )  # fmt: skip
     assert "DONE" in done.stdout, done.stderr[-3000:]
 
