@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import os
 import platform
@@ -84,6 +85,7 @@ def _device() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache  # asks git; every row of a run names the commit that the run began with
 def _commit() -> str:
     # A copy of the tree without its history is told the commit it was made of.
     if commit := os.environ.get("VLLM_AFBS_COMMIT"):
