@@ -2,7 +2,7 @@
 
     python -m benchmarks.load_gpu --output results.csv
 
-Two servers run one after the other, with their default scheduler and no prefix cache. The model has
+Three servers run one after the other, with their default scheduler and no prefix cache. The model has
 Llama-3.1-8B's shapes, random weights, and SmolLM2's tokenizer, which vLLM's client needs to make
 random prompts. One tau for all heads sets the density, as in ``serving_gpu``.
 """
@@ -101,8 +101,7 @@ def longest(args: argparse.Namespace) -> int:
 
 
 def rows_of(results: Mapping[str, Any], shape: str) -> list[Row]:
-    """The figures, and how many times better each is than the better baseline's."""
-    """Makes rows of the figures and of their ratios to the first server's."""
+    """Makes rows of the figures, and of how far afbs is ahead of the better baseline."""
     rows = []
     baselines = [result for name, result in results.items() if name in BASELINES]
     most_requests = max(each["request_throughput"] for each in baselines)
