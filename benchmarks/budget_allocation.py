@@ -18,13 +18,14 @@ from pathlib import Path
 from benchmarks.command import benchmark_parser, report_rows
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.schema import WholeModel
 from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.console import ProgressBar
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
-from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.run import LayerSearches
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import read_texts
@@ -74,15 +75,23 @@ def main() -> None:
     settings = SearchSettings(sorted(args.lengths), base, 128, 128, seed=0)
     assets = prepare()
     model = open_model(str(assets.model_dir))
-    cut = cut_windows(model, read_texts([assets.calibration_file]), settings.longest)
+    cut = cut_windows(model.tokenizer(), read_texts([assets.calibration_file]), settings.longest)
     layers = range(model.fingerprint.num_layers)
     shape = f"L{settings.longest}-{len(layers)} layers"
     measured: dict[str, WholeModel] = {}
     with tempfile.TemporaryDirectory() as folder, ProgressBar() as progress:
         journal = Journal(Path(folder) / FILE_NAME, {})
-        taken = capture(model, cut.windows, layers, Path(folder), lambda _: None)
+        engine = TransformersEngine(model)
+        taken = capture(model, engine, cut.windows, layers, Path(folder), lambda _: None)
         searches = LayerSearches(settings, layers, taken, journal, progress)
-        outer = BudgetSearch(model, settings, cut.windows, journal, searches, progress)
+        outer = BudgetSearch(
+            lambda: engine.sparse_model(128, 128),
+            settings,
+            cut.windows,
+            journal,
+            searches,
+            progress,
+        )
         progress.begin(f"tolerance {base}", len(layers))
         uniform = searches.tuned({})
         measured[f"tolerance {base}"] = outer.whole_model("uniform", uniform)

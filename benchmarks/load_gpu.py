@@ -2,9 +2,9 @@
 
     python -m benchmarks.load_gpu --output results.csv
 
-Three servers run one after the other, with their default scheduler and no prefix cache. The model has
-Llama-3.1-8B's shapes, random weights, and SmolLM2's tokenizer, which vLLM's client needs to make
-random prompts. One tau for all heads sets the density, as in ``serving_gpu``.
+Three servers run one after the other, with their default scheduler and no prefix cache. The model
+has Llama-3.1-8B's shapes, random weights, and SmolLM2's tokenizer, which vLLM's client needs to
+make random prompts. One tau for all heads sets the density, as in ``serving_gpu``.
 """
 
 import argparse
@@ -26,10 +26,9 @@ from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.demo.server import running_server
 from vllm_afbs.files import write_atomically
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.serving.settings import PROFILE_VARIABLE
-from vllm_afbs.tuning.model.source import open_model
-from vllm_afbs.tuning.windows import load_tokenizer
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 OWN = "AFBS"
@@ -42,7 +41,7 @@ def make_checkpoint(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = load_tokenizer(open_model(str(prepare().model_dir)))
+    tokenizer = open_model(str(prepare().model_dir)).tokenizer()
     tokenizer.save_pretrained(folder)
     values = {key: value for key, value in LLAMA_8B.items() if key != "architectures"}
     config = LlamaConfig(**values | {"vocab_size": len(tokenizer), "initializer_range": STD})

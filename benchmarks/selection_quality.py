@@ -21,13 +21,15 @@ import torch
 from rich.progress import track
 
 from benchmarks.command import benchmark_parser, report_rows
+from vllm_afbs.captures import CALIBRATION, LayerTensors
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import MEAN_KEY_SHARE, BlockGeometry, pool_keys
-from vllm_afbs.tuning.capture import LayerTensors, capture
-from vllm_afbs.tuning.model.source import open_model
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.source import open_model
+from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.texts import read_texts
-from vllm_afbs.tuning.windows import CALIBRATION, cut_windows
+from vllm_afbs.tuning.windows import cut_windows
 
 BLOCK = 128
 DENSITIES = (0.5, 0.3, 0.2)
@@ -142,11 +144,13 @@ def main() -> None:
     args = parser.parse_args()
     assets = prepare()
     model = open_model(str(assets.model_dir))
-    cut = cut_windows(model, read_texts([assets.calibration_file]), args.length)
+    cut = cut_windows(model.tokenizer(), read_texts([assets.calibration_file]), args.length)
     geometry = BlockGeometry(args.length, args.length, BLOCK, BLOCK)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         layers = list(range(0, model.fingerprint.num_layers, args.every))
-        taken = capture(model, cut.windows, layers, Path(folder), lambda _: None)
+        taken = capture(
+            model, TransformersEngine(model), cut.windows, layers, Path(folder), lambda _: None
+        )
         load = functools.partial(taken.load, window=CALIBRATION)
         rows = measure(load, layers, geometry)
     report_rows(rows, args.output)

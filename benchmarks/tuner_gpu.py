@@ -25,24 +25,21 @@ from rich.progress import track
 
 from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.serving_gpu import LLAMA_8B
+from vllm_afbs.captures import CALIBRATION, Capture, LayerTensors
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.recorder import ATTENTION, Recorder
+from vllm_afbs.models.in_process.source import SourceModel, open_model
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import HeadProfile
-from vllm_afbs.tuning.capture import (
-    ATTENTION,
-    Capture,
-    LayerTensors,
-    Recorder,
-    capture,
-)
+from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
-from vllm_afbs.tuning.model.source import SourceModel, open_model
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import read_texts
-from vllm_afbs.tuning.windows import CALIBRATION, cut_windows, held_out
+from vllm_afbs.tuning.windows import cut_windows, held_out
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP = 32, 8, 4
 
@@ -136,10 +133,14 @@ def main() -> None:
     settings = SearchSettings(sorted(args.lengths), args.tolerance, 128, 128, seed=0)
     assets = prepare()
     model = stretched(open_model(str(assets.model_dir)), settings.longest)
-    windows = cut_windows(model, read_texts([assets.calibration_file]), settings.longest).windows
+    windows = cut_windows(
+        model.tokenizer(), read_texts([assets.calibration_file]), settings.longest
+    ).windows
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         layers = range(model.fingerprint.num_layers)
-        small = capture(model, windows, layers, Path(folder), lambda _: None)
+        small = capture(
+            model, TransformersEngine(model), windows, layers, Path(folder), lambda _: None
+        )
         paired = PairedCapture(small.directory, small.layers, small.held_out)
         rows = search(paired, settings, args.layers)
         report_rows(rows, args.output)

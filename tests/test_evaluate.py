@@ -25,10 +25,10 @@ from vllm_afbs.evaluate.retrieval import KINDS, Maker
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
+from vllm_afbs.models.in_process.engine import EndToEnd
+from vllm_afbs.models.in_process.masked import masked_attention
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.schema import Profile, TextSource
-from vllm_afbs.tuning.end_to_end import EndToEnd
-from vllm_afbs.tuning.masked import masked_attention
-from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.texts import Text
 
 BLOCK = 16
@@ -55,7 +55,7 @@ def profile(tiny_model: Path) -> Profile:
 def test_masked_attention_is_the_specification(
     entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_afbs.tuning.masked._MASK_ENTRIES", {"cpu": entries})
+    monkeypatch.setattr("vllm_afbs.models.in_process.masked._MASK_ENTRIES", {"cpu": entries})
     problem = make_problem(149, 149, BLOCK, BLOCK // 2)
     args = problem.query, problem.key
     keep = reference_select(*args, problem.thresholds, problem.geometry, SCALE)

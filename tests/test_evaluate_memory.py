@@ -16,8 +16,8 @@ from vllm_afbs.evaluate import __main__ as command
 from vllm_afbs.evaluate.in_process import InProcess, Runner
 from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.files import write_atomically
-from vllm_afbs.tuning.end_to_end import EndToEnd
-from vllm_afbs.tuning.model.source import open_model
+from vllm_afbs.models.in_process.engine import EndToEnd
+from vllm_afbs.models.in_process.source import open_model
 
 VOCABULARY = 256
 ROWS = 64
@@ -45,7 +45,7 @@ def test_few_logits_of_a_long_text_are_held_at_once(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr("vllm_afbs.tuning.logits._ROWS", ROWS)
+    monkeypatch.setattr("vllm_afbs.models.in_process.logits._ROWS", ROWS)
     model = open_model(str(tiny_model))
     runner = Runner(model)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")

@@ -13,8 +13,8 @@ from benchmarks.profiles import uniform_profile
 from tests.test_evaluate import BLOCK, arguments
 from vllm_afbs.evaluate.__main__ import main
 from vllm_afbs.files import write_atomically
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.tuning.model.source import open_model
 
 REACH = 256
 

@@ -15,12 +15,13 @@ from tests.profiles import SMALL_MODEL, uniform_profile
 from tests.tuning_jobs import command
 from vllm_afbs import tune
 from vllm_afbs.commands.tuning_options import tuning_parser
+from vllm_afbs.errors import InputError
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.source import SourceModel, open_model
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.errors import InputError
-from vllm_afbs.tuning.model.source import SourceModel, open_model
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
 
@@ -31,8 +32,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def captured(model: SourceModel, folder: Path, length: int = 64) -> None:
     """Loads the weights and runs the model, as the tuner does first."""
-    cut = cut_windows(model, [Text("text", "some text " * 50)], length)
-    capture(model, cut.windows, range(2), folder, lambda _: None)
+    cut = cut_windows(model.tokenizer(), [Text("text", "some text " * 50)], length)
+    capture(model, TransformersEngine(model), cut.windows, range(2), folder, lambda _: None)
 
 
 @pytest.mark.parametrize(

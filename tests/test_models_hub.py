@@ -18,12 +18,12 @@ from tests.models import changed_model
 from tests.profiles import uniform_profile
 from tests.tuning_jobs import command
 from vllm_afbs import tune
+from vllm_afbs.errors import InputError
+from vllm_afbs.models.in_process.source import open_model
+from vllm_afbs.models.in_process.weights import load_weights
 from vllm_afbs.profile.file import parse_profile
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.profile.weights import served_weights_sha256, weights_sha256
-from vllm_afbs.tuning.errors import InputError
-from vllm_afbs.tuning.model.source import open_model
-from vllm_afbs.tuning.model.weights import load_weights
 
 NAME = "someone/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

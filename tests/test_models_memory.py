@@ -13,10 +13,10 @@ from tests.models import changed_model
 from tests.tuning_jobs import command
 from vllm_afbs import tune
 from vllm_afbs.commands import faults
+from vllm_afbs.errors import InputError
 from vllm_afbs.evaluate.in_process import Runner
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.tuning import memory
-from vllm_afbs.tuning.errors import InputError
-from vllm_afbs.tuning.model.source import open_model
 
 GPU = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
 
@@ -59,9 +59,8 @@ from pathlib import Path
 import torch
 from tests.tuning_jobs import command
 from vllm_afbs import tune
-from vllm_afbs.tuning import capture
-from vllm_afbs.tuning.model import weights
-from vllm_afbs.tuning.capture import Recorder
+from vllm_afbs.models.in_process import weights
+from vllm_afbs.models.in_process.recorder import Recorder
 
 def limit():
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -137,7 +136,7 @@ def test_logits_of_a_long_text_are_never_held_at_once(
         logits = runner._model(input_ids=torch.tensor([tokens])).logits[0]
         log_probs = torch.log_softmax(logits.double(), -1)
     expected = -log_probs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    monkeypatch.setattr("vllm_afbs.tuning.logits._ROWS", 64)
+    monkeypatch.setattr("vllm_afbs.models.in_process.logits._ROWS", 64)
     rows: list[int] = []
     head = runner._model.lm_head
     head.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[1]))

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tests.models import Weights, changed_model, fp8_by_block, fp8_by_tensor, is_linear
 from tests.tuning_jobs import command
 from vllm_afbs import tune
-from vllm_afbs.tuning.errors import InputError
-from vllm_afbs.tuning.model.quantised import ADVICE
-from vllm_afbs.tuning.model.source import open_model
-from vllm_afbs.tuning.model.weights import load_weights
+from vllm_afbs.errors import InputError
+from vllm_afbs.models.in_process.quantised import ADVICE
+from vllm_afbs.models.in_process.source import open_model
+from vllm_afbs.models.in_process.weights import load_weights
 
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
 NOTE = json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}})

@@ -16,8 +16,8 @@ from vllm_afbs.evaluate.baselines import Tuned, UniformTau
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.evaluate.suite import Amounts
 from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
-from vllm_afbs.tuning.model.source import open_model
 
 BLOCK, LENGTH = 16, 256
 PLAN = Plan("tiny", Amounts(LENGTH, 2, 3, 0, 1, 0), 0, (), (0.3,), LENGTH)

@@ -16,6 +16,7 @@ from tests.profiles import uniform_profile
 from tests.prometheus import assert_everything_has_data, running_prometheus, tool
 from vllm_afbs.commands.client import Counters, complete, growth, scrape, total
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
+from vllm_afbs.errors import InputError
 from vllm_afbs.evaluate.baselines import of_profile
 from vllm_afbs.evaluate.divergence import kl_divergence
 from vllm_afbs.evaluate.in_process import InProcess, Runner
@@ -23,11 +24,10 @@ from vllm_afbs.evaluate.methods import Selection
 from vllm_afbs.evaluate.predictor import end_tokens
 from vllm_afbs.evaluate.server import Served
 from vllm_afbs.files import write_atomically
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.observability.instance import DIRECTORY_VARIABLE
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.tuning.errors import InputError
-from vllm_afbs.tuning.model.source import open_model
 
 pytestmark = pytest.mark.machine
 

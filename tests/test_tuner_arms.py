@@ -27,9 +27,9 @@ from benchmarks.tuner_arms.samples import (
 from benchmarks.tuner_arms.times import WAYS, without_cache
 from benchmarks.tuner_arms.unseen import Choice, Meter, meet
 from tests.test_tuning_search import captured, hidden
+from vllm_afbs.captures import Capture
 from vllm_afbs.commands.results import write_rows
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search.validation import HELD_OUT_Q_BLOCKS, HELD_OUT_SLACK

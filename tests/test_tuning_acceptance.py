@@ -16,7 +16,11 @@ from scipy import stats
 
 from tests.tuning_jobs import command
 from vllm_afbs import tune
+from vllm_afbs.captures import CALIBRATION
+from vllm_afbs.errors import InputError
 from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.models.in_process.engine import EndToEnd, Predictions
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import (
     Acceptance,
@@ -31,12 +35,10 @@ from vllm_afbs.tuning.allocation.acceptance import CANDIDATES, AcceptanceTest, i
 from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.student import t_quantile
-from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.tuning.engine import Compared
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
-from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.search.scorer import SearchSettings
-from vllm_afbs.tuning.windows import CALIBRATION, Part, cut_tokens
+from vllm_afbs.tuning.windows import Part, cut_tokens
 
 PER_CANDIDATE = 0.05 / 3
 
@@ -150,13 +152,13 @@ class Swinging:
     def damage(self, thresholds: Mapping[int, HeadThresholds]) -> float:
         return sum(float((1 - each.tau[0]) ** 2) for each in thresholds.values())
 
-    def predict(
-        self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]
-    ) -> Predictions:
+    def compare(self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]) -> Compared:
         # Two tokens that are equally likely when dense: the loss grows by the KL divergence.
         spread = math.sqrt(1 - math.exp(-2 * self.damage(thresholds))) / 2
         log_probs = torch.tensor([[0.5 + spread, 0.5 - spread]] * 2, dtype=torch.float64).log()
-        return Predictions(log_probs, torch.tensor([0, 1]))
+        sparse = Predictions(log_probs, torch.tensor([0, 1]))
+        dense = Predictions(torch.full((2, 2), 0.5).double().log(), torch.tensor([0, 1]))
+        return Compared(dense.loss, sparse.loss, dense.kl_to(sparse))
 
     def losses(
         self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]
@@ -192,10 +194,9 @@ def search(folder: Path, swing: float, accepting: bool = True) -> BudgetSearch:
     parts = [Part("text", 64 * i, 64, list(range(i, i + 64))) for i in range(8)]
     settings = SearchSettings([32, 64], 0.05, 16, 16, seed=0)
     test = AcceptanceTest(parts, journal, Quiet()) if accepting else None
-    model: Any = None
-    found = BudgetSearch(model, settings, windows, journal, Layers(), Quiet(), test)
-    vars(found)["_runner"] = Swinging(swing)
-    return found
+    return BudgetSearch(
+        lambda: Swinging(swing), settings, windows, journal, Layers(), Quiet(), test
+    )
 
 
 GOAL = Goal("perplexity", 0.01)

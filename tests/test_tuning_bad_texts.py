@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.chat_tokenizers import chat_tokenizer
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.errors import InputError
 from vllm_afbs.tuning.texts import Text, read_texts
 
 

@@ -16,14 +16,14 @@ from tests.tuning_jobs import command, start, wait_for
 from vllm_afbs import tune
 from vllm_afbs.kernels import THETA_OFF, BlockGeometry, HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
+from vllm_afbs.models.in_process.engine import EndToEnd, Predictions
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, WholeModel
 from vllm_afbs.serving.plan import plan_layer
 from vllm_afbs.tuning.allocation.budget import _mean_sparsity, _thresholds
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.levels import Levels
-from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
-from vllm_afbs.tuning.model.source import open_model
 
 ROUNDING = 1e-9
 

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from tests.tuning_jobs import command, result, start, wait_for_steps
 from vllm_afbs import tune
 from vllm_afbs.commands.tuning_options import tuning_parser
+from vllm_afbs.errors import InputError
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.errors import InputError
-from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
 
@@ -175,9 +176,11 @@ def test_capture_is_what_the_model_attends_to(tiny_model: Path, tmp_path: Path) 
     from transformers import AutoModel
 
     model = open_model(str(tiny_model))
-    windows = cut_windows(model, [Text("text", "some text to attend to " * 50)], 64).windows
+    windows = cut_windows(
+        model.tokenizer(), [Text("text", "some text to attend to " * 50)], 64
+    ).windows
     steps: list[float] = []
-    taken = capture(model, windows, range(2), tmp_path, steps.append)
+    taken = capture(model, TransformersEngine(model), windows, range(2), tmp_path, steps.append)
     assert steps == [1.0] * 6
     body = AutoModel.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
     seen: dict[int, torch.Tensor] = {}
@@ -435,8 +438,10 @@ def test_bad_options_are_refused_by_name(
 
 def test_damaged_capture_is_named(tiny_model: Path, tmp_path: Path) -> None:
     model = open_model(str(tiny_model))
-    cut = cut_windows(model, [Text("text", "text " * 100)], 64)
-    taken = capture(model, cut.windows, range(2), tmp_path, lambda _: None)
+    cut = cut_windows(model.tokenizer(), [Text("text", "text " * 100)], 64)
+    taken = capture(
+        model, TransformersEngine(model), cut.windows, range(2), tmp_path, lambda _: None
+    )
     path = taken.path(1, "validation-0-0")
     os.truncate(path, 100)
     with pytest.raises(InputError, match=r"layer-001\.validation-0-0\.safetensors: cannot read"):

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_afbs.captures import LayerTensors
 from vllm_afbs.kernels import THETA_OFF, BlockGeometry, HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
-from vllm_afbs.tuning.capture import LayerTensors
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 
 

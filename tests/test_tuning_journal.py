@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_afbs.errors import InputError
 from vllm_afbs.profile.schema import HeadProfile, Measurement
-from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.journal import FORMAT_VERSION, Entry, Journal, read_entries
 from vllm_afbs.tuning.search.results import Attempt, Refined, ThetaTrial, Validated
 

@@ -15,9 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.captures import CALIBRATION
+from vllm_afbs.errors import InputError
 from vllm_afbs.tuning.texts import Text, read_texts
-from vllm_afbs.tuning.windows import CALIBRATION, cut_tokens
+from vllm_afbs.tuning.windows import cut_tokens
 
 MIB = 1 << 20
 LARGE_BYTES = 300 * MIB

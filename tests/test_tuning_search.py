@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from benchmarks.tuner_arms.stages import WithoutBayes
+from vllm_afbs.captures import CALIBRATION, Capture, LayerTensors
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
-from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.search.bayes import LayerOptimizer, Observation
 from vllm_afbs.tuning.search.bracket import MAX_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
@@ -24,7 +24,7 @@ from vllm_afbs.tuning.search.refine import REFINE_STEPS, expected
 from vllm_afbs.tuning.search.results import Attempt, Candidate, Explored, Refined, Trial
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate
-from vllm_afbs.tuning.windows import CALIBRATION, by_text, held_out
+from vllm_afbs.tuning.windows import by_text, held_out
 
 TOLERANCE = 0.05
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from tests.chat_tokenizers import chat_tokenizer
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.errors import InputError
 from vllm_afbs.tuning.texts import Text, read_texts
 
 ROWS = ["first\nrow", "second \u2028 row", "dritte Zeile äöü"]

@@ -10,9 +10,10 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.captures import CALIBRATION
+from vllm_afbs.errors import InputError
 from vllm_afbs.tuning.texts import read_texts
-from vllm_afbs.tuning.windows import CALIBRATION, by_text, cut_tokens, held_out
+from vllm_afbs.tuning.windows import by_text, cut_tokens, held_out
 
 ROWS = ["first\nrow", "second row", "dritte Zeile äöü"]
 CONTENT = "\n\n".join(ROWS)

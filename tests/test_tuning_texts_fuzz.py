@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tests.chat_tokenizers import chat_tokenizer
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.errors import InputError
 from vllm_afbs.tuning.texts import Text, read_texts
 from vllm_afbs.tuning.windows import tokenize
 

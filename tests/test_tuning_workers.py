@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from tests.test_tuning_search import captured, clustered
 from tests.tuning_jobs import command, result, start
 from vllm_afbs import tune
+from vllm_afbs.captures import Capture
+from vllm_afbs.errors import InputError
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import LayerProfile, Profile
 from vllm_afbs.tuning import workers
-from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.journal import Journal, Steps
-from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.run import tune as tune_model
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.results import Validated

@@ -23,8 +23,8 @@ import torch
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
+from vllm_afbs.errors import InputError
 from vllm_afbs.profile.schema import SCHEMA_VERSION
-from vllm_afbs.tuning.errors import InputError
 
 FILE_NAME = "journal.jsonl"
 FORMAT_VERSION = 2

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.errors import InputError
 
 _HOST = re.compile(r"DefaultCPUAllocator|[Cc](?:an't|annot) allocate memory|bad_alloc")
 _GPU = re.compile(r"CUDA(?: driver)? error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")

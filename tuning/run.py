@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_afbs.captures import Capture
 from vllm_afbs.kernels import THETA_OFF
 from vllm_afbs.profile.schema import (
     BudgetRun,
@@ -15,14 +16,15 @@ from vllm_afbs.profile.schema import (
     LayerProfile,
     Profile,
     TextSource,
+    TunedOn,
     TunerRun,
 )
 from vllm_afbs.tuning.allocation.acceptance import AcceptanceTest
 from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
-from vllm_afbs.tuning.capture import Capture, capture
+from vllm_afbs.tuning.capture import capture
+from vllm_afbs.tuning.engine import Engine, Model, SparseModel
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Result
-from vllm_afbs.tuning.model.source import SourceModel
 from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS
 from vllm_afbs.tuning.search.layer import LayerSearch
@@ -48,7 +50,8 @@ class Captured(Result):
 
 
 def tune(
-    model: SourceModel,
+    model: Model,
+    engine: Engine,
     texts: Sequence[Text],
     settings: SearchSettings,
     layers: Sequence[int],
@@ -61,6 +64,7 @@ def tune(
 
     Args:
         model: The model.
+        engine: Runs it.
         texts: The calibration texts; windows of the longest length are cut from them.
         settings: The search's settings.
         layers: Which layers to tune; the others run dense.
@@ -79,7 +83,7 @@ def tune(
         OSError: The work directory cannot be written.
     """
     accepting = goal is not None and goal.kind == "perplexity"
-    cut = cut_windows(model, texts, settings.longest, accepting=accepting)
+    cut = cut_windows(model.tokenizer(), texts, settings.longest, accepting=accepting)
     work.mkdir(exist_ok=True)
     journal = Journal(
         work / FILE_NAME,
@@ -94,14 +98,18 @@ def tune(
     progress.begin("Capturing", num_layers * len(cut.windows))
     # A step keeps only the seconds: whether there is a capture, its files say.
     start = time.perf_counter()
-    taken = capture(model, cut.windows, layers, work, progress.advance)
+    taken = capture(model, engine, cut.windows, layers, work, progress.advance)
     captured = journal.step("capture", Captured, lambda: Captured(time.perf_counter() - start))
     progress.begin("Tuning", len(layers))
     search = LayerSearches(settings, layers, taken, journal, progress, pool)
     tuned, budget = search.tuned({}), None
     if goal is not None:
         test = AcceptanceTest(cut.acceptance, journal, progress) if accepting else None
-        outer = BudgetSearch(model, settings, cut.windows, journal, search, progress, test)
+
+        def load() -> SparseModel:
+            return engine.sparse_model(settings.block_q, settings.block_k)
+
+        outer = BudgetSearch(load, settings, cut.windows, journal, search, progress, test)
         tuned, budget = outer.run(goal, tuned)
     sources = [
         TextSource(
@@ -109,7 +117,7 @@ def tune(
         )
         for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
-    return _profile(model, sources, settings, journal, captured, tuned, budget)
+    return _profile(model, engine.tuned_on(), sources, settings, journal, captured, tuned, budget)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,8 @@ def _ignore(_: float) -> None:
 
 
 def _profile(
-    model: SourceModel,
+    model: Model,
+    tuned_on: TunedOn,
     sources: list[TextSource],
     settings: SearchSettings,
     journal: Journal,
@@ -171,6 +180,7 @@ def _profile(
         model_name=model.name,
         model=shape,
         model_weights_sha256=model.weights_sha256(),
+        tuned_on=tuned_on,
         block_q=settings.block_q,
         block_k=settings.block_k,
         min_seq_len=settings.lengths[0],

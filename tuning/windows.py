@@ -14,12 +14,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from vllm_afbs.tuning.errors import InputError, one_line
-from vllm_afbs.tuning.model.source import SourceModel
+from vllm_afbs.captures import CALIBRATION
+from vllm_afbs.errors import InputError
 from vllm_afbs.tuning.texts import Text
 
-CALIBRATION = "calibration"
-"""Name of the calibration window."""
 _LEAST_HELD_OUT = 2
 NUM_ACCEPTANCE = 6
 """Acceptance windows of all texts together; rounded up, so that each text has as many. Each takes
@@ -71,39 +69,22 @@ class Cut:
 
 
 def cut_windows(
-    model: SourceModel, texts: Sequence[Text], length: int, *, accepting: bool = False
+    tokenizer: Any, texts: Sequence[Text], length: int, *, accepting: bool = False
 ) -> Cut:
     """Tokenizes the texts and cuts them.
 
     Args:
-        model: The model, for its tokenizer.
+        tokenizer: The model's, of transformers.
         texts: The calibration texts, at least one.
         length: Tokens of a window, including the tokenizer's own first token, if it adds one.
         accepting: Whether to cut acceptance windows, too.
 
     Raises:
-        InputError: The tokenizer cannot be read, or a text is too short.
+        InputError: A text is too short.
     """
-    tokenizer = load_tokenizer(model)
     tokens = [tokenize(tokenizer, text) for text in texts]
     names = [f"{text.name} ({text.coverage})" if text.coverage else text.name for text in texts]
     return cut_tokens(tokens, names, first_tokens(tokenizer), length, accepting=accepting)
-
-
-def load_tokenizer(model: SourceModel) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.directory(), trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # damaged files raise errors of many unrelated kinds
-        raise InputError(f"{model.name}: cannot read the tokenizer: {one_line(error)}") from None
 
 
 def first_tokens(tokenizer: Any) -> list[int]:

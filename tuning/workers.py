@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from vllm_afbs.tuning.capture import Capture
-from vllm_afbs.tuning.errors import InputError, one_line
+from vllm_afbs.captures import Capture
+from vllm_afbs.errors import InputError, one_line
 from vllm_afbs.tuning.journal import Entry, Journal, Steps
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings

@@ -19,9 +19,9 @@ from vllm_afbs.commands.faults import guarded
 from vllm_afbs.commands.tuning_options import CPU_LONGEST, LENGTHS, tuning_parser
 
 if TYPE_CHECKING:
+    from vllm_afbs.models.in_process.source import SourceModel
     from vllm_afbs.profile.schema import Profile
     from vllm_afbs.tuning.allocation.goal import Goal
-    from vllm_afbs.tuning.model.source import SourceModel
     from vllm_afbs.tuning.search.scorer import SearchSettings
     from vllm_afbs.tuning.texts import Text
     from vllm_afbs.tuning.workers import LayerPool
@@ -59,8 +59,8 @@ def _run(options: argparse.Namespace) -> int:
             f"{work}: left by a job that was stopped: pass --resume to continue it, or remove the "
             "directory to start again"
         )
+    from vllm_afbs.errors import InputError, one_line
     from vllm_afbs.tuning import memory
-    from vllm_afbs.tuning.errors import InputError, one_line
 
     try:
         with memory.explained(
@@ -84,16 +84,13 @@ def _run(options: argparse.Namespace) -> int:
 def _profile(options: argparse.Namespace, work: Path) -> "Profile":
     """Does the whole job; returns what was written."""
     from vllm_afbs.files import write_atomically
+    from vllm_afbs.models.in_process.source import open_model
     from vllm_afbs.tuning.journal import FILE_NAME, read_entries
-    from vllm_afbs.tuning.model.source import open_model
     from vllm_afbs.tuning.report import write_report
     from vllm_afbs.tuning.texts import read_texts
-    from vllm_afbs.tuning.windows import load_tokenizer
 
     model = open_model(options.model, options.revision, options.hf_overrides)
-    texts = read_texts(
-        options.calibration, options.calibration_column, lambda: load_tokenizer(model)
-    )
+    texts = read_texts(options.calibration, options.calibration_column, model.tokenizer)
     for text in texts:
         if text.coverage:
             print(f"{text.name}: {text.coverage}", file=sys.stderr)
@@ -116,16 +113,19 @@ def _tune(
     work: Path,
     pool: "LayerPool | None",
 ) -> "Profile":
+    from vllm_afbs.models.in_process.engine import TransformersEngine
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.run import tune
 
     with ProgressBar() as progress:
-        return tune(model, texts, settings, layers, goal, work, progress, pool)
+        return tune(
+            model, TransformersEngine(model), texts, settings, layers, goal, work, progress, pool
+        )
 
 
 def _goal(options: argparse.Namespace) -> "Goal | None":
+    from vllm_afbs.errors import InputError
     from vllm_afbs.tuning.allocation.goal import Goal
-    from vllm_afbs.tuning.errors import InputError
 
     if options.target_sparsity is not None:
         goal = Goal("sparsity", options.target_sparsity)
@@ -149,9 +149,9 @@ def _layer_pool(options: argparse.Namespace) -> "AbstractContextManager[LayerPoo
 
 
 def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
+    from vllm_afbs.errors import InputError
+    from vllm_afbs.models.in_process.supported import least_longest_length
     from vllm_afbs.tuning.device import compute_device
-    from vllm_afbs.tuning.errors import InputError
-    from vllm_afbs.tuning.model.supported import least_longest_length
     from vllm_afbs.tuning.search.scorer import SearchSettings
 
     reach = model.max_length
@@ -186,7 +186,7 @@ def default_lengths(reach: int, has_gpu: bool) -> list[int]:
 
 
 def _layers(ranges: Sequence[range] | None, num_layers: int) -> list[int]:
-    from vllm_afbs.tuning.errors import InputError
+    from vllm_afbs.errors import InputError
 
     if ranges is None:
         return list(range(num_layers))

@@ -20,9 +20,9 @@ from vllm_afbs.evaluate.baselines import VARIANTS, baselines, of_profile, varian
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.evaluate.methods import Method
 from vllm_afbs.evaluate.suite import Amounts
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
-from vllm_afbs.tuning.model.source import open_model
 
 ANY = "any"
 OURS, THEIRS = "afbs", "SpargeAttn, tuned"

@@ -12,6 +12,7 @@ import torch
 from benchmarks.domains import Domain
 from benchmarks.tuner_arms.arms import swept
 from benchmarks.tuner_arms.sweeps import spargeattn
+from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.evaluate.baselines import Tuned
 from vllm_afbs.evaluate.comparison import compare
 from vllm_afbs.evaluate.in_process import InProcess, Runner
@@ -19,12 +20,13 @@ from vllm_afbs.evaluate.matching import knob_at, settle
 from vllm_afbs.evaluate.methods import BLOCK, Method, Selection
 from vllm_afbs.evaluate.suite import Amounts, Answers, Suite, ask, make_suite
 from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.source import SourceModel
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.journal import Journal
-from vllm_afbs.tuning.model.source import SourceModel
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text, read_texts
-from vllm_afbs.tuning.windows import CALIBRATION, cut_windows, load_tokenizer
+from vllm_afbs.tuning.windows import cut_windows
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,20 @@ class Bench:
     def _sparge(self, tolerance: float) -> Record:
         length = self._plan.sparge_length
         settings = SearchSettings([length // 2, length], tolerance, BLOCK, BLOCK, seed=0)
-        cut = cut_windows(self._model, read_texts([self._setting.calibration.calibration]), length)
+        cut = cut_windows(
+            self._model.tokenizer(), read_texts([self._setting.calibration.calibration]), length
+        )
         layers = range(self._model.fingerprint.num_layers)
         windows = {CALIBRATION: cut.windows[CALIBRATION]}
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            taken = capture(self._model, windows, layers, Path(folder), lambda _: None)
+            taken = capture(
+                self._model,
+                TransformersEngine(self._model),
+                windows,
+                layers,
+                Path(folder),
+                lambda _: None,
+            )
             found = swept(spargeattn)(settings, layers, taken)
         return {"thresholds": [[each.tau.tolist(), each.theta.tolist()] for each in found]}
 
@@ -195,7 +206,7 @@ class Bench:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self._model)
+        return self._model.tokenizer()
 
     @property
     def _matched(self) -> Sequence[list[int]]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_afbs.captures import Capture, LayerTensors
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
-from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 
 

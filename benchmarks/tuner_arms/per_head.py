@@ -21,13 +21,13 @@ import torch
 
 from benchmarks.tuner_arms.arms import Best
 from benchmarks.tuner_arms.sweeps import LEAST_DEPTH, MOST_DEPTH
+from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, tau_of
 from vllm_afbs.tuning.search.evaluator import HeadScores
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.results import Candidate, Explored, Refined
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.windows import CALIBRATION
 
 SINGLE_TRIALS = 20
 PAPER_TRIALS = 15

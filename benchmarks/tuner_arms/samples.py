@@ -15,9 +15,11 @@ from benchmarks.domains import Domain
 from benchmarks.tuner_arms import per_head, stages, sweeps
 from benchmarks.tuner_arms.arms import Arm, Found, HeadCapture, swept
 from benchmarks.tuner_arms.unseen import Choice, Meter
-from vllm_afbs.tuning.capture import Capture, capture
+from vllm_afbs.captures import Capture
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.source import SourceModel, open_model
+from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.journal import Journal
-from vllm_afbs.tuning.model.source import SourceModel, open_model
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text
@@ -161,10 +163,12 @@ def captured(plan: Plan, file: Path, seed: int) -> Iterator[Capture]:
     """A text's tensors, the text begun at the seed's place in it; gone at the end."""
     model = open_model(plan.model)
     text = _begun_at(seed / plan.seeds, file.read_text(encoding="utf-8"))
-    cut = cut_windows(model, [Text(file.name, text)], plan.lengths[-1])
+    cut = cut_windows(model.tokenizer(), [Text(file.name, text)], plan.lengths[-1])
     layers = range(model.fingerprint.num_layers)
     with tempfile.TemporaryDirectory() as folder:
-        yield capture(model, cut.windows, layers, Path(folder), lambda _: None)
+        yield capture(
+            model, TransformersEngine(model), cut.windows, layers, Path(folder), lambda _: None
+        )
 
 
 def _begun_at(share: float, text: str) -> str:

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.tuner_arms.arms import Arm, Found, by_layer
+from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile
-from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 from vllm_afbs.tuning.search.explore import Explorer
@@ -29,7 +29,6 @@ from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.results import Explored, Refined, Validated
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.search.validation import MIN_SPARSITY
-from vllm_afbs.tuning.windows import CALIBRATION
 
 
 def searched(

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.tuner_arms.arms import Best, Found
+from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
-from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, tau_of
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.windows import CALIBRATION
 
 SPARGE_THETAS = 32
 SPARGE_BISECTIONS = 10

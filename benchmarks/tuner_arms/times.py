@@ -23,10 +23,10 @@ from benchmarks.tuner_arms.samples import (
     captured,
     choose,
 )
-from vllm_afbs.tuning.capture import Capture
+from vllm_afbs.captures import Capture
+from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.journal import Journal
-from vllm_afbs.tuning.model.source import open_model
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 from vllm_afbs.tuning.search.scorer import SearchSettings
 

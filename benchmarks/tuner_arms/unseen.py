@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
-from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, depth_of, tau_of
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 from vllm_afbs.tuning.search.scorer import SearchSettings
-from vllm_afbs.tuning.windows import CALIBRATION
 
 CLOSE = 0.005
 """How near to the tolerance, in shares of it, a mean error counts as equal."""

@@ -21,13 +21,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Protocol
-
-import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import Acceptance, TextPart
 from vllm_afbs.tuning.allocation.student import t_quantile
+from vllm_afbs.tuning.engine import SparseModel
 from vllm_afbs.tuning.journal import Journal, Result
 from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.windows import Part
@@ -46,15 +44,6 @@ class BlockLosses(Result):
     """Mean loss of every block of the acceptance windows, in nats, window by window."""
 
     losses: tuple[float, ...]
-
-
-class Losses(Protocol):
-    """A model whose layers can be made sparse."""
-
-    def losses(
-        self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]
-    ) -> torch.Tensor:
-        """Loss of every token after a window's first, ``[length - 1]``; no thresholds is dense."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +101,7 @@ class AcceptanceTest:
         self._per_window = min(-(-LEAST_BLOCKS // len(windows)), num_losses)
 
     def increase(
-        self, name: str, model: Losses, thresholds: Mapping[int, HeadThresholds]
+        self, name: str, model: SparseModel, thresholds: Mapping[int, HeadThresholds]
     ) -> Increase:
         """Measures, or replays, a candidate.
 
@@ -139,7 +128,7 @@ class AcceptanceTest:
         )
 
     def _losses(
-        self, step: str, model: Losses, thresholds: Mapping[int, HeadThresholds]
+        self, step: str, model: SparseModel, thresholds: Mapping[int, HeadThresholds]
     ) -> tuple[float, ...]:
         def measure() -> BlockLosses:
             self._progress.begin(f"Accepting ({step})", len(self._windows))

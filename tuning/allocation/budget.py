@@ -17,13 +17,15 @@ a hundred times as much in one layer as in another. So, after all layers are tun
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import torch
 
+from vllm_afbs.captures import CALIBRATION
+from vllm_afbs.errors import InputError
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import Acceptance, BudgetRun, LayerProfile, WholeModel
 from vllm_afbs.tuning.allocation.acceptance import (
@@ -34,14 +36,11 @@ from vllm_afbs.tuning.allocation.acceptance import (
 )
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.levels import Levels
-from vllm_afbs.tuning.end_to_end import EndToEnd, Predictions
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.tuning.engine import SparseModel
 from vllm_afbs.tuning.journal import Journal, Result
-from vllm_afbs.tuning.model.source import SourceModel
 from vllm_afbs.tuning.progress import Progress
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
-from vllm_afbs.tuning.windows import CALIBRATION
 
 FACTORS = [2.0 ** (step / 2) for step in range(-6, 7)]
 """A layer's tolerance, in units of the job's: 1/8 to 8, as far as slopes are extrapolated. Chosen
@@ -116,7 +115,7 @@ class BudgetSearch:
     """The outer search over one model.
 
     Args:
-        model: The model.
+        load: Loads the model, when it is first needed.
         settings: The job's settings.
         windows: Token ids of the calibration window and of every held-out one.
         journal: Where steps are kept.
@@ -127,7 +126,7 @@ class BudgetSearch:
 
     def __init__(
         self,
-        model: SourceModel,
+        load: Callable[[], SparseModel],
         settings: SearchSettings,
         windows: Mapping[str, list[int]],
         journal: Journal,
@@ -135,7 +134,7 @@ class BudgetSearch:
         progress: Progress,
         acceptance: AcceptanceTest | None = None,
     ) -> None:
-        self._model = model
+        self._load = load
         self._settings = settings
         self._windows = windows
         self._held_out = [name for name in windows if name != CALIBRATION]
@@ -201,7 +200,7 @@ class BudgetSearch:
         while candidate is not None and len(refused) < CANDIDATES:
             increase = acceptance.increase(
                 f"{goal.kind} {goal.value!r} candidate {len(refused) + 1}",
-                self._runner,
+                self._model,
                 _thresholds(candidate.layers),
             )
             if increase.bound <= goal.value:
@@ -225,12 +224,8 @@ class BudgetSearch:
         return Candidate(budget, layers, measured)
 
     @cached_property
-    def _runner(self) -> EndToEnd:
-        return EndToEnd(self._model, self._settings.block_q, self._settings.block_k)
-
-    @cached_property
-    def _dense(self) -> dict[str, Predictions]:
-        return {name: self._runner.predict(self._windows[name], {}) for name in self._held_out}
+    def _model(self) -> SparseModel:
+        return self._load()
 
     def whole_model(self, name: str, layers: Layers) -> WholeModel:
         """Runs, or replays, the whole model on the held-out windows.
@@ -243,10 +238,10 @@ class BudgetSearch:
         def measure() -> WholeModel:
             thresholds = _thresholds(layers)
             kls, losses = [], []
-            for window, dense in self._dense.items():
-                sparse = self._runner.predict(self._windows[window], thresholds)
-                kls.append(dense.kl_to(sparse))
-                losses.append((dense.loss, sparse.loss))
+            for window in self._held_out:
+                compared = self._model.compare(self._windows[window], thresholds)
+                kls.append(compared.kl)
+                losses.append((compared.dense_loss, compared.loss))
             dense_loss, loss = (sum(side) / len(side) for side in zip(*losses, strict=True))
             return WholeModel(
                 sparsity=_mean_sparsity(layers),
@@ -278,22 +273,14 @@ class BudgetSearch:
 
     def _damage(self, layer: int, thresholds: HeadThresholds, error: torch.Tensor) -> float:
         """KL divergence that a layer causes, over its mean squared error; NaN if that is 0."""
+        shortest = self._windows[CALIBRATION][: self._settings.lengths[0]]
 
         def measure() -> Damage:
-            sparse = self._runner.predict(self._shortest, {layer: thresholds})
-            return Damage(max(0.0, self._dense_short.kl_to(sparse)))
+            return Damage(max(0.0, self._model.compare(shortest, {layer: thresholds}).kl))
 
         kl = self._journal.step(f"damage of layer {layer}", Damage, measure).kl
         square = float(error.double().square().mean())
         return kl / square if square > 0.0 else math.nan
-
-    @property
-    def _shortest(self) -> list[int]:
-        return self._windows[CALIBRATION][: self._settings.lengths[0]]
-
-    @cached_property
-    def _dense_short(self) -> Predictions:
-        return self._runner.predict(self._shortest, {})
 
 
 def _thresholds(layers: Layers) -> dict[int, HeadThresholds]:

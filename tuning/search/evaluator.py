@@ -16,6 +16,7 @@ from functools import cached_property
 
 import torch
 
+from vllm_afbs.captures import LayerTensors
 from vllm_afbs.kernels import (
     THETA_OFF,
     BlockGeometry,
@@ -23,7 +24,6 @@ from vllm_afbs.kernels import (
     cut_keys,
     score_blocks,
 )
-from vllm_afbs.tuning.capture import LayerTensors
 
 _HOST_CACHE_BYTES = 3 << 30
 _DEVICE_CACHE_SHARE = 0.25  # of a GPU's memory; a layer keeps partials at three lengths or more

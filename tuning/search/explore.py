@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
+from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.tuning.search.bracket import (
     MIN_DEPTH,
     START_SLOPE,
@@ -33,7 +34,6 @@ from vllm_afbs.tuning.search.bracket import (
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 from vllm_afbs.tuning.search.results import Attempt, Candidate, Explored, ThetaTrial, Trial
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.windows import CALIBRATION
 
 if TYPE_CHECKING:
     from vllm_afbs.tuning.search.bayes import LayerOptimizer

@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import torch
 
+from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import LayerProfile
-from vllm_afbs.tuning.capture import Capture
 from vllm_afbs.tuning.journal import Steps
 from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS, Explorer
 from vllm_afbs.tuning.search.refine import REFINE_Q_BLOCKS, expected, refine, refine_tau
@@ -30,7 +30,6 @@ from vllm_afbs.tuning.search.results import (
 )
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search.validation import validate
-from vllm_afbs.tuning.windows import CALIBRATION
 
 # Shares of a layer's time, for the progress bar only.
 _EXPLORE_SHARE, _REFINE_SHARE, _VALIDATE_SHARE = 0.4, 0.2, 0.4

@@ -6,6 +6,7 @@ tolerance. Then tau is raised for as long as the same blocks are dropped.
 
 import torch
 
+from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.search.bracket import (
     MAX_DEPTH,
@@ -19,7 +20,6 @@ from vllm_afbs.tuning.search.explore import best_of
 from vllm_afbs.tuning.search.results import Candidate, Explored, Refined
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search.validation import MIN_SPARSITY
-from vllm_afbs.tuning.windows import CALIBRATION
 
 REFINE_Q_BLOCKS = 32
 """Query blocks scored while refining; chosen on SmolLM2-135M at lengths to 8192."""

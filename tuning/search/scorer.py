@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_afbs.captures import Capture, LayerTensors
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.capture import Capture, LayerTensors
 from vllm_afbs.tuning.device import compute_device
 from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator, default_cache_bytes
 

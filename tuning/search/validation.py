@@ -6,13 +6,14 @@ the mean over the text's held-out windows, and each window has an equal part of 
 
 import torch
 
+from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile, Measurement
 from vllm_afbs.tuning.search.bracket import depth_of, tau_of
 from vllm_afbs.tuning.search.evaluator import HeadScores
 from vllm_afbs.tuning.search.results import Refined, Validated
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.windows import CALIBRATION, by_text
+from vllm_afbs.tuning.windows import by_text
 
 HELD_OUT_SLACK = 1.2
 """Accepted held-out error, in units of the tolerance: a promise, not fitted to any model."""

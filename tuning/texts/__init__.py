@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_afbs.errors import InputError, one_line
 from vllm_afbs.files import printable
-from vllm_afbs.tuning.errors import InputError, one_line
 from vllm_afbs.tuning.texts import data_sets, plain
 from vllm_afbs.tuning.texts.chats import TokenizerLoader
 from vllm_afbs.tuning.texts.folders import Folder, arrange

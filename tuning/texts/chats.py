@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_afbs.tuning.errors import InputError, one_line
+from vllm_afbs.errors import InputError, one_line
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 """ShareGPT's names of roles, where OpenAI's differ."""

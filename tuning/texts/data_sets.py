@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.tuning.errors import InputError, one_line
+from vllm_afbs.errors import InputError, one_line
 from vllm_afbs.tuning.texts.rows import Row
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.errors import InputError
 from vllm_afbs.tuning.texts.rows import Row
 from vllm_afbs.tuning.texts.spread import BYTES_PER_ROW, MAX_ROW_BYTES, Budget, Span, describe
 

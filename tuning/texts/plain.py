@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vllm_afbs.tuning.errors import InputError
+from vllm_afbs.errors import InputError
 from vllm_afbs.tuning.texts.spread import MAX_CHARACTERS, NUM_PARTS, Span, describe, divide
 
 SEPARATOR = "\n\n"

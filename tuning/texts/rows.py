@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_afbs.errors import InputError
 from vllm_afbs.files import printable
-from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.texts.chats import (
     ChatTemplate,
     RefusedChatError,

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -18,17 +19,49 @@ if TYPE_CHECKING:
 _Metadata = TypeVar("_Metadata")
 
 
-class StepSorter:
-    """Sorts the requests of each step by what the profile and the kill switch allow."""
+class Builder(Protocol):
+    """What our metadata builders can do beside building metadata."""
 
-    def __init__(self, vllm_config: "VllmConfig", profile: Profile | None) -> None:
+    def serve(self, profile: Profile | None, always_sparse: bool = False) -> None:
+        """Gives each layer what it serves, from the next step on.
+
+        Args:
+            profile: The profile; None runs every layer dense.
+            always_sparse: Whether layers also run sparse where dense is expected to be faster.
+        """
+
+    def finish_reports(self) -> None:
+        """Waits until the metrics hold the work of all steps so far."""
+
+
+_BUILDERS: "WeakSet[Builder]" = WeakSet()
+
+
+def add_builder(builder: Builder) -> None:
+    """Remembers a builder for ``served_builders``."""
+    _BUILDERS.add(builder)
+
+
+def served_builders() -> list[Builder]:
+    """The builders of this process's model."""
+    return list(_BUILDERS)
+
+
+class StepSorter:
+    """Sorts the requests of each step by what the profile and the kill switch allow.
+
+    Attributes:
+        profile: The profile that is served, if any.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", profile: Profile | None = None) -> None:
         """Looks at the kill switch once, so that its metric exists before the first prefill.
 
         Args:
             vllm_config: The worker's configuration.
-            profile: The admitted profile, if any.
+            profile: The profile that is served, if any.
         """
-        self._profile = profile
+        self.profile = profile
         self._kill_switch = KillSwitch()
         self._num_decode_rows = compat.num_decode_rows(vllm_config)
 
@@ -45,7 +78,7 @@ class StepSorter:
         return sort_requests(
             common.query_start_loc_cpu,
             seq_lens,
-            self._profile,
+            self.profile,
             plain_causal=compat.is_plain_causal(metadata),
             # The kill switch is a file; steps that only decode do not look for it.
             enabled=common.max_query_len == 1 or self._kill_switch.is_enabled(),

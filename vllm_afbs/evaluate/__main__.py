@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor
     from vllm_afbs.evaluate.server import Served
     from vllm_afbs.evaluate.suite import Amounts
+    from vllm_afbs.models.in_process.source import SourceModel
     from vllm_afbs.profile.schema import Profile
-    from vllm_afbs.tuning.model.source import SourceModel
     from vllm_afbs.tuning.texts import Text
 
 PROGRAM = "python -m vllm_afbs.evaluate"
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _checked(options: argparse.Namespace) -> int:
     if reason := missing_extra("evaluate") or _unusable_output(options.output):
         return _refuse(reason)
+    from vllm_afbs.errors import InputError, one_line
     from vllm_afbs.profile.errors import ProfileError
     from vllm_afbs.tuning import memory
-    from vllm_afbs.tuning.errors import InputError, one_line
 
     try:
         with memory.explained(
@@ -150,8 +150,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from vllm_afbs.models.in_process.source import open_model
     from vllm_afbs.profile.file import load_profile
-    from vllm_afbs.tuning.model.source import open_model
 
     profile = load_profile(options.profile)
     model = open_model(options.model, options.revision, options.hf_overrides)
@@ -165,9 +165,8 @@ def _run(options: argparse.Namespace) -> int:
     from vllm_afbs.evaluate.comparison import compare
     from vllm_afbs.evaluate.report import show, write_report
     from vllm_afbs.evaluate.suite import ask, make_suite
-    from vllm_afbs.tuning.windows import load_tokenizer
 
-    suite = make_suite(load_tokenizer(model), text, amounts)
+    suite = make_suite(model.tokenizer(), text, amounts)
     dense, sparse = _predictors(servers, profile, model)
     start = time.monotonic()
     print("asking the dense model", file=sys.stderr, flush=True)
@@ -208,8 +207,8 @@ def _amounts(
     model: "SourceModel",
     servers: "Mapping[str, Served]",
 ) -> "Amounts":
+    from vllm_afbs.errors import InputError
     from vllm_afbs.evaluate.suite import Amounts
-    from vllm_afbs.tuning.errors import InputError
 
     limits = [
         (profile.max_seq_len, "the profile's longest context"),
@@ -246,12 +245,11 @@ def _amounts(
 
 def _text(options: argparse.Namespace, profile: "Profile", model: "SourceModel") -> "Text":
     """Reads the text to evaluate on; the profile must not have been tuned on it."""
-    from vllm_afbs.tuning.errors import InputError
+    from vllm_afbs.errors import InputError
     from vllm_afbs.tuning.texts import Text, read_texts
-    from vllm_afbs.tuning.windows import load_tokenizer
 
     if options.text is not None:
-        (text,) = read_texts([options.text], options.text_column, lambda: load_tokenizer(model))
+        (text,) = read_texts([options.text], options.text_column, model.tokenizer)
         if text.sha256 in {source.sha256 for source in profile.calibration_texts}:
             raise InputError(
                 f"{options.text}: a held-out text expected: the profile was tuned on this one"

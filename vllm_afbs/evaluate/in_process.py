@@ -8,12 +8,12 @@ import torch
 
 from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, Selection
 from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens
-from vllm_afbs.tuning import attention
-from vllm_afbs.tuning.attention import AttentionCall
-from vllm_afbs.tuning.logits import token_losses
-from vllm_afbs.tuning.masked import masked_attention
-from vllm_afbs.tuning.model.source import SourceModel
-from vllm_afbs.tuning.model.weights import load_weights
+from vllm_afbs.models.in_process import attention
+from vllm_afbs.models.in_process.attention import AttentionCall
+from vllm_afbs.models.in_process.logits import token_losses
+from vllm_afbs.models.in_process.masked import masked_attention
+from vllm_afbs.models.in_process.source import SourceModel
+from vllm_afbs.models.in_process.weights import load_weights
 
 _ATTENTION = "afbs_evaluated"
 _DECODED_AT_ONCE = 16

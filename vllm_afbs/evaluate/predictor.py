@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_afbs.tuning.model.source import SourceModel
+from vllm_afbs.models.in_process.source import SourceModel
 
 TOP = 20
 """Number of likeliest tokens that a server reports at most, unless started to report more."""

@@ -15,8 +15,8 @@ from openai import OpenAI
 from openai.types import CompletionChoice
 
 from vllm_afbs.commands.client import REQUEST_SECONDS, Counters, growth, scrape, token_id, total
+from vllm_afbs.errors import InputError, one_line
 from vllm_afbs.evaluate.predictor import TOP, NextToken
-from vllm_afbs.tuning.errors import InputError, one_line
 
 _PRODUCTS = "vllm_afbs_block_products_total"
 _PROFILE = "vllm_afbs_profile_info"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from vllm_afbs.errors import InputError
 from vllm_afbs.evaluate.predictor import NextToken, Predictor
 from vllm_afbs.evaluate.prompts import Prompt, make_prompts
 from vllm_afbs.evaluate.retrieval import KINDS
-from vllm_afbs.tuning.errors import InputError
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import first_tokens, tokenize
 

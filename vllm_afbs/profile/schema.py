@@ -95,6 +95,18 @@ class TextSource(Record):
     )
 
 
+class TunedOn(Record):
+    """What ran the model while its layers were captured."""
+
+    engine: str = Field(description="Its name and version.")
+    quantization: str | None = Field(
+        default=None, description="How the weights are quantised; null: they are not."
+    )
+    kv_cache_dtype: str = Field(
+        default="auto", description="Of the keys and values that the engine kept."
+    )
+
+
 class WholeModel(Record):
     """The whole model, sparse against dense, on held-out text at the longest length."""
 
@@ -180,6 +192,11 @@ class Profile(Record):
         # Profiles without it keep their ids.
         exclude_if=lambda value: value is None,
         description="Of pieces of the weight files that were tuned. Left out: unknown.",
+    )
+    tuned_on: TunedOn | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="What ran the model. Left out: transformers, on weights that are not said.",
     )
     block_q: Annotated[int, Field(gt=0)]
     block_k: Annotated[int, Field(gt=0)]

@@ -106,6 +106,24 @@ def place_obstacles(
     }
 
 
+def capture_obstacle(layer: Any) -> Reason | None:
+    """Why a layer's attention is not what the tuner measures; None if it is.
+
+    Args:
+        layer: vLLM's attention layer.
+    """
+    impl = layer.impl
+    return first_true(
+        {
+            "attention_type": not compat.is_plain_attention(layer) or impl.attn_type != "decoder",
+            "kv_sharing": impl.kv_sharing_target_layer_name is not None,
+            "alibi": impl.alibi_slopes is not None,
+            "sinks": impl.sinks is not None,
+            "softcap": bool(impl.logits_soft_cap),
+        }
+    )
+
+
 def window_hides_keys(window: int, profile: Profile | None) -> bool:
     """Whether a sliding window hides keys in contexts that a profile makes sparse.
 

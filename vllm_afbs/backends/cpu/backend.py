@@ -19,7 +19,12 @@ from vllm_afbs import compat
 from vllm_afbs.backends.cpu.key_pages import UnknownPackingError
 from vllm_afbs.backends.cpu.meter import HostMeter, LayerWork
 from vllm_afbs.backends.cpu.sparse import MAX_DENSITY, CacheFormat, SparsePrefill
-from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
+from vllm_afbs.backends.shared import (
+    StepSorter,
+    add_builder,
+    attend_dense_requests,
+    extend_metadata,
+)
 from vllm_afbs.kernels import TileTables
 from vllm_afbs.observability import fallbacks
 from vllm_afbs.observability.membership import join_server
@@ -77,11 +82,13 @@ class ServedLayer:
         plan: The thresholds of the layer, or why it runs dense.
         sparse: Its sparse prefill; None if the layer runs dense.
         meter: Where the layer reports its work; shared by all layers of a builder.
+        always_sparse: Whether it also runs sparse where dense is expected to be faster.
     """
 
     plan: LayerPlan
     sparse: SparsePrefill | None
     meter: HostMeter
+    always_sparse: bool = False
 
 
 class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -96,16 +103,28 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         """Gives each layer what it serves by the admitted profile; arguments are vLLM's."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._layer_names = layer_names
         profile = join_server(vllm_config)
-        self._sorter = StepSorter(vllm_config, profile)
-        meter = HostMeter(read_settings(vllm_config))
-        cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)
+        self._sorter = StepSorter(vllm_config)
+        self._meter = HostMeter(read_settings(vllm_config))
+        self.serve(profile)
+        add_builder(self)
+
+    def serve(self, profile: Profile | None, always_sparse: bool = False) -> None:
+        """See ``shared.Builder``."""
+        self._sorter.profile = profile
+        cache_format = CacheFormat(self.isa, self.block_size, self.kv_cache_spec.dtype)
         final = []
-        for impl, plan in plan_layers(vllm_config, profile, layer_names, self.block_size):
-            served = impl.prepare(plan, cache_format, meter)
+        for impl, plan in plan_layers(
+            self.vllm_config, profile, self._layer_names, self.block_size
+        ):
+            served = impl.prepare(plan, cache_format, self._meter, always_sparse)
             impl.serve(served)
             final.append(served.plan)
-        summary.report(vllm_config, profile, layer_names, final)
+        summary.report(self.vllm_config, profile, self._layer_names, final)
+
+    def finish_reports(self) -> None:
+        """See ``shared.Builder``; the CPU's meter reports at once."""
 
     def build(
         self,
@@ -143,7 +162,13 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             }
         )
 
-    def prepare(self, plan: LayerPlan, cache_format: CacheFormat, meter: HostMeter) -> ServedLayer:
+    def prepare(
+        self,
+        plan: LayerPlan,
+        cache_format: CacheFormat,
+        meter: HostMeter,
+        always_sparse: bool = False,
+    ) -> ServedLayer:
         """Prepares what this layer serves: sparse prefill if its plan is sparse."""
         if plan.thresholds is None:
             return ServedLayer(plan, None, meter)
@@ -156,7 +181,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             return ServedLayer(
                 replace(plan, thresholds=None, dense_reason="cache_layout"), None, meter
             )
-        return ServedLayer(plan, sparse, meter)
+        return ServedLayer(plan, sparse, meter, always_sparse)
 
     def serve(self, served: ServedLayer) -> None:
         """Takes what the layer serves; the metadata builder calls this before the first step."""
@@ -257,7 +282,8 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         requests = [(each, metadata.block_table[each.table_row]) for each in step.long_prefills]
         keeps = [sparse.select(query, kv_cache, request, pages) for request, pages in requests]
         num_kept = torch.stack([keep.sum((1, 2)) for keep in keeps]).sum(0)
-        if int(num_kept.sum()) > MAX_DENSITY * self.num_heads * step.num_visible:
+        most_kept = MAX_DENSITY * self.num_heads * step.num_visible
+        if int(num_kept.sum()) > most_kept and not self._served.always_sparse:
             fallbacks.count({"dense_is_faster": num_long})
             return [], []
         tables = [

@@ -27,7 +27,12 @@ from vllm_afbs.backends.cuda.sparse import (
 )
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 from vllm_afbs.backends.cuda.workspace import show_workspace
-from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
+from vllm_afbs.backends.shared import (
+    StepSorter,
+    add_builder,
+    attend_dense_requests,
+    extend_metadata,
+)
 from vllm_afbs.kernels import QueryBlocks, StepInputs, cut_query_blocks
 from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.observability.membership import join_server
@@ -96,11 +101,13 @@ class ServedLayer:
         plan: The thresholds of the layer, or why it runs dense.
         slot: The layer's place among those of the builder, and in its meter.
         prefills: The layer's sparse prefill by kernel; empty if the layer runs dense.
+        always_sparse: Whether it also runs sparse where dense is expected to be faster.
     """
 
     plan: LayerPlan
     slot: int
     prefills: Mapping[KernelChoice, SparsePrefill]
+    always_sparse: bool = False
 
 
 class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
@@ -119,25 +126,37 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
     ) -> None:
         """Gives each layer what it serves by the admitted profile; arguments are vLLM's."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        page_size = kv_cache_spec.block_size
+        self._layer_names = layer_names
         profile = join_server(vllm_config)
-        self._sorter = StepSorter(vllm_config, profile)
-        layers = list(plan_layers(vllm_config, profile, layer_names, page_size))
+        self._sorter = StepSorter(vllm_config)
+        self.serve(profile)
+        add_builder(self)
+
+    def serve(self, profile: Profile | None, always_sparse: bool = False) -> None:
+        """See ``shared.Builder``."""
+        vllm_config, device = self.vllm_config, self.device
+        page_size = self.kv_cache_spec.block_size
+        self._sorter.profile = profile
+        layers = list(plan_layers(vllm_config, profile, self._layer_names, page_size))
         self._plans = [plan for _, plan in layers]
-        summary.report(vllm_config, profile, layer_names, self._plans)
+        summary.report(vllm_config, profile, self._layer_names, self._plans)
         self._meter = DeviceMeter(self._plans, read_settings(vllm_config), device)
         for slot, (impl, plan) in enumerate(layers):
             if profile is None:
                 impl.step_aside()
                 continue
             prefills = impl.sparse_prefills(plan, device)
-            impl.serve(ServedLayer(plan, slot, prefills))
+            impl.serve(ServedLayer(plan, slot, prefills, always_sparse))
             if prefills:
                 model_config = vllm_config.model_config
                 shape = LayerShape.of(impl, profile, model_config, page_size)
                 longest = min(profile.max_seq_len, model_config.max_model_len)
                 # Layers of one shape share their kernels, so only the first takes long.
                 compile_kernels(prefills.values(), shape, profile.min_seq_len, longest, device)
+
+    def finish_reports(self) -> None:
+        """See ``shared.Builder``."""
+        self._meter.finish()
 
     def build(
         self,
@@ -224,6 +243,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
 
     def serve(self, served: ServedLayer) -> None:
         """Takes what the layer serves; the metadata builder calls this before the first step."""
+        vars(self).pop("forward", None)  # it may have stepped aside
         self._served = served
 
     def step_aside(self) -> None:
@@ -341,5 +361,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
         kernel = fastest_kernel(self.head_size, kv_len, density, num_scores)
         if kernel == "dense":
-            return None, "dense_is_faster"
+            if not served.always_sparse:
+                return None, "dense_is_faster"
+            kernel = "tiles"
         return served.prefills[kernel], None

@@ -7,7 +7,7 @@ that copy and reports it, so a step's metrics appear once the device has finishe
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Queue
 
 import torch
 
@@ -85,7 +85,7 @@ class DeviceMeter:
         self._reported = torch.zeros(shape, dtype=torch.int64)
         self._last_slot = len(plans) - 1
         self._step: list[LayerWork] = []
-        self._snapshots: SimpleQueue[_Snapshot] = SimpleQueue()
+        self._snapshots: Queue[_Snapshot] = Queue()
         self._thread: threading.Thread | None = None
 
     def counter(self, slot: int) -> torch.Tensor:
@@ -140,6 +140,11 @@ class DeviceMeter:
             self._reported = snapshot.num_kept
             for work in snapshot.works:
                 self._report(work, num_kept[work.slot].tolist(), float(snapshot.errors[work.slot]))
+            self._snapshots.task_done()
+
+    def finish(self) -> None:
+        """Waits until all steps that were handed over are reported."""
+        self._snapshots.join()
 
     def _report(self, work: LayerWork, num_kept: list[int], error: float) -> None:
         plan = self._plans[work.slot]

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_afbs.errors import InputError
+from vllm_afbs.models.hub import Checkpoint, find_checkpoint
+from vllm_afbs.models.in_process import quantised
+from vllm_afbs.models.in_process.configuration import positions, read_config
+from vllm_afbs.models.in_process.supported import unsupported, widen_windows
+from vllm_afbs.models.tokenizer import load_tokenizer
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.weights import weights_sha256
-from vllm_afbs.tuning.errors import InputError
-from vllm_afbs.tuning.model import quantised
-from vllm_afbs.tuning.model.configuration import positions, read_config
-from vllm_afbs.tuning.model.hub import Checkpoint, find_checkpoint
-from vllm_afbs.tuning.model.supported import unsupported, widen_windows
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class SourceModel:
         """Digest of the weights, which are fetched first; see ``profile.weights``."""
         self.weight_files()
         return weights_sha256(self.directory())
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        return load_tokenizer(self.name, self.directory())
 
     def digest(self) -> str:
         """Hash of the whole configuration and of the weights' digest."""

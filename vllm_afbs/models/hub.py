@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_afbs.errors import InputError, one_line
 from vllm_afbs.profile.weights import weight_names
-from vllm_afbs.tuning.errors import InputError, one_line
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _FOLDERS = ["*/*"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from vllm_afbs.tuning.errors import InputError, one_line
+from vllm_afbs.errors import InputError, one_line
 
 ADVICE = "tune the unquantised model instead: its profile serves this one too"
 

@@ -1,22 +1,23 @@
-"""What thresholds do to a model's predictions: the whole model runs with sparse layers."""
+"""Transformers in this process as the tuner's engine: plain decoders, on one device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from vllm_afbs.kernels import (
-    BlockGeometry,
-    HeadThresholds,
-    select_blocks,
-)
-from vllm_afbs.tuning import attention
-from vllm_afbs.tuning.attention import AttentionCall
-from vllm_afbs.tuning.logits import token_losses
-from vllm_afbs.tuning.masked import masked_attention
-from vllm_afbs.tuning.model.source import SourceModel
-from vllm_afbs.tuning.model.weights import load_weights
+from vllm_afbs.captures import Capture
+from vllm_afbs.kernels import BlockGeometry, HeadThresholds, select_blocks
+from vllm_afbs.models.in_process import attention, quantised
+from vllm_afbs.models.in_process.attention import AttentionCall
+from vllm_afbs.models.in_process.logits import token_losses
+from vllm_afbs.models.in_process.masked import masked_attention
+from vllm_afbs.models.in_process.recorder import capture_windows
+from vllm_afbs.models.in_process.source import SourceModel
+from vllm_afbs.models.in_process.weights import load_weights
+from vllm_afbs.profile.schema import TunedOn
+from vllm_afbs.tuning.engine import Compared
 
 _ATTENTION = "afbs_sparse"
 _POSITIONS = 1024
@@ -46,6 +47,38 @@ class Predictions:
         return float((self.log_probs.exp() * gap).sum(-1, dtype=torch.float64).mean())
 
 
+class TransformersEngine:
+    """A model that transformers runs; see ``tuning.engine.Engine``.
+
+    Args:
+        model: The model. Its weights are loaded when it is first run.
+    """
+
+    def __init__(self, model: SourceModel) -> None:
+        self._model = model
+
+    def tuned_on(self) -> TunedOn:
+        """See ``Engine``."""
+        settings = quantised.quantization(self._model.config)
+        return TunedOn(
+            engine=f"transformers {version('transformers')}",
+            quantization=None if settings is None else str(settings.get("quant_method")),
+        )
+
+    def capture(
+        self,
+        windows: Mapping[str, list[int]],
+        taken: Capture,
+        on_progress: Callable[[float], None],
+    ) -> None:
+        """See ``Engine``."""
+        capture_windows(self._model, windows, taken, on_progress)
+
+    def sparse_model(self, block_q: int, block_k: int) -> "EndToEnd":
+        """See ``Engine``."""
+        return EndToEnd(self._model, block_q, block_k)
+
+
 class EndToEnd:
     """A model whose layers can be made sparse.
 
@@ -66,6 +99,15 @@ class EndToEnd:
         self._model: Any = load_weights(model, _ATTENTION, with_head=True)
         self._blocks = (block_q, block_k)
         self._thresholds: Mapping[int, HeadThresholds] = {}
+        self._dense: dict[tuple[int, ...], Predictions] = {}
+
+    def compare(self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]) -> Compared:
+        """See ``tuning.engine.SparseModel``."""
+        window = tuple(tokens)
+        if window not in self._dense:
+            self._dense[window] = self.predict(tokens, {})
+        dense, sparse = self._dense[window], self.predict(tokens, thresholds)
+        return Compared(dense.loss, sparse.loss, dense.kl_to(sparse))
 
     def predict(
         self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]

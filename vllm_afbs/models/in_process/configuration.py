@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_afbs.tuning.errors import InputError, one_line
+from vllm_afbs.errors import InputError, one_line
 
 _POSITIONS_INCLUDE_FACTOR = (
     "default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling",

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from vllm_afbs.errors import InputError, one_line
+from vllm_afbs.models.in_process import quantised
+from vllm_afbs.models.in_process.source import SourceModel
 from vllm_afbs.tuning import memory
 from vllm_afbs.tuning.device import compute_device
-from vllm_afbs.tuning.errors import InputError, one_line
-from vllm_afbs.tuning.model import quantised
-from vllm_afbs.tuning.model.source import SourceModel
 
 
 def load_weights(model: SourceModel, attention: str, *, with_head: bool) -> torch.nn.Module:

@@ -1,0 +1,1 @@
+"""Models that are tuned and measured: finding their files, and running them."""

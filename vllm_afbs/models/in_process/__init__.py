@@ -1,0 +1,1 @@
+"""Transformers runs a model in this process: plain decoders, on one device."""
