@@ -21,15 +21,20 @@ ROOMS: dict[str, set[str]] = {
     "profile": {"files"},
     "serving": {"compat", "kernels", "profile"},
     "observability": {"compat", "files", "kernels", "profile", "serving"},
-    "backends": {"compat", "kernels", "profile", "serving", "observability"},
+    "backends": {"captures", "compat", "kernels", "profile", "serving", "observability"},
     "plugin": {"compat", "observability.metrics"},
     "tuning": {"captures", "errors", "files", "kernels", "profile"},
     "models": {"captures", "errors", "kernels", "profile", "tuning"},
     "commands": {"files"},
     "check": {"commands", "compat", "files", "profile", "serving"},
-    "tune": {"commands", "errors", "files", "models", "profile", "tuning"},
+    "engine": {
+        "backends.driven", "captures", "check.layers", "commands", "compat", "errors", "kernels",
+        "models", "observability.metric_files", "profile", "serving.settings", "tuning.engine",
+    },
+    "tune": {"commands", "engine", "errors", "files", "profile", "tuning"},
     "evaluate": {
-        "commands", "errors", "files", "kernels", "models", "profile", "serving.plan", "tuning",
+        "commands", "engine", "errors", "files", "kernels", "models", "profile", "serving.plan",
+        "tuning",
     },
     "demo": {"commands", "evaluate.divergence", "files", "profile", "serving.settings"},
 }  # fmt: skip
@@ -39,7 +44,7 @@ A room is a folder or a single module of the package. It may import only rooms a
 table, so there is no cycle.
 """
 
-CALLS_VLLM = {"compat", "backends", "check", "plugin"}
+CALLS_VLLM = {"compat", "backends", "check", "engine", "plugin"}
 """Rooms that import vLLM when they run. The others may name its types for the type checker."""
 
 MAX_LINES = 350

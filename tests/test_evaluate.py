@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.profiles import uniform_profile
 from tests.problems import SCALE, make_problem
+from tests.tuning_jobs import IN_PROCESS
 from vllm_afbs.evaluate.__main__ import main
 from vllm_afbs.evaluate.baselines import UniformTau, of_profile
 from vllm_afbs.evaluate.bootstrap import bootstrap_means, interval
@@ -104,10 +105,10 @@ def test_losses_and_the_next_token_agree(runner: Runner) -> None:
     dense = InProcess(runner, None)
     assert not torch.allclose(dense.losses(TOKENS), losses)
     # Whatever follows, dense rows do not change; sparse ones of the same block do.
-    assert dense.next_token(TOKENS[:100], TOKENS[100]).loss == pytest.approx(
+    assert dense.next_tokens([(TOKENS[:100], TOKENS[100])])[0].loss == pytest.approx(
         float(dense.losses(TOKENS)[99]), abs=1e-4
     )
-    last = predictor.next_token(TOKENS[:-1], TOKENS[-1])
+    (last,) = predictor.next_tokens([(TOKENS[:-1], TOKENS[-1])])
     assert last.log_probs is not None
     assert last.loss == pytest.approx(-float(last.log_probs[TOKENS[-1]]))
     assert dense.sparsity() == 0.0
@@ -242,7 +243,7 @@ def profile_file(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> 
 def arguments(model: Path, profile: Path, output: Path, *more: str) -> list[str]:
     tests = ["--tests", "perplexity", "prefixes", "agreement"]
     few = ["--windows", "2", "--prefixes", "3", "--continuations", "2", "--new-tokens", "4"]
-    where = ["--model", str(model), "--profile", str(profile), "--output", str(output)]
+    where = ["--model", str(model), "--profile", str(profile), "--output", str(output), *IN_PROCESS]
     return [*where, *tests, *few, *more]
 
 

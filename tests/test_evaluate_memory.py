@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.profiles import uniform_profile
 from tests.test_evaluate import BLOCK, METHOD, arguments
+from tests.tuning_jobs import IN_PROCESS
 from vllm_afbs.commands.faults import EXIT_FAULT
 from vllm_afbs.evaluate import __main__ as command
 from vllm_afbs.evaluate.in_process import InProcess, Runner
@@ -63,7 +64,7 @@ def test_few_logits_of_a_long_text_are_held_at_once(
     # Loading the weights makes tensors that are as wide.
     sparse = InProcess(runner, Selection(METHOD, 0.3))
     with MostLogits() as watched:
-        sparse.next_token(tokens, 5)
+        sparse.next_tokens([(tokens, 5)])
         sparse.generate([tokens, tokens[:-1]], 3)
     assert watched.rows <= 2
 
@@ -191,7 +192,7 @@ def test_fuzzed_arguments_end_in_a_report_or_in_one_line(
         "--new-tokens": 2,
     }
     named = [str(each) for pair in (few | options).items() for each in pair]
-    where = ["--model", str(tiny_model), "--profile", str(profile_file)]
+    where = ["--model", str(tiny_model), "--profile", str(profile_file), *IN_PROCESS]
     given_ = [*where, "--output", str(folder / "quality.json"), *named]
     if tests:
         given_ += ["--tests", *tests]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.layers import make_impl
 from tests.models import changed_model
 from tests.profiles import SMALL_MODEL, uniform_profile
-from tests.tuning_jobs import command
+from tests.tuning_jobs import command, where
 from vllm_afbs import tune
 from vllm_afbs.commands.tuning_options import tuning_parser
 from vllm_afbs.errors import InputError
@@ -150,7 +150,7 @@ def test_what_only_running_shows_is_one_line(tiny_model: Path, tmp_path: Path) -
 def test_few_positions_are_tuned_by_default(reach: int, tiny_model: Path, tmp_path: Path) -> None:
     model = changed_model(tiny_model, tmp_path / "model", max_position_embeddings=reach)
     output = tmp_path / "p.json"
-    arguments = ["--model", str(model), "--output", str(output), "--layers", "0"]
+    arguments = [*where(model, output), "--layers", "0"]
     assert tune.main([*arguments, "--tolerance", "0.3"]) == 0
     profile = load_profile(output)
     assert (profile.min_seq_len, profile.max_seq_len) == (reach // 4, reach)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.chat_tokenizers import chat_tokenizer
-from tests.tuning_jobs import command
+from tests.tuning_jobs import IN_PROCESS, command
 from vllm_afbs import tune
 from vllm_afbs.evaluate.__main__ import main as evaluate
 from vllm_afbs.files import write_atomically
@@ -109,7 +109,7 @@ def test_the_evaluation_reads_the_same_rows(
     write_atomically(
         profile, tiny_profile.model_copy(update={"calibration_texts": [tuned]}).to_json()
     )
-    given = ["--model", str(chat_model), "--profile", str(profile)]
+    given = ["--model", str(chat_model), "--profile", str(profile), *IN_PROCESS]
     given += ["--output", str(tmp_path / "q.json"), "--text", str(chats), "--tests", "perplexity"]
     for column, complaint in (
         ("body", f"{chats}: a held-out text expected: the profile was tuned on this one"),

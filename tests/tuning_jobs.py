@@ -43,8 +43,16 @@ def save_tiny_model(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 
+IN_PROCESS = ["--engine", "transformers"]
+"""Most tests are about the search, for which vLLM need not start."""
+
+
+def where(model: Path, output: Path) -> list[str]:
+    return ["--model", str(model), "--output", str(output), *IN_PROCESS]
+
+
 def command(model: Path, output: Path, *more: str) -> list[str]:
-    return ["--model", str(model), "--output", str(output), "--lengths", *LENGTHS, *BLOCKS, *more]
+    return [*where(model, output), "--lengths", *LENGTHS, *BLOCKS, *more]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

@@ -6,6 +6,7 @@ Nothing here runs a model. Transformers does in this process, or vLLM in its own
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ class Model(Protocol):
         name: The directory or hub id that the user gave.
         fingerprint: What a served model has to match.
         max_length: Longest context that its positions allow, in tokens.
+        least_longest_length: Tokens that the longest calibrated length must have at least.
     """
 
     @property
@@ -31,6 +33,14 @@ class Model(Protocol):
     def fingerprint(self) -> ModelFingerprint: ...  # noqa: D102
     @property
     def max_length(self) -> int: ...  # noqa: D102
+    @property
+    def least_longest_length(self) -> int: ...  # noqa: D102
+
+    def directory(self) -> Path:
+        """The directory with the configuration and the tokenizer."""
+
+    def eos_token_id(self) -> Any:
+        """Token ids that end an answer, by the configuration: one, a list or none."""
 
     def tokenizer(self) -> Any:
         """Its tokenizer, of transformers."""
@@ -105,3 +115,6 @@ class Engine(Protocol):
             block_q: Rows of a query block.
             block_k: Keys of a key block.
         """
+
+    def release(self) -> None:
+        """Frees what the loaded model takes. It is loaded again when it is needed again."""

@@ -127,7 +127,8 @@ class LayerWriter:
     """
 
     def __init__(self, path: Path, counts: HeadCounts, length: int, softmax_scale: float) -> None:
-        self._path, self._partial, self._length = path, path.with_suffix(".partial"), length
+        self._path, self._length = path, length
+        self._partial = path.with_name(f"{path.name}.partial")
         widths = {"query": counts.num_heads} | dict.fromkeys(("key", "value"), counts.num_kv_heads)
         header: dict[str, Any] = {"__metadata__": {"softmax_scale": repr(softmax_scale)}}
         end = 0

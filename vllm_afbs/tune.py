@@ -13,17 +13,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.commands.arguments import unusable_output
+from vllm_afbs.commands.arguments import parse_with_engine, unusable_output
 from vllm_afbs.commands.extras import missing_extra
 from vllm_afbs.commands.faults import guarded
 from vllm_afbs.commands.tuning_options import CPU_LONGEST, LENGTHS, tuning_parser
 
 if TYPE_CHECKING:
-    from vllm_afbs.models.in_process.source import SourceModel
     from vllm_afbs.profile.schema import Profile
     from vllm_afbs.tuning.allocation.goal import Goal
+    from vllm_afbs.tuning.engine import Model
     from vllm_afbs.tuning.search.scorer import SearchSettings
-    from vllm_afbs.tuning.texts import Text
     from vllm_afbs.tuning.workers import LayerPool
 
 _PROGRAM = "vllm-afbs-tune"
@@ -39,9 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     be written, for instance because the disk is full. 130: interrupted; ``--resume`` continues.
     70: a fault of ours; the traceback is kept in a file.
     """
-    options = tuning_parser(_PROGRAM).parse_args(arguments)
+    options, serve = parse_with_engine(tuning_parser(_PROGRAM), arguments)
     try:
-        return guarded(_PROGRAM, lambda: _run(options))
+        return guarded(_PROGRAM, lambda: _run(options, serve))
     except KeyboardInterrupt:
         print(
             f"\nInterrupted. Continue with: {_command(arguments)} --resume",
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, serve: Sequence[str]) -> int:
     if reason := missing_extra("tune") or _unusable_output(options.output):
         return _refuse(reason)
     work = Path(f"{options.output}.work")
@@ -67,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
             "tuning",
             "shorter --lengths or fewer --workers expected, or a machine with more memory",
         ):
-            profile = _profile(options, work)
+            profile = _profile(options, serve, work)
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
@@ -81,46 +80,29 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _profile(options: argparse.Namespace, work: Path) -> "Profile":
+def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "Profile":
     """Does the whole job; returns what was written."""
+    from vllm_afbs.engine.opening import opened
     from vllm_afbs.files import write_atomically
-    from vllm_afbs.models.in_process.source import open_model
+    from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.journal import FILE_NAME, read_entries
     from vllm_afbs.tuning.report import write_report
+    from vllm_afbs.tuning.run import tune
     from vllm_afbs.tuning.texts import read_texts
 
-    model = open_model(options.model, options.revision, options.hf_overrides)
-    texts = read_texts(options.calibration, options.calibration_column, model.tokenizer)
-    for text in texts:
-        if text.coverage:
-            print(f"{text.name}: {text.coverage}", file=sys.stderr)
-    settings = _settings(options, model)
-    layers = _layers(options.layers, model.fingerprint.num_layers)
-    goal = _goal(options)
-    with _layer_pool(options) as pool:
-        profile = _tune(model, texts, settings, layers, goal, work, pool)
+    with opened(options, serve) as (model, engine):
+        texts = read_texts(options.calibration, options.calibration_column, model.tokenizer)
+        for text in texts:
+            if text.coverage:
+                print(f"{text.name}: {text.coverage}", file=sys.stderr)
+        settings = _settings(options, model)
+        layers = _layers(options.layers, model.fingerprint.num_layers)
+        goal = _goal(options)
+        with _layer_pool(options) as pool, ProgressBar() as progress:
+            profile = tune(model, engine, texts, settings, layers, goal, work, progress, pool)
     write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
     write_atomically(options.output, profile.to_json())
     return profile
-
-
-def _tune(
-    model: "SourceModel",
-    texts: "list[Text]",
-    settings: "SearchSettings",
-    layers: list[int],
-    goal: "Goal | None",
-    work: Path,
-    pool: "LayerPool | None",
-) -> "Profile":
-    from vllm_afbs.models.in_process.engine import TransformersEngine
-    from vllm_afbs.tuning.console import ProgressBar
-    from vllm_afbs.tuning.run import tune
-
-    with ProgressBar() as progress:
-        return tune(
-            model, TransformersEngine(model), texts, settings, layers, goal, work, progress, pool
-        )
 
 
 def _goal(options: argparse.Namespace) -> "Goal | None":
@@ -148,9 +130,8 @@ def _layer_pool(options: argparse.Namespace) -> "AbstractContextManager[LayerPoo
     return LayerPool(options.workers, options.ray_address)
 
 
-def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSettings":
+def _settings(options: argparse.Namespace, model: "Model") -> "SearchSettings":
     from vllm_afbs.errors import InputError
-    from vllm_afbs.models.in_process.supported import least_longest_length
     from vllm_afbs.tuning.device import compute_device
     from vllm_afbs.tuning.search.scorer import SearchSettings
 
@@ -159,7 +140,7 @@ def _settings(options: argparse.Namespace, model: "SourceModel") -> "SearchSetti
     lengths = sorted(set(options.lengths or default_lengths(reach, has_gpu)))
     if lengths and lengths[-1] > reach:
         raise InputError(f"--lengths: at most {reach} (max_position_embeddings), got {lengths[-1]}")
-    least = least_longest_length(model.config)
+    least = model.least_longest_length
     if lengths and lengths[-1] < least:
         raise InputError(
             f"--lengths: a longest length of {least} or more expected, since this model's longer "

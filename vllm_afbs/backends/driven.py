@@ -5,6 +5,7 @@ at a time between a ``begin`` and an ``end``. All calls take and give JSON.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vllm_afbs.backends.recording import Recording
 from vllm_afbs.backends.scoring import Scoring
 from vllm_afbs.backends.shared import served_builders
 from vllm_afbs.profile.file import parse_profile
-from vllm_afbs.serving import eligibility
+from vllm_afbs.serving import eligibility, summary
 
 EXTENSION = f"{__name__}.DrivenWorker"
 
@@ -23,14 +24,12 @@ EXTENSION = f"{__name__}.DrivenWorker"
 class DrivenWorker:
     """Methods that vLLM adds to its worker."""
 
+    # vLLM's own; a method of the same name here would conflict with it.
     vllm_config: Any
+    get_model: Callable[[], Any]
     _afbs_recording: Recording | None
     _afbs_scoring: Scoring | None
     _afbs_dense: dict[str, Scoring]
-
-    def get_model(self) -> Any:
-        """VLLM's own, which comes first."""
-        raise NotImplementedError
 
     def afbs_layers(self) -> str:
         """This rank's attention layers: what they are, and which heads of them it has."""
@@ -113,16 +112,27 @@ class DrivenWorker:
             return "null"
         return json.dumps({"losses": losses.tolist(), "kl": scoring.kl})
 
-    def afbs_serve(self, profile: str | None, always_sparse: bool) -> None:
+    def afbs_serve(self, profile: str | None, always_sparse: bool) -> str:
         """Serves another profile from the next step on; None runs dense.
 
         Args:
             profile: The profile's JSON.
             always_sparse: Whether layers also run sparse where dense is expected to be faster.
+
+        Returns:
+            Why layers run dense that the profile makes sparse, by their index.
         """
         parsed = None if profile is None else parse_profile(profile.encode(), "the driver's")
         for builder in served_builders():
             builder.serve(parsed, always_sparse)
+        plans = summary.plans(self.vllm_config).values() if parsed is not None else ()
+        return json.dumps(
+            {
+                plan.layer: plan.dense_reason
+                for plan in plans
+                if plan.dense_reason not in (None, "profile_dense")
+            }
+        )
 
     def afbs_finish_reports(self) -> None:
         """Waits until the metrics hold all work that was done."""

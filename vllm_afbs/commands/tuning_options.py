@@ -21,7 +21,9 @@ def tuning_parser(program: str) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog=program,
+        usage=f"{program} MODEL --output FILE [option ...] [argument of vllm serve ...]",
         description="Find a model's sparse-attention thresholds and write them to a profile.",
+        allow_abbrev=False,
     )
     add_model_options(parser, "a Hugging Face checkpoint: directory or hub id")
     parser.add_argument(

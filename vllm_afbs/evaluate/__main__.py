@@ -12,23 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_afbs.commands.arguments import add_model_options, positive, unusable_output
+from vllm_afbs.commands.arguments import parse_with_engine, unusable_output
 from vllm_afbs.commands.extras import missing_extra
 from vllm_afbs.commands.faults import guarded
+from vllm_afbs.evaluate.options import evaluation_parser
 
 if TYPE_CHECKING:
     from vllm_afbs.evaluate.predictor import Predictor
     from vllm_afbs.evaluate.server import Served
     from vllm_afbs.evaluate.suite import Amounts
-    from vllm_afbs.models.in_process.source import SourceModel
     from vllm_afbs.profile.schema import Profile
+    from vllm_afbs.tuning.engine import Engine, Model
     from vllm_afbs.tuning.texts import Text
 
 PROGRAM = "python -m vllm_afbs.evaluate"
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
-TESTS = ("perplexity", "prefixes", "agreement", "retrieval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: the report is written. 2: an argument cannot be used; one line says which. 1: a file cannot
     be written, for instance because the disk is full. 70: a fault of ours. 130: interrupted.
     """
-    options = _parser().parse_args(argv)
+    options, serve = parse_with_engine(evaluation_parser(PROGRAM), argv)
     try:
-        return guarded(PROGRAM, lambda: _checked(options))
+        return guarded(PROGRAM, lambda: _checked(options, serve))
     except KeyboardInterrupt:
         return _refuse("interrupted, nothing is written", EXIT_INTERRUPTED)
 
 
-def _checked(options: argparse.Namespace) -> int:
+def _checked(options: argparse.Namespace, serve: Sequence[str]) -> int:
     if reason := missing_extra("evaluate") or _unusable_output(options.output):
         return _refuse(reason)
     from vllm_afbs.errors import InputError, one_line
@@ -55,7 +55,7 @@ def _checked(options: argparse.Namespace) -> int:
         with memory.explained(
             "evaluating", "a shorter --length expected, or a machine with more memory"
         ):
-            return _run(options)
+            return _run(options, serve)
     except (InputError, ProfileError) as error:
         return _refuse(str(error))
     except OSError as error:
@@ -63,98 +63,18 @@ def _checked(options: argparse.Namespace) -> int:
         return _refuse(f"{where}: {error.strerror or one_line(error)}", EXIT_FAILED)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Measure how much quality a model loses with a profile, compared with the same "
-        "model run dense.",
-    )
-    add_model_options(parser, "the checkpoint that the profile was tuned for: directory or hub id")
-    parser.add_argument("--profile", required=True, type=Path, help="the profile to evaluate")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="the JSON file to write; a CSV and an SVG of the same name are written beside it",
-    )
-    parser.add_argument(
-        "--text",
-        type=Path,
-        help="text that the profile was not tuned on, of any kind that --calibration of "
-        "vllm_afbs.tune takes (default: the part of Python's language reference that the demo does "
-        "not tune on)",
-    )
-    parser.add_argument(
-        "--text-column",
-        metavar="NAME",
-        help="the column of the text's rows that holds the text or the chat (default: text, else "
-        "messages or conversations)",
-    )
-    parser.add_argument(
-        "--length",
-        type=positive,
-        help="tokens of the longest prompt with its answer (default: the longest context of the "
-        "profile that the servers take)",
-    )
-    parser.add_argument(
-        "--server",
-        metavar="URL",
-        help="ask a running server with this profile instead of running the model here; if the "
-        "server needs an API key, set VLLM_API_KEY",
-    )
-    parser.add_argument(
-        "--dense-server",
-        metavar="URL",
-        help="ask a stock server of the same model for the dense reference (default: run it here)",
-    )
-    parser.add_argument(
-        "--tests", nargs="+", choices=TESTS, default=list(TESTS), help="run these (default: all)"
-    )
-    parser.add_argument(
-        "--windows",
-        type=positive,
-        default=4,
-        help="windows of text to measure perplexity on, at most (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--prefixes",
-        type=positive,
-        default=64,
-        help="prompts whose next token is scored (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--continuations",
-        type=positive,
-        default=16,
-        help="prompts that are continued greedily (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--new-tokens",
-        type=positive,
-        default=64,
-        help="tokens of each continuation (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--per-task",
-        type=positive,
-        default=11,
-        help="prompts of each retrieval task, at evenly spaced depths (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of all that is drawn at random (default: %(default)s)",
-    )
-    return parser
-
-
-def _run(options: argparse.Namespace) -> int:
-    from vllm_afbs.models.in_process.source import open_model
+def _run(options: argparse.Namespace, serve: Sequence[str]) -> int:
+    from vllm_afbs.engine.opening import opened
     from vllm_afbs.profile.file import load_profile
 
     profile = load_profile(options.profile)
-    model = open_model(options.model, options.revision, options.hf_overrides)
+    with opened(options, serve) as (model, engine):
+        return _evaluate(options, profile, model, engine)
+
+
+def _evaluate(
+    options: argparse.Namespace, profile: "Profile", model: "Model", engine: "Engine"
+) -> int:
     profile.check_model(model.fingerprint, str(options.profile))
     # Servers come first: one that cannot be used is refused before anything is read or run.
     servers = _servers(options, profile, model)
@@ -167,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     from vllm_afbs.evaluate.suite import ask, make_suite
 
     suite = make_suite(model.tokenizer(), text, amounts)
-    dense, sparse = _predictors(servers, profile, model)
+    dense, sparse = _predictors(servers, profile, model, engine)
     start = time.monotonic()
     print("asking the dense model", file=sys.stderr, flush=True)
     reference = ask(dense, suite)
@@ -181,8 +101,8 @@ def _run(options: argparse.Namespace) -> int:
         "profile": str(options.profile),
         "profile_id": profile.profile_id,
         "text": {"name": text.name, "sha256": text.sha256, "coverage": text.coverage},
-        "through": options.server or "this process",
-        "dense_through": options.dense_server or "this process",
+        "through": options.server or engine.tuned_on().engine,
+        "dense_through": options.dense_server or engine.tuned_on().engine,
         "length": amounts.length,
         "seed": amounts.seed,
         "sparsity": answers.sparsity,
@@ -204,7 +124,7 @@ def _unusable_output(output: Path) -> str | None:
 def _amounts(
     options: argparse.Namespace,
     profile: "Profile",
-    model: "SourceModel",
+    model: "Model",
     servers: "Mapping[str, Served]",
 ) -> "Amounts":
     from vllm_afbs.errors import InputError
@@ -243,7 +163,7 @@ def _amounts(
     )
 
 
-def _text(options: argparse.Namespace, profile: "Profile", model: "SourceModel") -> "Text":
+def _text(options: argparse.Namespace, profile: "Profile", model: "Model") -> "Text":
     """Reads the text to evaluate on; the profile must not have been tuned on it."""
     from vllm_afbs.errors import InputError
     from vllm_afbs.tuning.texts import Text, read_texts
@@ -264,7 +184,7 @@ def _text(options: argparse.Namespace, profile: "Profile", model: "SourceModel")
 
 
 def _servers(
-    options: argparse.Namespace, profile: "Profile", model: "SourceModel"
+    options: argparse.Namespace, profile: "Profile", model: "Model"
 ) -> "dict[str, Served]":
     """The running servers, by the option that names them."""
     from vllm_afbs.evaluate.predictor import end_tokens
@@ -282,20 +202,28 @@ def _servers(
 
 
 def _predictors(
-    servers: "Mapping[str, Served]", profile: "Profile", model: "SourceModel"
+    servers: "Mapping[str, Served]", profile: "Profile", model: "Model", engine: "Engine"
 ) -> "tuple[Predictor, Predictor]":
     """Makes the dense and the sparse predictor; loads weights only if one of them runs here."""
+    from vllm_afbs.engine.client import VllmEngine
     from vllm_afbs.evaluate.baselines import of_profile
+    from vllm_afbs.evaluate.engine import InEngine
     from vllm_afbs.evaluate.in_process import InProcess, Runner
     from vllm_afbs.evaluate.methods import Selection
+    from vllm_afbs.evaluate.predictor import end_tokens
+    from vllm_afbs.models.in_process.source import SourceModel
 
     sparse: Predictor | None = servers.get("--server")
     dense: Predictor | None = servers.get("--dense-server")
-    if sparse is None or dense is None:
-        runner = Runner(model)
-        sparse = sparse or InProcess(runner, Selection(of_profile("afbs", profile), 0.0))
-        dense = dense or InProcess(runner, None)
-    return dense, sparse
+    if sparse is not None and dense is not None:
+        return dense, sparse
+    if isinstance(engine, VllmEngine):
+        ends = end_tokens(model)
+        return dense or InEngine(engine, None, ends), sparse or InEngine(engine, profile, ends)
+    assert isinstance(model, SourceModel)
+    runner = Runner(model)
+    selection = Selection(of_profile("afbs", profile), 0.0)
+    return dense or InProcess(runner, None), sparse or InProcess(runner, selection)
 
 
 def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> int:

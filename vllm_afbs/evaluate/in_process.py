@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, Selection
-from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens
+from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens, until_end
 from vllm_afbs.models.in_process import attention
 from vllm_afbs.models.in_process.attention import AttentionCall
 from vllm_afbs.models.in_process.logits import token_losses
@@ -116,12 +116,8 @@ class Runner:
         size = max(1, min(_DECODED_AT_ONCE, _CACHED_TOKENS // longest))
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            answers += [self._until_end(each) for each in self._decode(batch, num_tokens)]
+            answers += [until_end(each, self._ends) for each in self._decode(batch, num_tokens)]
         return answers
-
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        stop = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
-        return tokens[:stop]
 
     @torch.inference_mode()
     def _logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
@@ -228,10 +224,10 @@ class InProcess:
         with self._runner.selecting(self._selection, self._counter):
             return self._runner.losses(tokens)
 
-    def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
+    def next_tokens(self, prefixes: Sequence[tuple[list[int], int]]) -> list[NextToken]:
         """See ``Predictor``."""
         with self._runner.selecting(self._selection, self._counter):
-            return self._runner.next_token(tokens, target)
+            return [self._runner.next_token(*prefix) for prefix in prefixes]
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         """See ``Predictor``."""

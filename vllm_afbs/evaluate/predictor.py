@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
-
-from vllm_afbs.models.in_process.source import SourceModel
 
 TOP = 20
 """Number of likeliest tokens that a server reports at most, unless started to report more."""
@@ -33,8 +32,8 @@ class Predictor(Protocol):
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
         """Negative log likelihood of every token after the first, in nats, ``[length - 1]``."""
 
-    def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
-        """Predicts the token after a prompt."""
+    def next_tokens(self, prefixes: Sequence[tuple[list[int], int]]) -> list[NextToken]:
+        """Predicts the token after each prompt, of which the one that follows is given."""
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         """Continues prompts greedily; an answer does not include the token that ended it."""
@@ -43,7 +42,17 @@ class Predictor(Protocol):
         """Share of the block products that were skipped in all calls so far."""
 
 
-def end_tokens(model: SourceModel) -> set[int]:
+class Evaluated(Protocol):
+    """A model that is described, but perhaps not loaded."""
+
+    def directory(self) -> Path:
+        """The directory with the configuration and the tokenizer."""
+
+    def eos_token_id(self) -> int | list[int] | None:
+        """Token ids that end an answer, by the model's configuration."""
+
+
+def end_tokens(model: Evaluated) -> set[int]:
     """Reads the token ids that end an answer, from ``generation_config.json`` as vLLM does."""
     from transformers import GenerationConfig
 
@@ -51,5 +60,11 @@ def end_tokens(model: SourceModel) -> set[int]:
     if (directory / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(directory).eos_token_id
     else:
-        ends = model.config.get_text_config().eos_token_id
+        ends = model.eos_token_id()
     return set(ends) if isinstance(ends, list) else {ends} - {None}
+
+
+def until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """An answer without the token that ended it, and all that follows."""
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]

@@ -16,7 +16,7 @@ from openai.types import CompletionChoice
 
 from vllm_afbs.commands.client import REQUEST_SECONDS, Counters, growth, scrape, token_id, total
 from vllm_afbs.errors import InputError, one_line
-from vllm_afbs.evaluate.predictor import TOP, NextToken
+from vllm_afbs.evaluate.predictor import TOP, NextToken, until_end
 
 _PRODUCTS = "vllm_afbs_block_products_total"
 _PROFILE = "vllm_afbs_profile_info"
@@ -71,12 +71,15 @@ class Served:
             pairs = zip(told[1:], tokens[1:], strict=True)
             return -torch.tensor([float(each[str(token)]["logprob"]) for each, token in pairs])
 
-    def next_token(self, tokens: Sequence[int], target: int) -> NextToken:
+    def next_tokens(self, prefixes: Sequence[tuple[list[int], int]]) -> list[NextToken]:
         """See ``Predictor``.
 
         The server may answer with the target only. The probabilities that it reports do not change
         with this: it takes them before (``--logprobs-mode raw_logprobs``, the default).
         """
+        return [self._next_token(*prefix) for prefix in prefixes]
+
+    def _next_token(self, tokens: Sequence[int], target: int) -> NextToken:
         with self._one_line():
             choice = self._complete(tokens, 1, {"logprobs": TOP, "allowed_token_ids": [target]})
             assert choice.logprobs is not None
@@ -97,7 +100,7 @@ class Served:
                 choice = self._complete(prompt, num_tokens, {"logprobs": 0})
                 names = choice.logprobs.tokens if choice.logprobs is not None else None
                 ids = [token_id(name) for name in names or []]
-            answers.append(ids[:-1] if ids and ids[-1] in self._ends else ids)
+            answers.append(until_end(ids, self._ends))
         return answers
 
     def sparsity(self) -> float:

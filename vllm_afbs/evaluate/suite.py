@@ -142,7 +142,7 @@ def ask(predictor: Predictor, suite: Suite) -> Answers:
     """Asks a model all questions of a suite."""
     losses = [predictor.losses(window) for window in suite.windows]
     sparsity = predictor.sparsity() if losses else None
-    next_tokens = [predictor.next_token(*prefix) for prefix in suite.prefixes]
+    next_tokens = predictor.next_tokens(suite.prefixes)
     continuations = predictor.generate(suite.continued, suite.new_tokens)
     retrieved: list[float] = [0.0] * len(suite.retrieval)
     for room in {prompt.num_tokens for prompt in suite.retrieval}:

@@ -107,18 +107,18 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         profile = join_server(vllm_config)
         self._sorter = StepSorter(vllm_config)
         self._meter = HostMeter(read_settings(vllm_config))
+        self._cache_format = CacheFormat(self.isa, self.block_size, kv_cache_spec.dtype)
         self.serve(profile)
         add_builder(self)
 
     def serve(self, profile: Profile | None, always_sparse: bool = False) -> None:
         """See ``shared.Builder``."""
         self._sorter.profile = profile
-        cache_format = CacheFormat(self.isa, self.block_size, self.kv_cache_spec.dtype)
         final = []
         for impl, plan in plan_layers(
             self.vllm_config, profile, self._layer_names, self.block_size
         ):
-            served = impl.prepare(plan, cache_format, self._meter, always_sparse)
+            served = impl.prepare(plan, self._cache_format, self._meter, always_sparse)
             impl.serve(served)
             final.append(served.plan)
         summary.report(self.vllm_config, profile, self._layer_names, final)

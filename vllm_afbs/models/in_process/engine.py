@@ -78,6 +78,9 @@ class TransformersEngine:
         """See ``Engine``."""
         return EndToEnd(self._model, block_q, block_k)
 
+    def release(self) -> None:
+        """See ``Engine``; nothing stays loaded after a capture."""
+
 
 class EndToEnd:
     """A model whose layers can be made sparse.

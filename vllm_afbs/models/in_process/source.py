@@ -10,7 +10,7 @@ from vllm_afbs.errors import InputError
 from vllm_afbs.models.hub import Checkpoint, find_checkpoint
 from vllm_afbs.models.in_process import quantised
 from vllm_afbs.models.in_process.configuration import positions, read_config
-from vllm_afbs.models.in_process.supported import unsupported, widen_windows
+from vllm_afbs.models.in_process.supported import least_longest_length, unsupported, widen_windows
 from vllm_afbs.models.tokenizer import load_tokenizer
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
@@ -51,6 +51,15 @@ class SourceModel:
         """Digest of the weights, which are fetched first; see ``profile.weights``."""
         self.weight_files()
         return weights_sha256(self.directory())
+
+    def eos_token_id(self) -> Any:
+        """Token ids that end an answer, by the configuration."""
+        return self.config.get_text_config().eos_token_id
+
+    @property
+    def least_longest_length(self) -> int:
+        """Tokens that the longest calibrated length must have at least."""
+        return least_longest_length(self.config)
 
     def tokenizer(self) -> Any:
         """Its tokenizer.

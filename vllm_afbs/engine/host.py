@@ -1,0 +1,234 @@
+"""vLLM's process: ``python -m vllm_afbs.engine.host DESCRIPTOR`` obeys what comes over a socket.
+
+Every request names a method of ``Host``. The answer holds its value, or why vLLM or we refuse.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_afbs import compat
+from vllm_afbs.check.layers import RefusedError
+from vllm_afbs.engine.channel import Channel, ClosedError
+from vllm_afbs.errors import InputError, one_line
+from vllm_afbs.observability import metric_files
+from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.serving.settings import PROFILE_VARIABLE
+
+_REFUSALS = (InputError, ProfileError, RefusedError)
+_PRODUCTS = "vllm_afbs_block_products"
+
+
+class Host:
+    """One engine, described first and loaded later."""
+
+    def __init__(self) -> None:
+        self._arguments: Any = None
+        self._llm: Any = None
+
+    def describe(self, arguments: list[str]) -> dict[str, Any]:
+        """Reads the model's configuration.
+
+        Args:
+            arguments: What ``vllm serve`` would be given.
+        """
+        from vllm_afbs.engine.arguments import parse
+
+        self._arguments, unused = parse(arguments)
+        config = self._arguments.create_engine_config()
+        model = config.model_config
+        return {
+            "unused": unused,
+            "model": model.model,
+            "revision": model.revision,
+            "tokenizer": model.tokenizer,
+            "fingerprint": ModelFingerprint.from_config(model.hf_config).model_dump(),
+            "max_model_len": int(model.max_model_len),
+            "quantization": model.quantization,
+            "kv_cache_dtype": str(config.cache_config.cache_dtype),
+            "version": compat.installed_version(),
+            "digest": _digest(config),
+            "eos_token_id": model.hf_text_config.eos_token_id,
+        }
+
+    def load(self, gpu_memory_utilization: float | None) -> list[dict[str, Any]]:
+        """Loads the model.
+
+        Args:
+            gpu_memory_utilization: Share of the GPU that vLLM may take; None for what it was given.
+
+        Returns:
+            For each of vLLM's workers, what ``DrivenWorker.afbs_layers`` says.
+        """
+        from vllm import LLM
+
+        model = self._arguments.create_engine_config().model_config
+        if not _stretches_beyond(model.hf_text_config, model.max_model_len):
+            # A token is always generated, so one position more has to be allowed than is used.
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+            self._arguments.max_model_len = model.max_model_len + 1
+        if gpu_memory_utilization is not None:
+            self._arguments.gpu_memory_utilization = gpu_memory_utilization
+        self._llm = LLM.from_engine_args(self._arguments)
+        return [json.loads(each) for each in self._workers("afbs_layers")]
+
+    def capture(
+        self, tokens: list[int], files: dict[str, str], suffixes: list[str]
+    ) -> list[dict[str, Any]]:
+        """Computes a prompt and writes its layers' Q, K and V.
+
+        Args:
+            tokens: The prompt.
+            files: The file for each layer, by vLLM's name of it.
+            suffixes: Of each tensor-parallel rank's files.
+
+        Returns:
+            For each worker, what ``DrivenWorker.afbs_end_recording`` says.
+        """
+        request = {"files": files, "suffixes": suffixes, "length": len(tokens)}
+        self._workers("afbs_begin_recording", json.dumps(request))
+        try:
+            self._generate([tokens], 1)
+        finally:
+            ended = self._workers("afbs_end_recording")
+        return [json.loads(each) for each in ended]
+
+    def serve(self, profile: str | None, always_sparse: bool) -> dict[str, str]:
+        """See ``DrivenWorker.afbs_serve``."""
+        dense: dict[str, str] = {}
+        for each in self._workers("afbs_serve", profile, always_sparse):
+            dense |= json.loads(each)
+        return dense
+
+    def score(
+        self, tokens: list[int], positions: list[int], keep: str | None, against: str | None
+    ) -> dict[str, Any]:
+        """Scores a prompt's tokens at some positions; see ``DrivenWorker.afbs_begin_scoring``."""
+        request = {"tokens": tokens, "positions": positions, "keep": keep, "against": against}
+        self._workers("afbs_begin_scoring", json.dumps(request))
+        try:
+            self._generate([tokens], 1)
+        finally:
+            ended = self._workers("afbs_end_scoring")
+        scored: dict[str, Any] = next(json.loads(each) for each in ended if each != "null")
+        return scored
+
+    def next_tokens(
+        self, prompts: list[list[int]], targets: list[int], top: int
+    ) -> list[dict[str, Any]]:
+        """The likeliest tokens after each prompt, and the loss of the one that follows.
+
+        Args:
+            prompts: Token ids.
+            targets: The token that follows each prompt.
+            top: How many tokens.
+        """
+        from vllm import SamplingParams
+
+        # The sampler may take the target only; the log-probabilities are those before that.
+        chosen = [
+            SamplingParams(
+                max_tokens=1, temperature=0.0, logprobs=top, allowed_token_ids=[target],
+                detokenize=False,
+            )
+            for target in targets
+        ]  # fmt: skip
+        found = []
+        for output, target in zip(self._run(prompts, chosen), targets, strict=True):
+            ranked = output.logprobs[0]
+            likeliest = sorted(ranked.items(), key=lambda each: -each[1].logprob)[:top]
+            found.append(
+                {
+                    "loss": -ranked[target].logprob,
+                    "top": [[token, each.logprob] for token, each in likeliest],
+                }
+            )
+        return found
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+        """Continues prompts greedily; a token that ends an answer is its last."""
+        return self._generate(prompts, num_tokens)
+
+    def products(self) -> dict[str, float]:
+        """Block products so far, by outcome."""
+        self._workers("afbs_finish_reports")
+        found = {"computed": 0.0, "skipped": 0.0}
+        for metric in metric_files.read():
+            if metric.name == _PRODUCTS:
+                for sample in metric.samples:
+                    found[sample.labels["outcome"]] += sample.value
+        return found
+
+    def _workers(self, method: str, *arguments: Any) -> list[Any]:
+        return list(self._llm.collective_rpc(method, args=arguments))
+
+    def _generate(self, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        chosen = SamplingParams(max_tokens=num_tokens, temperature=0.0, detokenize=False)
+        return [list(output.token_ids) for output in self._run(prompts, [chosen] * len(prompts))]
+
+    def _run(self, prompts: Sequence[list[int]], chosen: Sequence[Any]) -> list[Any]:
+        asked = [{"prompt_token_ids": tokens} for tokens in prompts]
+        outputs = self._llm.generate(asked, list(chosen), use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+
+def _stretches_beyond(text: Any, max_model_len: int) -> bool:
+    """Whether vLLM would compute all positions differently for a longer ``max_model_len``."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    return rope.get("rope_type") == "longrope" and original == max_model_len
+
+
+def _digest(config: Any) -> str:
+    """Of what Q, K and V depend on beside the weights and the tokens."""
+    model, parallel = config.model_config, config.parallel_config
+    parts = [
+        compat.installed_version(),
+        model.hf_config.to_json_string(use_diff=False),
+        str(model.dtype),
+        model.quantization,
+        str(config.cache_config.cache_dtype),
+        model.max_model_len,
+        parallel.tensor_parallel_size,
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def obey(channel: Channel) -> None:
+    """Answers requests until the other end is closed."""
+    host = Host()
+    while True:
+        request = channel.receive()
+        try:
+            answer = {"value": getattr(host, request["method"])(**request["arguments"])}
+        except _REFUSALS as error:
+            answer = {"refused": str(error)}
+        except SystemExit as error:  # admission's one line
+            answer = {"refused": str(error.code)}
+        except Exception as error:  # whatever vLLM raises; its log has the traceback
+            traceback.print_exc()
+            answer = {"failed": one_line(error)}
+        channel.send(answer)
+
+
+def main() -> None:
+    """Runs the process."""
+    os.environ.pop(PROFILE_VARIABLE, None)
+    # The engine runs in this process; workers of several ranks are other processes all the same.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        obey(Channel(socket.socket(fileno=int(sys.argv[1]))))
+    except ClosedError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Opens a model with what runs it: vLLM in a process of its own, or transformers in this one."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from vllm_afbs.commands.arguments import VLLM
+from vllm_afbs.engine.client import VllmEngine
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.source import open_model
+from vllm_afbs.tuning.engine import Engine, Model
+
+
+@contextmanager
+def opened(options: argparse.Namespace, serve: Sequence[str]) -> Iterator[tuple[Model, Engine]]:
+    """Opens the model of a command line; what runs it is said on standard error.
+
+    Args:
+        options: The command's, of ``commands.arguments.parse_with_engine``.
+        serve: The arguments for vLLM.
+
+    Raises:
+        InputError: The model cannot be run.
+    """
+    if options.engine == VLLM:
+        with VllmEngine(serve) as engine:
+            _say(engine)
+            yield engine, engine
+        return
+    model = open_model(options.model, options.revision, options.hf_overrides)
+    own = TransformersEngine(model)
+    _say(own)
+    yield model, own
+
+
+def _say(engine: Engine) -> None:
+    print(f"running the model in {engine.tuned_on().engine}", file=sys.stderr, flush=True)
