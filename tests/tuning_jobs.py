@@ -17,13 +17,13 @@ LENGTHS = ["128", "256"]
 BLOCKS = ["--block-q", "16", "--block-k", "16"]
 
 
-def save_tiny_model(directory: Path) -> None:
+def save_tiny_model(directory: Path, hidden_size: int = 64) -> None:
     """A random two-layer Llama with a byte tokenizer, both made here."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

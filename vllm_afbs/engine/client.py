@@ -234,13 +234,13 @@ class VllmEngine:
         if self._served == (text, always_sparse):
             return
         dense = self._running().call("serve", profile=text, always_sparse=always_sparse)
+        self._served = text, always_sparse
         if dense:
             layer, reason = next(iter(dense.items()))
             raise InputError(
                 f"{self.name}: vLLM runs {len(dense)} layers of the profile dense: layer {layer} "
                 f"({reason}; docs/operations.md says what to change)"
             )
-        self._served = text, always_sparse
 
     def score(
         self,

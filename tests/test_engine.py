@@ -1,0 +1,284 @@
+"""vLLM as the tuner's and the evaluation's engine, beside transformers in this process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.quantised_checkpoints import quantise
+from tests.tuning_jobs import IN_PROCESS, save_tiny_model, start
+from vllm_afbs import tune
+from vllm_afbs.captures import CALIBRATION, Capture
+from vllm_afbs.engine.client import VllmEngine
+from vllm_afbs.errors import InputError
+from vllm_afbs.evaluate import __main__ as evaluate
+from vllm_afbs.evaluate.baselines import of_profile
+from vllm_afbs.evaluate.engine import InEngine
+from vllm_afbs.evaluate.in_process import InProcess, Runner
+from vllm_afbs.evaluate.methods import Selection
+from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.models.in_process.engine import TransformersEngine
+from vllm_afbs.models.in_process.source import open_model
+from vllm_afbs.profile.file import load_profile
+from vllm_afbs.tuning.capture import capture
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+LENGTH, BLOCK = 300, 32
+WINDOWS = {
+    CALIBRATION: [(7 * i + i // 9) % 256 for i in range(LENGTH)],
+    "validation-0-0": [(11 * i + 3) % 256 for i in range(LENGTH)],
+}
+SERVE = ["--dtype", "float32", "--block-size", str(BLOCK), "--max-num-batched-tokens", "128"]
+SERVE += ["--max-num-seqs", "4"]
+TEXT = Path(__file__)
+SMALL = ["--lengths", "256", "512", "--block-q", str(BLOCK), "--block-k", str(BLOCK)]
+SMALL += ["--tolerance", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with heads of a size that vLLM's CPU kernels have."""
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_model(directory, hidden_size=128)
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_cache() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[VllmEngine]:
+    """An engine with chunks of 128 tokens, shared by all that leave it as it was."""
+    with VllmEngine([str(model), *SERVE]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def captured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Capture:
+    """What transformers captures."""
+    own = open_model(str(model))
+    folder = tmp_path_factory.mktemp("transformers")
+    return capture(own, TransformersEngine(own), WINDOWS, [0, 1], folder, lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("profile") / "profile.json"
+    assert tune.main([str(model), "--output", str(output), *SMALL, *IN_PROCESS]) == 0
+    return output
+
+
+def assert_same(one: Capture, other: Capture) -> None:
+    for layer in one.layers:
+        for window in WINDOWS:
+            mine, theirs = one.load(layer, window), other.load(layer, window)
+            assert mine.softmax_scale == theirs.softmax_scale
+            for name in ("query", "key", "value"):
+                a, b = getattr(mine, name).double(), getattr(theirs, name).double()
+                # One step of bf16, where rounding falls to the other side.
+                torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
+
+
+def test_captures_are_what_transformers_captures(
+    engine: VllmEngine, captured: Capture, tmp_path: Path
+) -> None:
+    done: list[float] = []
+    found = capture(engine, engine, WINDOWS, [0, 1], tmp_path, done.append)
+    assert sum(done) == 4
+    assert_same(found, captured)
+    assert not list(tmp_path.rglob("*.partial"))
+    # A window that is there is not computed again, and only the layers asked for are kept.
+    found.path(1, CALIBRATION).unlink()
+    again = capture(engine, engine, WINDOWS, [1], tmp_path, done.append)
+    assert_same(again, captured)
+
+
+def test_candidates_are_measured_as_by_transformers(model: Path, engine: VllmEngine) -> None:
+    own = TransformersEngine(open_model(str(model))).sparse_model(BLOCK, BLOCK)
+    theirs = engine.sparse_model(BLOCK, BLOCK)
+    thresholds = {
+        layer: HeadThresholds(torch.full((4,), tau), torch.full((4,), theta))
+        for layer, tau, theta in ((0, 0.8, 0.1), (1, 0.6, -1.0))
+    }
+    for tokens in WINDOWS.values():
+        for chosen in ({1: thresholds[1]}, thresholds, {}):
+            # The server's chunks are whole query blocks, so both select the same blocks.
+            one, other = (each.compare(tokens, chosen) for each in (own, theirs))
+            assert other.kl == pytest.approx(one.kl, rel=1e-2, abs=1e-5)
+            assert (other.kl > 0.01) == bool(chosen)
+            assert other.dense_loss == pytest.approx(one.dense_loss, rel=1e-4)
+            assert other.loss == pytest.approx(one.loss, rel=1e-3)
+        losses = [each.losses(tokens, thresholds) for each in (own, theirs)]
+        torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+
+
+def test_pages_that_blocks_do_not_fit_are_no_candidate(engine: VllmEngine) -> None:
+    heads = HeadThresholds(torch.full((4,), 0.5), torch.full((4,), -1.0))
+    with pytest.raises(InputError, match=r"2 layers of the profile dense: layer 0 \(page_size;"):
+        engine.sparse_model(16, 16).compare(WINDOWS[CALIBRATION], {0: heads, 1: heads})
+    # What failed is served all the same, so dense has to be asked for again.
+    engine.serve(None)
+
+
+def test_evaluations_agree(model: Path, engine: VllmEngine, profile: Path) -> None:
+    """Losses, next tokens, answers and sparsity, beside the model in this process."""
+    # Chunks of 128 tokens: each is longer than the shortest context that runs sparse.
+    tuned = load_profile(profile).model_copy(update={"min_seq_len": 128})
+    runner = Runner(open_model(str(model)))
+    engine.loaded()
+    tokens = (WINDOWS[CALIBRATION] * 2)[:500]
+    prefixes = [(tokens[:290], 5), (tokens[3:400], 9)]
+    for chosen, selection in ((None, None), (tuned, Selection(of_profile("afbs", tuned), 0.0))):
+        here, there = InProcess(runner, selection), InEngine(engine, chosen, set())
+        before = engine.products()
+        torch.testing.assert_close(here.losses(tokens), there.losses(tokens), rtol=2e-2, atol=2e-2)
+        grown = {name: value - before[name] for name, value in engine.products().items()}
+        if chosen is not None:
+            assert grown["skipped"] / sum(grown.values()) == pytest.approx(
+                here.sparsity(), abs=1e-3
+            )
+        else:
+            assert not any(grown.values())
+        pairs = zip(here.next_tokens(prefixes), there.next_tokens(prefixes), strict=True)
+        for one, other in pairs:
+            assert other.loss == pytest.approx(one.loss, abs=0.05)
+            for token, probability in other.top.items():
+                assert one.top.get(token, probability) == pytest.approx(probability, abs=0.01)
+        assert there.generate([tokens[:60]], 3) == here.generate([tokens[:60]], 3)
+
+
+def test_ranks_write_what_one_rank_does(
+    model: Path, captured: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # vLLM's CPU workers each want cores of their own; they may share one all the same.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    with VllmEngine([str(model), *SERVE, "--tensor-parallel-size", "2"]) as two:
+        found = capture(two, two, WINDOWS, [0, 1], tmp_path, lambda _: None)
+    assert_same(found, captured)
+    assert not list(tmp_path.rglob("*.rank*"))
+
+
+@pytest.mark.machine
+def test_a_quantised_checkpoint_is_tuned_and_measured(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights in 8 bits, which transformers would decode and vLLM computes with."""
+    checkpoint, output = tmp_path / "w8a8", tmp_path / "profile.json"
+    quantise(model, checkpoint, "W8A8")
+    serve = ["--block-size", str(BLOCK)]
+    assert tune.main([str(checkpoint), "--output", str(output), *SMALL, *serve]) == 0
+    tuned = load_profile(output)
+    assert tuned.tuned_on is not None
+    assert tuned.tuned_on.quantization == "compressed-tensors"
+    assert tuned.tuned_on.engine.startswith("vllm ")
+    assert any(layer.is_sparse for layer in tuned.layers)
+    given = ["--profile", str(output), "--output", str(tmp_path / "q.json"), "--text", str(TEXT)]
+    given += ["--tests", "perplexity", "prefixes", "--prefixes", "4", "--windows", "2"]
+    assert evaluate.main([str(checkpoint), *given, *serve]) == 0
+    report = json.loads((tmp_path / "q.json").read_text())
+    assert report["through"] == tuned.tuned_on.engine
+    assert report["sparsity"] > 0.05
+    assert "running the model in vllm" in capsys.readouterr().err
+
+
+@pytest.mark.machine
+def test_an_interrupted_job_goes_on(model: Path, tmp_path: Path, profile: Path) -> None:
+    output = tmp_path / "profile.json"
+    arguments = [str(model), "--output", str(output), *SMALL, *SERVE]
+    job = start(arguments)
+    work = Path(f"{output}.work")
+    deadline = time.monotonic() + 200
+    while not list(work.glob("capture-*/*.safetensors")):
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 130
+    assert "Continue with" in errors
+    assert tune.main([*arguments, "--resume"]) == 0
+    assert not work.exists()
+    found, expected = (
+        [head.tau for layer in load_profile(each).layers for head in layer.heads]
+        for each in (output, profile)
+    )
+    assert found == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--load-format", "dummy"], "--load-format: the model's weights expected, got dummy"),
+        (["--attention-backend", "CPU_ATTN"], "--attention-backend: afbs expected, got CPU_ATTN"),
+        (["--no-such-option"], "vllm serve: unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_arguments_that_are_refused(model: Path, given: Sequence[str], line: str) -> None:
+    from vllm_afbs.check.layers import RefusedError
+    from vllm_afbs.engine.arguments import parse
+
+    with pytest.raises(RefusedError, match=line):
+        parse([str(model), *given])
+
+
+def test_arguments_that_mean_nothing_here_are_named(model: Path) -> None:
+    from vllm_afbs.engine.arguments import parse
+
+    serve = ["--port", "9", "--enable-prefix-caching", "--dtype", "float32", "--enable-lora"]
+    serve += ["--attention-backend", "afbs"]
+    arguments, unused = parse([str(model), *serve])
+    assert unused == ["--enable-lora", "--enable-prefix-caching", "--port"]
+    assert arguments.dtype == "float32"
+    assert arguments.enforce_eager
+    assert not arguments.enable_prefix_caching
+    assert not arguments.enable_lora
+
+
+def test_a_process_that_dies_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "no such level")
+    output = tmp_path / "profile.json"
+    assert tune.main([str(model), "--output", str(output), *SMALL]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "vLLM" in line
+    log = Path(line.rpartition("its log is ")[2])
+    assert "no such level" in log.read_text(errors="replace").lower()
+    log.unlink()
+
+
+def test_a_host_ends_with_its_driver() -> None:
+    ours, theirs = socket.socketpair()
+    host = subprocess.Popen(
+        [sys.executable, "-m", "vllm_afbs.engine.host", str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},  # noqa: PTH109
+    )
+    theirs.close()
+    ours.close()
+    assert host.wait(60) == 1
+
+
+def test_models_that_vllm_refuses_are_one_line(tmp_path: Path, model: Path) -> None:
+    config: dict[str, Any] = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 3}))
+    with (
+        pytest.raises(InputError, match="num_key_value_heads: a divisor"),
+        VllmEngine([str(tmp_path)]),
+    ):
+        pass
