@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.profiles import uniform_profile
 from tests.quantised_checkpoints import quantise
 from tests.tuning_jobs import IN_PROCESS, save_tiny_model, start
 from vllm_afbs import tune
@@ -137,8 +138,10 @@ def test_pages_that_blocks_do_not_fit_are_no_candidate(engine: VllmEngine) -> No
 
 def test_evaluations_agree(model: Path, engine: VllmEngine, profile: Path) -> None:
     """Losses, next tokens, answers and sparsity, beside the model in this process."""
-    # Chunks of 128 tokens: each is longer than the shortest context that runs sparse.
-    tuned = load_profile(profile).model_copy(update={"min_seq_len": 128})
+    # Chunks have 128 tokens. In each so little is kept that the server leaves none dense.
+    tuned = uniform_profile(
+        load_profile(profile).model, 0.1, 0.5, [128, 512], block_q=BLOCK, block_k=BLOCK
+    )
     runner = Runner(open_model(str(model)))
     engine.loaded()
     tokens = (WINDOWS[CALIBRATION] * 2)[:500]
