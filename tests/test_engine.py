@@ -39,7 +39,7 @@ WINDOWS = {
     CALIBRATION: [(7 * i + i // 9) % 256 for i in range(LENGTH)],
     "validation-0-0": [(11 * i + 3) % 256 for i in range(LENGTH)],
 }
-SERVE = ["--dtype", "float32", "--block-size", str(BLOCK), "--max-num-batched-tokens", "128"]
+SERVE = ["--dtype", "float32", "--block-size", str(BLOCK), "--max-num-batched-tokens", "256"]
 SERVE += ["--max-num-seqs", "4"]
 TEXT = Path(__file__)
 SMALL = ["--lengths", "256", "512", "--block-q", str(BLOCK), "--block-k", str(BLOCK)]
@@ -64,7 +64,7 @@ def small_cache() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[VllmEngine]:
-    """An engine with chunks of 128 tokens, shared by all that leave it as it was."""
+    """An engine with chunks of 256 tokens, shared by all that leave it as it was."""
     with VllmEngine([str(model), *SERVE]) as running:
         yield running
 
@@ -138,9 +138,9 @@ def test_pages_that_blocks_do_not_fit_are_no_candidate(engine: VllmEngine) -> No
 
 def test_evaluations_agree(model: Path, engine: VllmEngine, profile: Path) -> None:
     """Losses, next tokens, answers and sparsity, beside the model in this process."""
-    # Chunks have 128 tokens. In each so little is kept that the server leaves none dense.
+    # Chunks have 256 tokens. In each so little is kept that the server leaves none dense.
     tuned = uniform_profile(
-        load_profile(profile).model, 0.1, 0.5, [128, 512], block_q=BLOCK, block_k=BLOCK
+        load_profile(profile).model, 0.3, 0.5, [256, 512], block_q=BLOCK, block_k=BLOCK
     )
     runner = Runner(open_model(str(model)))
     engine.loaded()
