@@ -145,7 +145,8 @@ def test_evaluations_agree(model: Path, engine: VllmEngine, profile: Path) -> No
     runner = Runner(open_model(str(model)))
     engine.loaded()
     tokens = (WINDOWS[CALIBRATION] * 2)[:500]
-    prefixes = [(tokens[:290], 5), (tokens[3:400], 9)]
+    # One chunk each: vLLM cuts longer prompts that wait together at other rows than alone.
+    prefixes = [(tokens[:256], 5), (tokens[3:259], 9)]
     for chosen, selection in ((None, None), (tuned, Selection(of_profile("afbs", tuned), 0.0))):
         here, there = InProcess(runner, selection), InEngine(engine, chosen, set())
         before = engine.products()
