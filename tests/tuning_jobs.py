@@ -17,7 +17,7 @@ LENGTHS = ["128", "256"]
 BLOCKS = ["--block-q", "16", "--block-k", "16"]
 
 
-def save_tiny_model(directory: Path, hidden_size: int = 64) -> None:
+def save_tiny_model(directory: Path, hidden_size: int = 64, **fields: int) -> None:
     """A random two-layer Llama with a byte tokenizer, both made here."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,7 +29,7 @@ def save_tiny_model(directory: Path, hidden_size: int = 64) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=256,
-        max_position_embeddings=1024,
+        **({"max_position_embeddings": 1024} | fields),
         # Large weights, or random attention is uniform and nothing can be dropped.
         initializer_range=0.4,
     )

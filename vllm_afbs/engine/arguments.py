@@ -11,7 +11,6 @@ from vllm_afbs.backends.driven import EXTENSION
 from vllm_afbs.check.layers import RefusedError, parse_serve_arguments
 
 FORCED = {
-    "attention_backend": "AFBS",
     "enforce_eager": True,  # graphs would pass the recorded layers by
     "enable_prefix_caching": False,  # cached rows would never pass them
     "worker_extension_cls": EXTENSION,
@@ -43,8 +42,9 @@ def parse(arguments: Sequence[str]) -> tuple[EngineArgs, list[str]]:
         RefusedError: vLLM does not accept them, or a driven engine cannot have one.
     """
     given = parse_serve_arguments(arguments)
-    usual = parse_serve_arguments([given.model])
     _check(given)
+    given = parse_serve_arguments([*arguments, "--attention-backend", "AFBS"])
+    usual = parse_serve_arguments([given.model])
     names = {each.name for each in fields(EngineArgs)}
     changed = {name for name, value in vars(given).items() if value != vars(usual).get(name)}
     unused = sorted(
