@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.command import benchmark_parser, report_rows
+from vllm_afbs.commands.python_reference import python_reference
 from vllm_afbs.commands.results import Row, make_row
 
 YARN = {
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 1e6,
+    "rope_scaling": {
+        "type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 32768,
     },
@@ -63,6 +63,26 @@ def source_code(args: argparse.Namespace) -> Path:
     return target
 
 
+def language_reference(args: argparse.Namespace) -> Path:
+    """Python's language reference in one file; made once."""
+    target: Path = args.work / "reference.txt"
+    if not target.exists():
+        reference = python_reference()
+        target.write_text(reference.calibration + reference.held_out, encoding="utf-8")
+    return target
+
+
+def evaluated(
+    args: argparse.Namespace, name: str, model: Path, test: str, more: Sequence[str]
+) -> list[Row]:
+    """Measures the profile NAME.json, and how long that takes."""
+    output = args.work / f"{name}-{test}.json"
+    given = [str(model), "--profile", str(args.work / f"{name}.json"), "--output", str(output)]
+    given += ["--text", str(language_reference(args)), "--tests", test, *more]
+    seconds = timed("vllm_afbs.evaluate", given, args.work / f"{name}-{test}.log")
+    return [*_found(output, name), make_row(f"evaluate: {name}", test, [seconds], "seconds")]
+
+
 def tuning_row(args: argparse.Namespace, name: str, model: Path, more: Sequence[str]) -> list[Row]:
     """Tunes a model; its profile is NAME.json."""
     output = args.work / f"{name}.json"
@@ -74,28 +94,6 @@ def tuning_row(args: argparse.Namespace, name: str, model: Path, more: Sequence[
     return [make_row(f"tune: {name}", shape, [seconds], "seconds")]
 
 
-def retrieval_rows(args: argparse.Namespace, name: str, model: Path) -> list[Row]:
-    """Asks every retrieval task, dense and sparse, with the profile NAME.json."""
-    output = args.work / f"{name}-retrieval.json"
-    given = [str(model), "--profile", str(args.work / f"{name}.json"), "--output", str(output)]
-    given += ["--tests", "retrieval", "--per-task", str(args.per_task)]
-    seconds = timed("vllm_afbs.evaluate", given, args.work / f"{name}-retrieval.log")
-    return [*_found(output, name), make_row(f"evaluate: {name}", "retrieval", [seconds], "seconds")]
-
-
-def perplexity_rows(args: argparse.Namespace, name: str, model: Path) -> list[Row]:
-    """Measures perplexity with the profile NAME.json."""
-    output = args.work / f"{name}-perplexity.json"
-    given = [str(model), "--profile", str(args.work / f"{name}.json"), "--output", str(output)]
-    seconds = timed(
-        "vllm_afbs.evaluate", [*given, "--tests", "perplexity"], args.work / f"{name}-ppl.log"
-    )
-    return [
-        *_found(output, name),
-        make_row(f"evaluate: {name}", "perplexity", [seconds], "seconds"),
-    ]
-
-
 def _found(output: Path, name: str) -> list[Row]:
     report = json.loads(output.read_text(encoding="utf-8"))
     shape = f"{report['length']} tokens, sparsity {report['sparsity']:.2f}"
@@ -105,6 +103,20 @@ def _found(output: Path, name: str) -> list[Row]:
         rows.append(make_row(f"{what}: dense", shape, [each["dense"]], each["unit"]))
         rows.append(make_row(f"{what}: sparse", shape, [each["sparse"]], each["unit"]))
     return rows
+
+
+def stretched(args: argparse.Namespace) -> Path:
+    """The model with positions to 128K in its configuration; made once."""
+    target: Path = args.work / f"{args.model.name}-128K"
+    if not target.exists():
+        target.mkdir()
+        for file in args.model.iterdir():
+            (target / file.name).symlink_to(file.resolve())
+        config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
+        (target / "config.json").unlink()
+        text = json.dumps(config | YARN)
+        (target / "config.json").write_text(text, encoding="utf-8")
+    return target
 
 
 def fp8_checkpoint(args: argparse.Namespace) -> Path:
@@ -120,18 +132,19 @@ def jobs(args: argparse.Namespace) -> Mapping[str, Sequence[Callable[[], list[Ro
     """What can be measured, by name."""
     return {
         "32k": [lambda: tuning_row(args, "32k", args.model, LENGTHS_32K)],
-        "retrieval": [lambda: retrieval_rows(args, "32k", args.model)],
+        "retrieval": [lambda: evaluated(
+                args, "32k", args.model, "retrieval", ["--per-task", str(args.per_task)]
+            )],
         "128k": [
             lambda: tuning_row(
-                args, "128k", args.model,
-                ["--lengths", "32768", "65536", "131072", "--hf-overrides", json.dumps(YARN)],
+                args, "128k", stretched(args), ["--lengths", "32768", "65536", "131072"]
             )
         ],
         "fp8": [
             lambda: tuning_row(
                 args, "fp8", fp8_checkpoint(args), LENGTHS_32K
             ),
-            lambda: perplexity_rows(args, "fp8", fp8_checkpoint(args)),
+            lambda: evaluated(args, "fp8", fp8_checkpoint(args), "perplexity", []),
         ],
     }  # fmt: skip
 

@@ -63,7 +63,7 @@ def test_captures_are_what_transformers_captures(
     """Both compute in bf16, with kernels of their own."""
     found = capture(engine, engine, WINDOWS, [0, 1], tmp_path, lambda _: None)
     for name in ("query", "key", "value"):
-        assert difference(found, captured, name) < 0.02
+        assert difference(found, captured, name) < 0.05
 
 
 def test_candidates_are_measured_as_by_transformers(model: Path, engine: VllmEngine) -> None:
@@ -100,7 +100,7 @@ def test_ranks_write_what_one_rank_does(model: Path, captured: Capture, tmp_path
     with VllmEngine(serve) as two:
         found = capture(two, two, WINDOWS, [0, 1], tmp_path, lambda _: None)
     for name in ("query", "key", "value"):
-        assert difference(found, captured, name) < 0.02
+        assert difference(found, captured, name) < 0.05
 
 
 def test_fp8_weights_are_tuned_to_a_goal_and_measured(model: Path, tmp_path: Path) -> None:
