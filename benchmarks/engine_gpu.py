@@ -37,6 +37,12 @@ SOURCE_CHARACTERS = 2_500_000
 LENGTHS_32K = ["--lengths", "8192", "16384", "32768"]
 
 
+def shared(args: argparse.Namespace) -> list[str]:
+    """Arguments of vLLM for all commands."""
+    share = args.gpu_memory_utilization
+    return [] if share is None else ["--gpu-memory-utilization", share]
+
+
 def timed(module: str, arguments: Sequence[str], log: Path) -> float:
     """Seconds of ``python -m MODULE ARGUMENTS``.
 
@@ -78,7 +84,7 @@ def evaluated(
     """Measures the profile NAME.json, and how long that takes."""
     output = args.work / f"{name}-{test}.json"
     given = [str(model), "--profile", str(args.work / f"{name}.json"), "--output", str(output)]
-    given += ["--text", str(language_reference(args)), "--tests", test, *more]
+    given += ["--text", str(language_reference(args)), "--tests", test, *more, *shared(args)]
     seconds = timed("vllm_afbs.evaluate", given, args.work / f"{name}-{test}.log")
     return [*_found(output, name), make_row(f"evaluate: {name}", test, [seconds], "seconds")]
 
@@ -87,6 +93,7 @@ def tuning_row(args: argparse.Namespace, name: str, model: Path, more: Sequence[
     """Tunes a model; its profile is NAME.json."""
     output = args.work / f"{name}.json"
     given = [str(model), "--output", str(output), "--calibration", str(source_code(args)), *more]
+    given += shared(args)
     seconds = timed("vllm_afbs.tune", given, args.work / f"{name}.log")
     profile = json.loads(output.read_text(encoding="utf-8"))
     lengths = f"to {profile['max_seq_len']}"
@@ -156,6 +163,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of profiles and logs")
     parser.add_argument("--jobs", nargs="+", default=["32k", "retrieval", "128k", "fp8"])
     parser.add_argument("--per-task", type=int, default=25)
+    parser.add_argument("--gpu-memory-utilization", help="of vLLM, if two jobs share a GPU")
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
     rows: list[Row] = []

@@ -159,7 +159,7 @@ def test_a_fault_of_ours_is_said_and_its_traceback_kept(
 
     monkeypatch.setattr("vllm_afbs.tuning.run.tune", fail)
     assert tune.main(command(tiny_model, tmp_path / "p.json")) == faults.EXIT_FAULT
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.strip()]
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "error:" in each]
     assert "vllm-afbs-tune: error: a fault of vllm-afbs, not of what you gave: KeyError: " in line
     (kept,) = tmp_path.glob("vllm-afbs-fault-*.txt")
     assert line.endswith(f"kept in {kept}")

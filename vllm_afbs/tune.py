@@ -5,9 +5,11 @@ message about a mistyped option appear at once.
 """
 
 import argparse
+import importlib
 import shlex
 import shutil
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -82,12 +84,13 @@ def _run(options: argparse.Namespace, serve: Sequence[str]) -> int:
 
 def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "Profile":
     """Does the whole job; returns what was written."""
+    # Ax takes seconds to import, and so does vLLM, in its own process.
+    threading.Thread(target=importlib.import_module, args=["vllm_afbs.tuning.run"]).start()
     from vllm_afbs.engine.opening import opened
     from vllm_afbs.files import write_atomically
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.journal import FILE_NAME, read_entries
     from vllm_afbs.tuning.report import write_report
-    from vllm_afbs.tuning.run import tune
     from vllm_afbs.tuning.texts import read_texts
 
     with opened(options, serve) as (model, engine):
@@ -98,6 +101,8 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
         settings = _settings(options, model)
         layers = _layers(options.layers, model.fingerprint.num_layers)
         goal = _goal(options)
+        from vllm_afbs.tuning.run import tune
+
         with _layer_pool(options) as pool, ProgressBar() as progress:
             profile = tune(model, engine, texts, settings, layers, goal, work, progress, pool)
     write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
