@@ -1,7 +1,7 @@
 """What a tuning job needs of a model: to be described, and to be run.
 
-Nothing here runs a model. Transformers does in this process, or vLLM in its own workers: see
-``vllm_afbs.models``.
+Nothing here runs a model. vLLM does in its own workers (``vllm_afbs.engine``), or transformers in
+this process (``vllm_afbs.models.in_process``).
 """
 
 from collections.abc import Callable, Mapping, Sequence

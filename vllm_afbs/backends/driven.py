@@ -57,8 +57,8 @@ class DrivenWorker:
 
         Args:
             request: ``files``: the file for each layer by its name; layers of other pipeline stages
-                are passed over. ``length``: tokens of the prompt. ``suffix``: of this rank's files,
-                by rank.
+                are passed over. ``length``: tokens of the prompt. ``suffixes``: what each
+                tensor-parallel rank appends to the files' names.
         """
         asked = json.loads(request)
         suffix = asked["suffixes"][compat.tensor_parallel_rank()]

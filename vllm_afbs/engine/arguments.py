@@ -26,7 +26,7 @@ _PASSED_OVER = {
     "enable_sleep_mode": False,
     "profile": None,
 }
-"""Arguments of a server that change nothing in a full-attention layer's Q, K and V."""
+"""Arguments that a driven engine does without: none changes the base model's Q, K and V."""
 
 
 def parse(arguments: Sequence[str]) -> tuple[EngineArgs, list[str]]:

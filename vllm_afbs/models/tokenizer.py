@@ -1,4 +1,4 @@
-"""A model's tokenizer, and which tokens end an answer."""
+"""A model's tokenizer."""
 
 from pathlib import Path
 from typing import Any
