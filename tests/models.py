@@ -1,4 +1,4 @@
-"""Copies of the tiny model with something changed in them."""
+"""Copies of the tiny model with something changed in them, and one that vLLM serves."""
 
 import json
 import shutil
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.profiles import SMALL_MODEL
+from tests.tuning_jobs import save_tiny_model
 
 Weights = dict[str, torch.Tensor]
 
@@ -30,6 +33,26 @@ def changed_model(
             path,
             metadata={"format": "pt"},
         )
+    return directory
+
+
+def save_small_model(directory: Path) -> Path:
+    """Saves a random model of ``SMALL_MODEL``'s shape: vLLM has no kernels for the tiny one's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    save_tiny_model(directory)  # its tokenizer
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        hidden_size=SMALL_MODEL.num_heads * SMALL_MODEL.head_dim,
+        intermediate_size=64,
+        num_hidden_layers=SMALL_MODEL.num_layers,
+        num_attention_heads=SMALL_MODEL.num_heads,
+        num_key_value_heads=SMALL_MODEL.num_kv_heads,
+        vocab_size=256,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(shape).save_pretrained(directory)
     return directory
 
 

@@ -261,18 +261,6 @@ def test_what_the_whole_server_does_decides(
     assert reasons(config, monkeypatch) == ["no_profile"]
 
 
-def test_layers_are_logged_once_by_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
-) -> None:
-    layers = {name: make_layer(make_impl("cpu")) for name in (name_of(0), "a", "b")}
-    layers[name_of(0)].impl.sliding_window = 9
-    reasons(make_config(tmp_path, layers), monkeypatch)
-    assert logged == [
-        f"1 layers run dense: sliding_window ({name_of(0)} to {name_of(0)}).",
-        "2 layers run dense: unknown_layer (a to b).",
-    ]
-
-
 def test_a_layer_that_was_not_tuned_is_dense() -> None:
     tuned_dense = plan.plan_layer(uniform_profile(tau=1.0), 0, 4, 0, None)
     assert tuned_dense.dense_reason == "profile_dense"

@@ -239,7 +239,7 @@ def test_kernels_that_pack_keys_in_an_unknown_way_make_their_layer_dense_at_star
     assert (run("cpu", cache_of("LBHNC", 1)) == 1.0).all()
     assert counted == {"cache_layout": 1}
     (line,) = logged
-    assert line.startswith("Layer 1 runs dense: cache_layout (the 'vec' kernels'")
+    assert line.startswith("Layer 1 cannot read its cache: the 'vec' kernels'")
 
 
 def test_what_only_a_call_shows_is_logged_at_the_first_prefill(

@@ -14,11 +14,13 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from tests.chat_tokenizers import chat_tokenizer
 from tests.models import changed_model
 from tests.profiles import uniform_profile
 from tests.tuning_jobs import command
 from vllm_afbs import tune
 from vllm_afbs.errors import InputError
+from vllm_afbs.evaluate import __main__ as evaluate
 from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.models.in_process.weights import load_weights
 from vllm_afbs.profile.file import parse_profile
@@ -128,50 +130,106 @@ def test_a_missing_shard_is_named(cache: Path, tiny_model: Path, tmp_path: Path)
         open_model(NAME).weight_files()
 
 
-def test_only_what_is_read_is_asked_for(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hub's part is played by a folder; patterns are matched as the hub's library does."""
-    repository = changed_model(tiny_model, tmp_path / "repository")
-    shard(repository)
-    for name in OTHER_FORMATS:
-        (repository / name).parent.mkdir(parents=True, exist_ok=True)
-        (repository / name).write_text("another format")
-    snapshot = tmp_path / "snapshots" / COMMIT
-    asked: list[tuple[Any, list[str]]] = []
+class Hub:
+    """The hub's part, played by a folder; patterns are matched as the hub's library does.
+
+    Attributes:
+        repository: What the hub has.
+        asked: The revision and the files of each download.
+    """
+
+    def __init__(self, repository: Path, cache: Path) -> None:
+        self.repository = repository
+        self.asked: list[tuple[Any, list[str]]] = []
+        self._snapshot = cache / "snapshots" / COMMIT
 
     def download(
-        name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+        self,
+        name: str,
+        *,
+        revision: str | None,
+        allow_patterns: list[str],
+        ignore_patterns: list[str],
     ) -> str:
         def matches(path: str, patterns: list[str]) -> bool:
             return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
         assert name == NAME
-        paths = [str(path.relative_to(repository)) for path in repository.rglob("*")]
+        paths = [str(path.relative_to(self.repository)) for path in self.repository.rglob("*")]
         given = [
             path
             for path in paths
-            if (repository / path).is_file()
+            if (self.repository / path).is_file()
             and matches(path, allow_patterns)
             and not matches(path, ignore_patterns)
         ]
         for path in given:
-            (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(repository / path, snapshot / path)
-        asked.append((revision, sorted(given)))
-        return str(snapshot)
+            (self._snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.repository / path, self._snapshot / path)
+        self.asked.append((revision, sorted(given)))
+        return str(self._snapshot)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+@pytest.fixture
+def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Holds the tiny model in two shards."""
+    hub = Hub(changed_model(tiny_model, tmp_path / "repository"), tmp_path)
+    shard(hub.repository)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
+    return hub
+
+
+def test_only_what_is_read_is_asked_for(hub: Hub) -> None:
+    for name in OTHER_FORMATS:
+        (hub.repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.repository / name).write_text("another format")
     model = open_model(NAME, "v2")
-    ((revision, small),) = asked
+    ((revision, small),) = hub.asked
     assert revision == "v2"
     assert "config.json" in small
     assert not [path for path in small if "/" in path or path.endswith((".safetensors", ".bin"))]
     model.weight_files()
     # Of the commit whose index was read: the branch may have moved on.
-    assert asked[1] == (COMMIT, SHARDS)
+    assert hub.asked[1] == (COMMIT, SHARDS)
     model.weight_files()
-    assert len(asked) == 2
+    assert len(hub.asked) == 2
+
+
+CHAT = {"messages": [{"role": "user", "content": "Good morning."}]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "complaint"),
+    [
+        ([CHAT, {"messages": "hello"}], True, "line 2: messages: chat messages expected, got text"),
+        ([CHAT, {"messages": [{"content": "a"}]}], True, "line 2: messages: message 0: a text"),
+        ([CHAT], False, "line 1: messages: chats expect a model with a chat template"),
+        ([{"messages": []}], True, "the calibration text is empty: 0 rows"),
+        ([CHAT], True, "19 tokens"),  # too few
+    ],
+)
+@pytest.mark.parametrize("program", ["tune", "evaluate"])
+def test_texts_are_checked_before_weights_are_asked_for(
+    program: str, rows: list[Any], template: bool, complaint: str, hub: Hub, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    chat_tokenizer().save_pretrained(hub.repository)
+    if not template:
+        (hub.repository / "chat_template.jinja").unlink()
+    path, output = tmp_path / "rows.jsonl", tmp_path / "output.json"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    if program == "tune":
+        status = tune.main(command(Path(NAME), output, "--calibration", str(path)))
+    else:
+        fingerprint = open_model(str(hub.repository)).fingerprint
+        profile = uniform_profile(fingerprint, min_seq_len=256, max_seq_len=512)
+        (tmp_path / "profile.json").write_text(profile.to_json())
+        files = {"--profile": tmp_path / "profile.json", "--text": path, "--output": output}
+        arguments = [str(each) for option in files.items() for each in option]
+        status = evaluate.main(["--model", NAME, *arguments])
+    assert status == 2
+    assert complaint in capsys.readouterr().err
+    assert not [each for _, files in hub.asked for each in files if each.endswith(".safetensors")]
 
 
 def adapter(folder: Path) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 from tests.generate import generate
+from tests.models import save_small_model
 from tests.profiles import SMALL_MODEL, uniform_profile
-from tests.tuning_jobs import save_tiny_model
 from tests.written_metrics import counters_in
 from vllm_afbs.backends.shared import StepSorter
 from vllm_afbs.files import write_atomically
@@ -52,20 +52,7 @@ def test_a_preempted_request_is_computed_again_sparse(
 ) -> None:
     """The prompts are too short to run sparse, so whatever runs sparse is computed again."""
     monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(tmp_path / "metrics"))
-    model = tmp_path / "model"
-    save_tiny_model(model)  # its tokenizer; the heads are too small for vLLM
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        hidden_size=SMALL_MODEL.num_heads * SMALL_MODEL.head_dim,
-        intermediate_size=64,
-        num_hidden_layers=SMALL_MODEL.num_layers,
-        num_attention_heads=SMALL_MODEL.num_heads,
-        num_key_value_heads=SMALL_MODEL.num_kv_heads,
-        vocab_size=256,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(shape).save_pretrained(model)
+    model = save_small_model(tmp_path / "model")
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model))
     profile = uniform_profile(
         fingerprint, 0.5, min_seq_len=MIN_SEQ_LEN, block_q=BLOCK, block_k=BLOCK

@@ -1,4 +1,4 @@
-"""The server's one line about its layers: once for all of them, from one rank, with the reasons."""
+"""What a server logs about its layers, once: the dense ones by reason, and one line for all."""
 
 from collections import Counter
 from pathlib import Path
@@ -44,9 +44,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> An
     return config
 
 
-def build(config: Any, *indices: int) -> None:
-    """What a metadata builder does for its layers."""
-    names = [name_of(index) for index in indices]
+def build(config: Any, *layers: int | str) -> None:
+    """What a metadata builder does for its layers, given by index or by name."""
+    names = [name_of(layer) if isinstance(layer, int) else layer for layer in layers]
     profile = admission.admitted_profile(config)
     final = [plan for _, plan in plan_layers(config, profile, names, PAGE_SIZE)]
     report(config, profile, names, final)
@@ -64,6 +64,30 @@ def test_several_builders_give_one_line(
     for index in (0, 1, 0):
         build(config, index)
     assert logged == [f"{WHOLE}."]
+
+
+def test_dense_layers_are_logged_by_reason_once_for_all_microbatches(
+    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    config = model(tmp_path, monkeypatch)
+    layers = config.compilation_config.static_forward_context
+    layers |= {name: make_layer(make_impl("cpu")) for name in ("a", "b")}
+    layers[name_of(0)].impl.sliding_window = 9
+    expected = [
+        f"1 layers run dense: sliding_window ({name_of(0)} to {name_of(0)}).",
+        "2 layers run dense: unknown_layer (a to b).",
+        f"1 of 4{WHOLE.removeprefix('2 of 2')}; 3 dense: 2 unknown_layer, 1 sliding_window.",
+    ]
+    for _ in range(2):  # --enable-dbo: a builder for each microbatch
+        build(config, *layers)
+        assert logged == expected
+    layers["a"].impl.sliding_window = 9  # comes after the reason that it had
+    layers[name_of(1)].impl.sliding_window = 9
+    build(config, *layers)
+    assert logged[3:] == [
+        f"1 layers run dense: sliding_window ({name_of(1)} to {name_of(1)}).",
+        "0 of 4 layers sparse; 4 dense: 2 sliding_window, 2 unknown_layer.",
+    ]
 
 
 def test_layers_that_are_planned_otherwise_later_are_said_again(

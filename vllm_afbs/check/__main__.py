@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: some layers would run sparse or, without a model, the plugins load. 1: nothing would run
     sparse; the last line says why. 2: a server would not start with what was given, for the reason
-    in one line. 70: a fault of ours.
+    in one line. 70: a fault of ours. The traceback of a fault, and of what vLLM's own code refuses,
+    is kept in a file.
     """
     options, serve_arguments = _parser().parse_known_args(arguments)
     return guarded(_PROGRAM, lambda: _run(options, serve_arguments))
@@ -66,7 +67,7 @@ def _run(options: argparse.Namespace, serve_arguments: Sequence[str]) -> int:
     if options.model is None and not serve_arguments:
         print("on: vLLM knows --attention-backend afbs; give --model to see its layers")
         return EXIT_ON
-    from vllm_afbs.check.layers import RefusedError
+    from vllm_afbs.check.refusals import RefusedError
 
     try:
         return _check_layers(options.model, serve_arguments)

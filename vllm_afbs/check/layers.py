@@ -14,6 +14,7 @@ import torch
 from vllm_afbs import compat
 from vllm_afbs.check.model import make_layers, only_rank, rank_counts
 from vllm_afbs.check.plugins import one_line
+from vllm_afbs.check.refusals import RefusedError, refusals_of_vllm
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import admission, eligibility, summary
 from vllm_afbs.serving.plan import LayerPlan, plan_layer, plan_layers
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
     from vllm.config import VllmConfig
-
-
-class RefusedError(ValueError):
-    """A server would not start with what was given; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +58,9 @@ def parse_serve_arguments(arguments: Sequence[str]) -> "Namespace":
     serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
     for each in (parser, serve):
         _raise_errors(each)
-    try:
+    with refusals_of_vllm():
         options: Namespace = parser.parse_args([command.name, *arguments])
         command.validate(options)
-    except (ValueError, TypeError, OSError) as error:
-        if isinstance(error, RefusedError):
-            raise
-        raise RefusedError(f"vllm serve: {one_line(error)}") from None
     if getattr(options, "model_tag", None) is not None:
         options.model = options.model_tag
     return options
@@ -88,20 +81,15 @@ def server_config(options: "Namespace") -> "VllmConfig":
     Raises:
         RefusedError: vLLM or our admission refuses what was given.
     """
-    from pydantic import ValidationError
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     if options.model.startswith(("/", "./", "../", "~")) and not Path(options.model).exists():
         raise RefusedError(f"{options.model}: no such directory")
     try:
-        config: VllmConfig = AsyncEngineArgs.from_cli_args(options).create_engine_config()
+        with refusals_of_vllm():
+            config: VllmConfig = AsyncEngineArgs.from_cli_args(options).create_engine_config()
     except SystemExit as error:  # admission's one line
         raise RefusedError(str(error.code).removeprefix("vllm-afbs: ")) from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise RefusedError(f"vllm serve: {' '.join(first['msg'].split())}") from None
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise RefusedError(f"vllm serve: {one_line(error)}") from None
     return config
 
 
@@ -176,7 +164,8 @@ def _plan_layers(
         if not names:
             continue
         backends = list({layers[name].get_attn_backend() for name in names})
-        page_size = select_common_block_size(group.kv_cache_spec.block_size, backends)
+        with refusals_of_vllm():
+            page_size = select_common_block_size(group.kv_cache_spec.block_size, backends)
         if vllm_config.device_config.device_type == "cpu":
             for name in names:
                 spec = specs[layers[name].kv_sharing_target_layer_name or name]

@@ -26,17 +26,26 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     try:
         return run()
     except Exception as error:
-        where = _keep(error)
+        where = keep_traceback(error, "fault")
         message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         print(
-            f"{program}: error: a fault of vllm-afbs, not of what you gave: {message}; {where}",
+            f"{program}: error: a fault of vllm-afbs, not of what you gave: {message}; please "
+            f"report it; {where}",
             file=sys.stderr,
         )
         return EXIT_FAULT
 
 
-def _keep(error: Exception) -> str:
-    """Writes the traceback to a file; says where, or why not and the line that failed."""
+def keep_traceback(error: Exception, kind: str) -> str:
+    """Writes an exception's traceback to a file.
+
+    Args:
+        error: The exception.
+        kind: A word for the file's name.
+
+    Returns:
+        Where the traceback is kept; if it cannot be kept, why not and which line raised.
+    """
     try:
         own_version = version("vllm-afbs")
     except PackageNotFoundError:  # a checkout that is not installed
@@ -44,7 +53,7 @@ def _keep(error: Exception) -> str:
     about = f"vllm-afbs {own_version}, Python {platform.python_version()}"
     text = "".join([f"{about}\n", *traceback.format_exception(error)])
     try:
-        descriptor, name = tempfile.mkstemp(prefix="vllm-afbs-fault-", suffix=".txt")
+        descriptor, name = tempfile.mkstemp(prefix=f"vllm-afbs-{kind}-", suffix=".txt")
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as refused:
@@ -53,4 +62,4 @@ def _keep(error: Exception) -> str:
             f"raised in {Path(last.filename).name}, line {last.lineno}; the traceback could not "
             f"be kept: {refused.strerror}"
         )
-    return f"please report it with the traceback, kept in {name}"
+    return f"the traceback is kept in {name}"

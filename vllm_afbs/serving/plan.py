@@ -1,8 +1,7 @@
 """Decides what each attention layer serves: which thresholds, or why it runs dense."""
 
-import logging
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,10 @@ from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import Profile, mean_calibration
 from vllm_afbs.serving import eligibility
-from vllm_afbs.serving.reasons import KINDS, Reason
+from vllm_afbs.serving.reasons import Reason
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-logger = logging.getLogger("vllm.afbs")
 
 UNKNOWN_LAYER = -1
 """Index of a layer that the profile's model does not have, such as a draft model's."""
@@ -76,7 +73,7 @@ def plan_layer(
 def plan_layers(
     vllm_config: "VllmConfig", profile: Profile | None, layer_names: list[str], page_size: int
 ) -> Iterator[tuple[Any, LayerPlan]]:
-    """Decides what each attention layer of these names serves, and logs which ones run dense.
+    """Decides what each attention layer of these names serves.
 
     Args:
         vllm_config: The worker's configuration.
@@ -91,7 +88,6 @@ def plan_layers(
     layers = compat.attention_layers(vllm_config, layer_names)
     indices = compat.layer_indices(vllm_config)
     whole_server = eligibility.server_obstacles(vllm_config)
-    plans = {}
     for name, layer in layers.items():
         unsupported: Reason | None = None
         if profile is not None:
@@ -99,21 +95,4 @@ def plan_layers(
             unsupported = eligibility.first_true(whole_server | place)
             unsupported = unsupported or layer.impl.unsupported_feature(page_size, profile)
         index = indices.get(name, UNKNOWN_LAYER)
-        plans[name] = plan_layer(profile, index, layer.impl.num_heads, rank, unsupported)
-    _log_dense_layers(plans)
-    for name, layer in layers.items():
-        yield layer.impl, plans[name]
-
-
-def _log_dense_layers(plans: Mapping[str, LayerPlan]) -> None:
-    """Logs one line for each reason, with the number of its layers and their names."""
-    layers: dict[Reason, list[str]] = {}
-    for name, plan in plans.items():
-        reason = plan.dense_reason
-        if reason is not None and reason != "no_profile":  # admission has logged that one
-            layers.setdefault(reason, []).append(name)
-    for reason, names in layers.items():
-        level = logging.WARNING if KINDS[reason] == "fixed" else logging.INFO
-        logger.log(
-            level, "%d layers run dense: %s (%s to %s).", len(names), reason, names[0], names[-1]
-        )
+        yield layer.impl, plan_layer(profile, index, layer.impl.num_heads, rank, unsupported)

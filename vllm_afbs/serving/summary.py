@@ -1,8 +1,8 @@
-"""One line that says whether sparse attention is on: how many layers, at which lengths, why not."""
+"""What a server logs about its layers: how many run sparse, at which lengths, why others do not."""
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from vllm_afbs import compat
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving.plan import LayerPlan
-from vllm_afbs.serving.reasons import Reason
+from vllm_afbs.serving.reasons import KINDS, Reason
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -125,10 +125,11 @@ def report(
     layer_names: list[str],
     final: Sequence[LayerPlan],
 ) -> None:
-    """Takes what layers will serve; logs the summary once every layer of the model has a plan.
+    """Takes what layers will serve; logs once which of them run dense, and the summary.
 
-    That is one line for each server: with tensor or data parallelism, only the first rank of a
-    machine logs it. With pipeline parallelism, each stage logs a line about its own layers.
+    It logs the summary once every layer of the model has a plan, which is one line for each server:
+    with tensor or data parallelism, only the first rank of a machine logs it. With pipeline
+    parallelism, each stage logs a line about its own layers.
 
     Args:
         vllm_config: The worker's configuration.
@@ -137,12 +138,14 @@ def report(
         final: Their plans, in the order of ``plan_layers``.
     """
     layers = compat.attention_layers(vllm_config, None)
-    changed = False
-    own = compat.attention_layers(vllm_config, layer_names).values()
-    for layer, plan in zip(own, final, strict=True):
+    changed: dict[str, LayerPlan] = {}
+    own = compat.attention_layers(vllm_config, layer_names).items()
+    for (name, layer), plan in zip(own, final, strict=True):
         earlier = _PLANS.get(layer)
-        changed |= earlier is None or earlier.dense_reason != plan.dense_reason
+        if earlier is None or earlier.dense_reason != plan.dense_reason:
+            changed[name] = plan
         _PLANS[layer] = plan
+    _log_dense_layers(changed)
     missing = [name for name, layer in layers.items() if layer not in _PLANS]
     # A layer that needs no cache, such as an encoder's, may have no builder. vLLM's configuration
     # is asked for caches only while some layer has no plan.
@@ -156,3 +159,17 @@ def report(
     summary = Summary.of(vllm_config, profile, plans(vllm_config).values())
     level = logging.INFO if summary.num_sparse else logging.WARNING
     logger.log(level, "%s%s.", place, summary)
+
+
+def _log_dense_layers(plans: Mapping[str, LayerPlan]) -> None:
+    """Logs one line for each reason, with the number of its layers and their names."""
+    layers: dict[Reason, list[str]] = {}
+    for name, plan in plans.items():
+        reason = plan.dense_reason
+        if reason is not None and reason != "no_profile":  # admission has logged that one
+            layers.setdefault(reason, []).append(name)
+    for reason, names in layers.items():
+        level = logging.WARNING if KINDS[reason] == "fixed" else logging.INFO
+        logger.log(
+            level, "%d layers run dense: %s (%s to %s).", len(names), reason, names[0], names[-1]
+        )

@@ -177,7 +177,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
                 plan.thresholds, self.num_kv_heads, self.head_size, self.scale, cache_format
             )
         except UnknownPackingError as error:
-            logger.warning("Layer %d runs dense: cache_layout (%s).", plan.layer, error)
+            logger.warning("Layer %d cannot read its cache: %s.", plan.layer, error)
             return ServedLayer(
                 replace(plan, thresholds=None, dense_reason="cache_layout"), None, meter
             )
