@@ -187,10 +187,10 @@ def test_a_window_shorter_than_the_positions_is_refused(tiny_model: Path, tmp_pa
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_a_server_takes_a_window_beyond_the_profile_for_none(platform: str) -> None:
     profile = uniform_profile()
-    for window, expected in ((8192, None), (262_144, None), (8191, "sliding_window")):
+    for window, expected in ((8192, None), (262_144, None), (8191, "local_attention")):
         impl = make_impl(platform, sliding_window=window)
         assert impl.unsupported_feature(128, profile) == expected
-        assert impl.unsupported_feature(128, None) == "sliding_window"
+        assert impl.unsupported_feature(128, None) == "local_attention"
 
 
 def fingerprint(**fields: Any) -> ModelFingerprint:

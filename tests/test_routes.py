@@ -52,7 +52,7 @@ def make_app(
         write_atomically(path, profile.to_json())
         settings |= {"profile": str(path), "profile_id": profile.profile_id}
     config = SimpleNamespace(
-        attention_config=SimpleNamespace(backend=SimpleNamespace(name="AFBS")),
+        attention_config=SimpleNamespace(backend=SimpleNamespace(name="AFBS"), backend_per_kind={}),
         additional_config={"afbs": settings},
         parallel_config=SimpleNamespace(
             world_size=num_workers,

@@ -111,7 +111,7 @@ def _check_layers(model: str | None, serve_arguments: Sequence[str]) -> int:
         for line in lines:
             if line != compat.unknown_version():  # said already
                 print(f"note: {line}")
-        if not compat.is_afbs(config.attention_config.backend):
+        if not compat.chooses_afbs(config):
             print("off: these arguments do not choose our backend: add --attention-backend afbs")
             return EXIT_OFF
         answer = plan_server(config)

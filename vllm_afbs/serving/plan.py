@@ -39,6 +39,11 @@ class LayerPlan:
     dense_reason: Reason | None
     calibration: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the layer has no full attention, so that it is vLLM's alone."""
+        return self.dense_reason == "local_attention"
+
     def expected_sparsity(self, kv_len: int) -> float:
         """Sparsity at a context length, interpolated linearly between calibrated lengths."""
         lengths = [length for length, _ in self.calibration]
@@ -62,10 +67,10 @@ def plan_layer(
         unsupported: Why this layer cannot run sparse whatever the profile says, or None.
     """
     heads = range(rank * num_heads, (rank + 1) * num_heads)
-    if profile is None:
-        return LayerPlan(layer, heads, None, "no_profile")
     if unsupported is not None:
         return LayerPlan(layer, heads, None, unsupported)
+    if profile is None:
+        return LayerPlan(layer, heads, None, "no_profile")
     tuned = profile.layers[layer]
     if not tuned.is_sparse:
         return LayerPlan(layer, heads, None, "profile_dense")
@@ -94,7 +99,9 @@ def plan_layers(
     plans = {}
     for name, layer in layers.items():
         unsupported: Reason | None = None
-        if profile is not None:
+        if eligibility.is_local(layer, profile):
+            unsupported = "local_attention"
+        elif profile is not None:
             place = eligibility.place_obstacles(layer, indices.get(name), profile, num_ranks)
             unsupported = eligibility.first_true(whole_server | place)
             unsupported = unsupported or layer.impl.unsupported_feature(page_size, profile)
@@ -110,7 +117,8 @@ def _log_dense_layers(plans: Mapping[str, LayerPlan]) -> None:
     layers: dict[Reason, list[str]] = {}
     for name, plan in plans.items():
         reason = plan.dense_reason
-        if reason is not None and reason != "no_profile":  # admission has logged that one
+        # Admission has logged the one, and the summary logs the other.
+        if reason not in (None, "no_profile", "local_attention"):
             layers.setdefault(reason, []).append(name)
     for reason, names in layers.items():
         level = logging.WARNING if KINDS[reason] == "fixed" else logging.INFO
