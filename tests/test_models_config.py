@@ -219,9 +219,14 @@ def fingerprint(**fields: Any) -> ModelFingerprint:
         ({"rope_theta": 1e4}, {"rope_theta": 1e6}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, {}, "partial_rotary_factor"),
         (
-            {"full_attention": {"factor": 1.0}},
-            {"full_attention": {"factor": 2.0}},
-            "full_attention.factor",
+            {"full_attention": {"factor": 1.0}, "sliding_attention": {"rope_theta": 1e4}},
+            {"full_attention": {"factor": 2.0}, "sliding_attention": {"rope_theta": 1e4}},
+            "factor",
+        ),
+        (  # as in profiles of version 2
+            {"full_attention": {"factor": 1.0}, "sliding_attention": {"rope_theta": 1e4}},
+            {"factor": 1.0},
+            None,
         ),
     ],
     ids=str,
