@@ -44,7 +44,7 @@ def _windows(model_type: str, architecture: str, *kinds: str, **fields: Any) -> 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma-2": _windows(
         "gemma2", "Gemma2ForCausalLM", SLIDING, FULL,
-        query_pre_attn_scalar=32, attn_logit_softcapping=50.0,
+        query_pre_attn_scalar=32, attn_logit_softcapping=50.0, tie_word_embeddings=True,
     ),
     "gemma-3": _windows(
         "gemma3_text", "Gemma3ForCausalLM", SLIDING, SLIDING, FULL, SLIDING, FULL,
@@ -88,8 +88,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qwen3_next", "Qwen3NextForCausalLM", LINEAR, LINEAR, LINEAR, FULL,
         sliding_window=None, partial_rotary_factor=0.25, num_experts=2, num_experts_per_tok=1,
         decoder_sparse_step=1, moe_intermediate_size=32, shared_expert_intermediate_size=32,
-        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=32,
-        linear_value_head_dim=32, linear_conv_kernel_dim=4, head_dim=64,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=64,
+        linear_value_head_dim=64, linear_conv_kernel_dim=4, head_dim=64,
     ),
     "phi-4": {
         # Windows in the configuration and none in a layer: every layer is full.

@@ -90,7 +90,8 @@ class Summary:
         if self.limit is not None:
             line += f" ({self.limit.explanation})"
         if self.num_others:
-            line += f"; {self.num_others} others have no full attention"
+            others = "1 other has" if self.num_others == 1 else f"{self.num_others} others have"
+            line += f"; {others} no full attention"
         return line
 
 
