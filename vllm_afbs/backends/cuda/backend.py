@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from vllm_afbs import compat
 from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
 from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
 from vllm_afbs.backends.cuda.kv_cache import is_readable, split_kv_cache
+from vllm_afbs.backends.cuda.metadata import AfbsCUDAMetadata, ServedLayer
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.backends.cuda.pages import SplitsBlocks
 from vllm_afbs.backends.cuda.sparse import (
@@ -67,39 +67,6 @@ class AfbsCUDABackend(SplitsBlocks):
     def get_builder_cls() -> type["AfbsCUDAMetadataBuilder"]:
         """The builder of a step's metadata."""
         return AfbsCUDAMetadataBuilder
-
-
-@dataclass(kw_only=True)
-class AfbsCUDAMetadata(FlashAttentionMetadata):
-    """FlashAttention's metadata of a whole step that has long prefills, and what these need.
-
-    Attributes:
-        blocks: The query blocks of the long prefills.
-        meter: Where the layers report their work. With microbatching vLLM gives each microbatch a
-            builder, and runs one microbatch's layers between those of another.
-        dense_requests: The other requests; None if there are none.
-    """
-
-    blocks: QueryBlocks
-    meter: DeviceMeter
-    dense_requests: DenseRequests | None = None
-
-
-@dataclass(frozen=True)
-class ServedLayer:
-    """What the metadata builder gives a layer before its first step.
-
-    Attributes:
-        plan: The thresholds of the layer, or why it runs dense.
-        slot: The layer's place among those of the builder, and in its meter.
-        prefills: The layer's sparse prefill by kernel; empty if the layer runs dense.
-        always_sparse: Whether it also runs sparse where dense is expected to be faster.
-    """
-
-    plan: LayerPlan
-    slot: int
-    prefills: Mapping[KernelChoice, SparsePrefill]
-    always_sparse: bool = False
 
 
 class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
