@@ -59,7 +59,10 @@ def captured(model: SourceModel, folder: Path, length: int = 64) -> None:
         ({"architectures": "LlamaForCausalLM"}, "architectures: a list of names expected"),
         ({"architectures": [None]}, "architectures: a list of names expected"),
         ({"architectures": []}, "architectures: a decoder-only causal language model expected"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer 1 is sliding_attention"),
+        (
+            {"layer_types": ["sliding_attention"] * 2},
+            "layer_types: full_attention expected in some layer, got sliding_attention",
+        ),
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"model_type": "of_tomorrow"}, "of_tomorrow"),
         ({"model_type": None}, "model_type: a name expected, got None"),

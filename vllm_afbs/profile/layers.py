@@ -19,6 +19,20 @@ def full_layers(config: Any) -> list[int]:
     return [index for index, kind in enumerate(kinds) if kind in _FULL]
 
 
+def tunable_layers(config: Any) -> list[int]:
+    """Indices of the layers with full attention to keys and values of their own.
+
+    In some models, such as Gemma 4, the last layers take those of earlier layers, and run dense.
+
+    Args:
+        config: The text part of a ``PretrainedConfig``.
+    """
+    num_sharing = getattr(config, "num_kv_shared_layers", None) or 0
+    return [
+        index for index in full_layers(config) if index < config.num_hidden_layers - num_sharing
+    ]
+
+
 def layer_kinds(config: Any) -> list[str] | None:
     """The kind of each layer, as configured; None where the configuration names no kinds.
 
