@@ -81,6 +81,7 @@ def engine(
         "max_num_batched_tokens": 2048,
         "enforce_eager": True,
         "skip_tokenizer_init": True,
+        "num_gpu_blocks_override": 256,  # vLLM would fill a GiB with zeros
         "enable_prefix_caching": False,
         "attention_config": backend,
         "additional_config": served,

@@ -13,6 +13,7 @@ from tests import hybrids
 from tests.tuning_jobs import command, save_byte_tokenizer
 from vllm_afbs import tune
 from vllm_afbs.commands import arguments
+from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 from vllm_afbs.errors import InputError
 from vllm_afbs.evaluate.in_process import Runner
 from vllm_afbs.kernels import HeadThresholds
@@ -68,7 +69,7 @@ def test_a_hybrid_is_tuned_in_its_full_layers(
 ) -> None:
     directory, output = models["gemma-3"], tmp_path / "profile.json"
     save_byte_tokenizer(directory)
-    job = command(directory, output, "--tolerance", "0.3", "--engine", arguments.TRANSFORMERS)
+    job = command(directory, output, "--tolerance", "0.3")
     assert tune.main(job) == 0
     profile = load_profile(output)
     assert profile.schema_version == 3
@@ -82,20 +83,22 @@ def test_a_hybrid_is_tuned_in_its_full_layers(
     assert "<td>2 of 5 layers have full attention</td>" in report
 
     other = tmp_path / "other.json"
-    refused = [*command(directory, other, "--layers", "0-2"), "--engine", arguments.TRANSFORMERS]
-    assert tune.main(refused) == 2
+    assert tune.main(command(directory, other, "--layers", "0-2")) == 2
     line = "--layers: layers with full attention to keys of their own expected (2, 4), got 0-1"
     assert line in capsys.readouterr().err
 
 
 @pytest.mark.machine
 def test_vllm_tunes_a_hybrid_whose_last_layers_share_keys(
-    models: Mapping[str, Path], tmp_path: Path
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in SERVER_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     directory, output = models["gemma-4"], tmp_path / "profile.json"
     save_byte_tokenizer(directory)
-    more = ("--tolerance", "0.3", "--engine", arguments.VLLM, "--dtype", "float32")
-    assert tune.main(command(directory, output, *more)) == 0
+    job = command(directory, output, "--tolerance", "0.3", "--dtype", "float32")
+    job[job.index(arguments.TRANSFORMERS)] = arguments.VLLM
+    assert tune.main(job) == 0
     profile = load_profile(output)
     assert profile.full_layers == [1, 3, 5]
     assert (profile.model.num_kv_heads, profile.model.head_dim) == (1, 64)
