@@ -138,7 +138,6 @@ def test_layers_are_answered_without_weights(
 OFF: list[tuple[list[str], str]] = [
     (["--kv-cache-dtype", "fp8"], "0 of 4 layers sparse; 4 dense: kv_cache_dtype"),
     (["--enable-lora"], "0 of 4 layers sparse; 4 dense: lora"),
-    (["--block-size", "96"], "0 of 4 layers sparse; 4 dense: page_size"),
     (["--max-model-len", "512"], "max_model_len is 512, the shortest calibrated context 1,024"),
     (["--max-num-batched-tokens", "64"], "chunks have at most 64 tokens"),
 ]
@@ -155,6 +154,16 @@ def test_arguments_that_turn_everything_off(
     assert lines[-1].startswith("off: 0 of 4 layers sparse; 4 dense: ")
     assert reason in lines[-1]
     assert not any(line.endswith(": sparse") for line in lines)
+
+
+@pytest.mark.parametrize("block_size", ["96", "256"])
+def test_blocks_are_split_into_pages_that_key_blocks_consist_of(
+    block_size: str, model: Path, profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", model, "--profile", profile, OURS, "--block-size", block_size]
+    status, lines, _ = outcome(capsys, *given)
+    assert status == 0
+    assert lines[-1].startswith("on: 3 of 4 layers sparse")
 
 
 def test_what_the_builder_cannot_prepare_is_off(
@@ -196,8 +205,10 @@ def test_a_model_of_two_kinds_of_layers(tmp_path: Path, capsys: pytest.CaptureFi
     )
     assert status == 0, error
     assert "layers 1, 3: sparse" in lines
-    assert "layers 0, 2: dense, sliding_window" in lines
-    assert lines[-1].endswith("; 2 dense: sliding_window")
+    assert "layers 0, 2: dense, local_attention" in lines
+    assert lines[-1] == (
+        "on: 2 of 2 layers sparse from 1,024 to 4,096 tokens; 2 others have no full attention"
+    )
 
 
 def test_several_ranks_are_planned_as_one(

@@ -233,7 +233,7 @@ def test_an_interrupted_job_goes_on(model: Path, tmp_path: Path, profile: Path) 
     ],
 )
 def test_arguments_that_are_refused(model: Path, given: Sequence[str], line: str) -> None:
-    from vllm_afbs.check.layers import RefusedError
+    from vllm_afbs.check.refusals import RefusedError
     from vllm_afbs.engine.arguments import parse
 
     with pytest.raises(RefusedError, match=line):

@@ -69,7 +69,9 @@ ARGUMENTS: list[tuple[dict[str, Any], Reason | None, Reason | None]] = [
     ({"kv_sharing_target_layer_name": name_of(0)}, "kv_sharing", "kv_sharing"),
     ({"alibi_slopes": [1.0] * 4}, "alibi", "alibi"),
     ({"sinks": torch.zeros(4)}, "sinks", "sinks"),
-    ({"sliding_window": 512}, "sliding_window", "sliding_window"),
+    ({"sliding_window": 512}, "local_attention", "local_attention"),
+    ({"sliding_window": 8192}, None, None),  # hides nothing from the profile's contexts
+    ({"sliding_window": 512, "sinks": torch.zeros(4)}, "local_attention", "local_attention"),
     ({"logits_soft_cap": 30.0}, "softcap", None),  # the kernels on CUDA cap as asked
     ({"logits_soft_cap": 0.0}, None, None),
     ({"kv_cache_dtype": "bfloat16"}, None, None),
@@ -191,7 +193,9 @@ def test_only_attention_itself_runs_sparse(tmp_path: Path, monkeypatch: pytest.M
     for kind in SUBCLASSES:
         layers = {name_of(0): make_layer(make_impl("cpu"), kind)}
         config = make_config(tmp_path, layers)
-        assert reasons(config, monkeypatch) == ["attention_type"], kind
+        is_chunked = kind is attention.ChunkedLocalAttention
+        expected = "local_attention" if is_chunked else "attention_type"
+        assert reasons(config, monkeypatch) == [expected], kind
     layer = make_layer(make_impl("cpu"))
     layer.head_size_v = 16
     config = make_config(tmp_path, {name_of(0): layer})
@@ -234,6 +238,9 @@ def test_another_head_size_is_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["model.attn"], ["unknown_layer"]),
         (["model.layers.0.experts.1.attn"], ["unknown_layer"]),
         (["encoder.layers.0.attn", "decoder.layers.0.attn"], ["unknown_layer"] * 2),
+        # Layers that predict several tokens count from 0 again.
+        ([name_of(0), "mtp.layers.0.self_attn.attn"], [None, "unknown_layer"]),
+        ([name_of(1), "model.mtp_layers.1.self_attn.attn"], [None, "unknown_layer"]),
     ],
 )
 def test_a_layer_has_to_have_a_place_in_the_profile(
@@ -259,6 +266,17 @@ def test_what_the_whole_server_does_decides(
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
     config.additional_config = {}
     assert reasons(config, monkeypatch) == ["no_profile"]
+
+
+def test_layers_without_full_attention_are_so_whatever_else_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even other heads than the profile's, a LoRA or no profile is what keeps them dense."""
+    layers = {name_of(0): make_layer(make_impl("cpu", sliding_window=512, num_heads=8))}
+    config = make_config(tmp_path, layers, lora_config=SimpleNamespace(max_loras=1))
+    assert reasons(config, monkeypatch) == ["local_attention"]
+    config.additional_config = {}
+    assert reasons(config, monkeypatch) == ["local_attention"]
 
 
 def test_a_layer_that_was_not_tuned_is_dense() -> None:

@@ -116,6 +116,8 @@ def test_the_profile_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert labels["profile_id"] == profile.profile_id
     assert labels["tolerance"] == "0.05"
     assert labels["weights"] == "unknown"
+    assert shown["vllm_afbs_layers", (("attention", "full"),)] == 2
+    assert shown["vllm_afbs_layers", (("attention", "other"),)] == 0
 
 
 def test_room_is_taken_before_numbers_are_written(

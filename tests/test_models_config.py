@@ -59,7 +59,10 @@ def captured(model: SourceModel, folder: Path, length: int = 64) -> None:
         ({"architectures": "LlamaForCausalLM"}, "architectures: a list of names expected"),
         ({"architectures": [None]}, "architectures: a list of names expected"),
         ({"architectures": []}, "architectures: a decoder-only causal language model expected"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer 1 is sliding_attention"),
+        (
+            {"layer_types": ["sliding_attention"] * 2},
+            "layer_types: full_attention expected in some layer, got sliding_attention",
+        ),
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"model_type": "of_tomorrow"}, "of_tomorrow"),
         ({"model_type": None}, "model_type: a name expected, got None"),
@@ -187,10 +190,10 @@ def test_a_window_shorter_than_the_positions_is_refused(tiny_model: Path, tmp_pa
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_a_server_takes_a_window_beyond_the_profile_for_none(platform: str) -> None:
     profile = uniform_profile()
-    for window, expected in ((8192, None), (262_144, None), (8191, "sliding_window")):
+    for window, expected in ((8192, None), (262_144, None), (8191, "local_attention")):
         impl = make_impl(platform, sliding_window=window)
         assert impl.unsupported_feature(128, profile) == expected
-        assert impl.unsupported_feature(128, None) == "sliding_window"
+        assert impl.unsupported_feature(128, None) == "local_attention"
 
 
 def fingerprint(**fields: Any) -> ModelFingerprint:
@@ -219,9 +222,14 @@ def fingerprint(**fields: Any) -> ModelFingerprint:
         ({"rope_theta": 1e4}, {"rope_theta": 1e6}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, {}, "partial_rotary_factor"),
         (
-            {"full_attention": {"factor": 1.0}},
-            {"full_attention": {"factor": 2.0}},
-            "full_attention.factor",
+            {"full_attention": {"factor": 1.0}, "sliding_attention": {"rope_theta": 1e4}},
+            {"full_attention": {"factor": 2.0}, "sliding_attention": {"rope_theta": 1e4}},
+            "factor",
+        ),
+        (  # as in profiles of version 2
+            {"full_attention": {"factor": 1.0}, "sliding_attention": {"rope_theta": 1e4}},
+            {"factor": 1.0},
+            None,
         ),
     ],
     ids=str,

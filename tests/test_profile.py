@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
+from tests import hybrids
 from tests.profiles import SMALL_MODEL, uniform_profile
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.layers import full_layers
 
 
 @pytest.fixture
@@ -36,13 +38,17 @@ def _set(path: list[Any], value: Any) -> Any:
     return change
 
 
+HEAD = json.loads(uniform_profile().to_json())["layers"][0]["heads"][0]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (_set(["schema_version"], 1), "schema_version: 2 expected, got 1"),
+        (_set(["schema_version"], 1), "schema_version: 2 or 3 expected, got 1"),
         (_set(["layers", 0, "heads", 1, "tau"], float("nan")), "layers.0.heads.1.tau"),
         (_set(["layers", 0, "heads", 1, "tau"], 0.0), "layers.0.heads.1.tau"),
-        (_set(["layers", 1, "heads"], []), "layers.1.heads: 4 expected"),
+        (_set(["layers", 1, "heads"], [HEAD]), "layers.1.heads: 4 expected"),
+        (_set(["layers"], [{"heads": []}] * 2), "layers: heads expected in one of them"),
         (_set(["layers"], []), "layers: 2 expected"),
         (_set(["model", "head_dim"], "wide"), "model.head_dim"),
         (_set(["thresholds"], 1), "thresholds"),
@@ -78,3 +84,54 @@ def test_fingerprint_of_a_hugging_face_config() -> None:
     )
     config.architectures = ["LlamaForCausalLM"]
     assert ModelFingerprint.from_config(config) == SMALL_MODEL
+
+
+def test_profiles_of_version_2_are_read_and_keep_their_ids(stored: Path) -> None:
+    data = json.loads(stored.read_text())
+    text = json.dumps(data | {"schema_version": 2}, indent=1) + "\n"
+    stored.write_text(text)
+    older = load_profile(stored)
+    assert older.schema_version == 2
+    assert json.loads(older.to_json()) == json.loads(text)
+    data["layers"][1]["heads"] = []
+    stored.write_text(json.dumps(data | {"schema_version": 2}))
+    with pytest.raises(ProfileError, match=r"layers\.1\.heads: 4 expected"):
+        load_profile(stored)
+
+
+def test_layers_without_full_attention_have_no_heads(stored: Path) -> None:
+    data = json.loads(stored.read_text())
+    data["layers"][1]["heads"] = []
+    stored.write_text(json.dumps(data))
+    profile = load_profile(stored)
+    assert profile.full_layers == [0]
+    assert not profile.layers[1].is_sparse
+
+
+SHAPES = {"gemma-4": (4, 1, 64), "qwen-3-next": (4, 2, 64)}
+"""Heads, KV heads and head size of the full layers; of all other models 4, 2 and 32."""
+
+
+@pytest.mark.parametrize("name", hybrids.CONFIGS)
+def test_the_fingerprint_is_of_the_layers_with_full_attention(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hybrids.config(name)))
+    config = AutoConfig.from_pretrained(tmp_path)
+    model = ModelFingerprint.from_config(config)
+    assert model.num_layers == hybrids.CONFIGS[name]["num_hidden_layers"]
+    assert (model.num_heads, model.num_kv_heads, model.head_dim) == SHAPES.get(name, (4, 2, 32))
+    assert not any(isinstance(value, dict) for value in model.rope.values())
+    assert full_layers(config.get_text_config()) == hybrids.full_layers(name)
+    if name == "gemma-3":
+        assert model.rope == {"factor": 8.0, "rope_theta": 1e6, "rope_type": "linear"}
+
+
+def test_the_heads_of_full_layers_are_also_found_where_transformers_knows_no_layers() -> None:
+    config = LlamaConfig(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    config.global_head_dim, config.num_global_key_value_heads = 64, 1
+    for same_projection, num_kv_heads in ((True, 1), (False, 2)):
+        config.attention_k_eq_v = same_projection
+        model = ModelFingerprint.from_config(config)
+        assert (model.num_kv_heads, model.head_dim) == (num_kv_heads, 64)

@@ -167,7 +167,7 @@ ROPE = ["model", "rope", "rope_theta"]
         (in_field(TAU, "true"), "layers.0.heads.0.tau: "),
         (in_field(TAU, '0.5, "tau": 0.9'), "'tau' appears twice in one object"),
         (in_field(TAU, '0.5, "a\\nb": 0.9'), r"layers.0.heads.0.a\nb: "),
-        (in_field(["schema_version"], '"1\\n2"'), "schema_version: 2 expected, got "),
+        (in_field(["schema_version"], '"1\\n2"'), "schema_version: 2 or 3 expected, got "),
         (in_field(["min_seq_len"], "9" * 5000), "not valid JSON"),
         (in_field(["model", "num_heads"], "5"), "layers.0.heads: 5 expected by model.num_heads"),
         (in_field(["model_name"], r'"\ud800"'), "Invalid JSON"),

@@ -52,7 +52,7 @@ def make_app(
         write_atomically(path, profile.to_json())
         settings |= {"profile": str(path), "profile_id": profile.profile_id}
     config = SimpleNamespace(
-        attention_config=SimpleNamespace(backend=SimpleNamespace(name="AFBS")),
+        attention_config=SimpleNamespace(backend=SimpleNamespace(name="AFBS"), backend_per_kind={}),
         additional_config={"afbs": settings},
         parallel_config=SimpleNamespace(
             world_size=num_workers,
@@ -250,6 +250,16 @@ def test_routes_tell_what_workers_counted(tmp_path: Path) -> None:
     served = client.get("/afbs/profile").json()
     assert served["profile_id"] == profile.profile_id
     assert Profile.model_validate(served["profile"]) == profile
+
+
+def test_layers_without_full_attention_are_counted_and_not_shown(tmp_path: Path) -> None:
+    profile = uniform_profile()
+    no_heads = profile.layers[0].model_copy(update={"heads": []})
+    hybrid = profile.model_copy(update={"layers": [no_heads, profile.layers[1]]})
+    client = client_of(make_app(tmp_path, hybrid))
+    status = client.get("/afbs/status").json()
+    assert (status["full_layers"], status["other_layers"]) == (1, 1)
+    assert [layer["layer"] for layer in client.get("/afbs/layers").json()] == [1]
 
 
 def test_the_profile_is_not_hashed_anew_at_every_look(

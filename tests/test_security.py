@@ -90,8 +90,9 @@ def test_a_label_holds_a_name_and_nothing_else(name: str) -> None:
     assert {each.name: each.value for each in samples} == {
         "vllm_afbs_profile_loaded": 1.0,
         "vllm_afbs_profile_info": 1.0,
+        "vllm_afbs_layers": 0.0,  # the last of two: none without full attention
     }
-    (labels,) = [each.labels for each in samples if each.labels]
+    (labels,) = [each.labels for each in samples if "model" in each.labels]
     assert labels["model"] == labels["created_at"] == name
     assert labels["profile_id"] == profile.profile_id
 

@@ -32,7 +32,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> An
     """The configuration of a worker with two layers, each with a cache and of our backend."""
     layers = {name_of(index): make_layer(make_impl("cpu")) for index in range(2)}
     settings = {
-        "model_config": SimpleNamespace(enable_sleep_mode=False, max_model_len=8192),
+        "model_config": SimpleNamespace(
+            enable_sleep_mode=False, max_model_len=8192, get_num_layers=lambda parallel: 2
+        ),
         "parallel_config": SimpleNamespace(data_parallel_rank_local=None),
         "scheduler_config": SimpleNamespace(
             max_num_batched_tokens=2048, long_prefill_token_threshold=0
@@ -106,6 +108,7 @@ def test_a_layer_without_a_cache_is_not_waited_for(
 ) -> None:
     config = model(tmp_path, monkeypatch)
     monkeypatch.setattr(compat, "cache_specs", lambda config: {name_of(0): None})
+    monkeypatch.setattr(compat, "num_decoder_layers", lambda config: 1)
     build(config, 0)
     assert logged == ["1 of 1 layers sparse from 1,024 to 8,192 tokens."]
 
@@ -133,9 +136,15 @@ def test_a_pipeline_stage_speaks_for_its_layers(
     assert logged == [f"Pipeline stage 2 of 4: {WHOLE}."]
 
 
-def summary(reasons: list[Any], max_model_len: int = 9000, chunk: int = 2048) -> Summary:
+def summary(
+    reasons: list[Any], max_model_len: int = 9000, chunk: int = 2048, num_layers: int = 0
+) -> Summary:
+    layers = num_layers or len(reasons)
     config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=max_model_len),
+        model_config=SimpleNamespace(
+            max_model_len=max_model_len, get_num_layers=lambda parallel: layers
+        ),
+        parallel_config=None,
         scheduler_config=SimpleNamespace(
             max_num_batched_tokens=chunk, long_prefill_token_threshold=0
         ),
@@ -150,6 +159,19 @@ def test_the_line_counts_by_reason_and_cuts_the_lengths() -> None:
     assert str(one) == "3 of 4 layers sparse from 1,024 to 8,192 tokens; 1 dense: alibi"
     two = summary([None, "sinks", "alibi", "alibi"], max_model_len=4000)
     assert str(two) == "1 of 4 layers sparse from 1,024 to 4,000 tokens; 3 dense: 2 alibi, 1 sinks"
+
+
+def test_layers_without_full_attention_are_counted_apart() -> None:
+    window = summary([None, "local_attention", "local_attention"])
+    assert window.dense == Counter()
+    assert str(window) == (
+        "1 of 1 layers sparse from 1,024 to 8,192 tokens; 2 others have no full attention"
+    )
+    # Layers of Mamba are none of vLLM's attention layers, and a drafter's are none of the model's.
+    mamba = summary([None, "alibi", "unknown_layer"], num_layers=12)
+    assert str(mamba).endswith(
+        "; 2 dense: 1 alibi, 1 unknown_layer; 10 others have no full attention"
+    )
 
 
 def test_a_server_that_accepts_no_long_prompt_is_off() -> None:

@@ -143,9 +143,15 @@ def test_layers_are_what_the_ranges_name(ranges: list[tuple[int, int]]) -> None:
     text = ",".join(f"{first}-{first + more}" if more else f"{first}" for first, more in ranges)
     named = {first + step for first, more in ranges for step in range(more + 1)}
     options = tuning_parser("tune").parse_args(["--model", "m", "--output", "p", "--layers", text])
-    assert tune._layers(options.layers, 50) == sorted(named)
+    every = list(range(50))
+    assert tune._layers(options.layers, 50, every) == sorted(named)
     with pytest.raises(InputError, match=f"got {max(named)}$"):
-        tune._layers(options.layers, max(named))
+        tune._layers(options.layers, max(named), every)
+    # Of the named layers, those that cannot be tuned are refused.
+    with pytest.raises(InputError, match=rf"of their own expected \(51\), got {min(named)}\b"):
+        tune._layers(options.layers, 52, [51])
+    with pytest.raises(InputError, match="full attention in some layer expected"):
+        tune._layers(options.layers, 50, [])
 
 
 def test_layers_left_out_are_dense(

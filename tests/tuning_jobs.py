@@ -19,8 +19,7 @@ BLOCKS = ["--block-q", "16", "--block-k", "16"]
 
 def save_tiny_model(directory: Path, hidden_size: int = 64, **fields: int) -> None:
     """A random two-layer Llama with a byte tokenizer, both made here."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=hidden_size,
@@ -35,6 +34,14 @@ def save_tiny_model(directory: Path, hidden_size: int = 64, **fields: int) -> No
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(directory)
+    save_byte_tokenizer(directory)
+
+
+def save_byte_tokenizer(directory: Path) -> None:
+    """A tokenizer of 256 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])

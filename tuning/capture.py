@@ -29,7 +29,7 @@ def capture(
         windows: Token ids from ``windows.cut_windows``.
         layers: Which layers to keep.
         directory: Folder to keep captures in; one made of the same weights and tokens is reused.
-        on_progress: Called with 1 after each layer of the model in each window.
+        on_progress: Called with 1 after each layer in each window.
 
     Raises:
         InputError: The weights cannot be read, or a layer's attention is not supported.
@@ -41,7 +41,7 @@ def capture(
     held_out = tuple(window for window in windows if window != CALIBRATION)
     taken = Capture(directory / f"capture-{digest.hexdigest()[:16]}", tuple(layers), held_out)
     todo = taken.missing()
-    for _ in range(shape.num_layers * (len(windows) - len(todo))):
+    for _ in range(len(layers) * (len(windows) - len(todo))):
         on_progress(1.0)
     if not todo:
         return taken

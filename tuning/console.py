@@ -68,12 +68,14 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
     table = Table(title=title)
     for column in ("layer", "sparse", "tau", "theta", "error", "held-out", "sparsity", "held-out"):
         table.add_column(column, justify="right")
-    for index, layer in enumerate(profile.layers):
-        table.add_row(str(index), *_cells(layer.heads))
+    for index in profile.full_layers:
+        table.add_row(str(index), *_cells(profile.layers[index].heads))
     table.add_section()
     table.add_row("all", *_cells([head for layer in profile.layers for head in layer.heads]))
     console = Console()
     console.print(table)
+    if described := describe_layers(profile):
+        console.print(described, highlight=False)
     run = profile.tuner
     heads = profile.num_tuned_heads
     console.print(
@@ -91,6 +93,14 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def describe_layers(profile: Profile) -> str | None:
+    """How many of a model's layers have full attention; None if all do."""
+    num_full, num_layers = len(profile.full_layers), len(profile.layers)
+    if num_full == num_layers:
+        return None
+    return f"{num_full} of {num_layers} layers have full attention; only those are tuned"
 
 
 def _cells(heads: list[HeadProfile]) -> list[str]:

@@ -24,6 +24,8 @@ class Model(Protocol):
         name: The directory or hub id that the user gave.
         fingerprint: What a served model has to match.
         max_length: Longest context that its positions allow, in tokens.
+        full_layers: Indices of the layers with full attention.
+        tunable_layers: Indices of those that also have keys and values of their own.
         least_longest_length: Tokens that the longest calibrated length must have at least.
     """
 
@@ -33,6 +35,10 @@ class Model(Protocol):
     def fingerprint(self) -> ModelFingerprint: ...  # noqa: D102
     @property
     def max_length(self) -> int: ...  # noqa: D102
+    @property
+    def full_layers(self) -> list[int]: ...  # noqa: D102
+    @property
+    def tunable_layers(self) -> list[int]: ...  # noqa: D102
     @property
     def least_longest_length(self) -> int: ...  # noqa: D102
 
@@ -101,7 +107,7 @@ class Engine(Protocol):
         Args:
             windows: Token ids of the windows to run, by name.
             taken: Where the tensors go, and of which layers.
-            on_progress: Called with 1 after each layer of the model in each window.
+            on_progress: Called with 1 after each layer of ``taken`` in each window.
 
         Raises:
             InputError: The weights cannot be read, or a layer's attention is not supported.

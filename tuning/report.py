@@ -64,18 +64,18 @@ def _figures(profile: Profile, steps: Sequence[Entry]) -> Iterable[tuple[str, st
     yield (
         "Sparsity by layer and head",
         f"Share of the block products skipped on held-out text at {longest} tokens.",
-        _heat_map(_matrix(profile, _sparsity), "sparsity", "Viridis", (0.0, 1.0)),
+        _heat_map(profile, _matrix(profile, _sparsity), "sparsity", "Viridis", (0.0, 1.0)),
     )
     yield (
         "Error by layer and head",
         "Relative L1 against dense attention on held-out text, over the layer's tolerance. Dense "
         "heads have none.",
-        _heat_map(_over_tolerance(profile), "error / tolerance", "RdBu_r", (0.0, 2.0)),
+        _heat_map(profile, _over_tolerance(profile), "error / tolerance", "RdBu_r", (0.0, 2.0)),
     )
     yield (
         "τ by layer and head",
         "Share of the blocks' estimated mass that is kept; 1 is dense.",
-        _heat_map(_matrix(profile, lambda head: head.tau), "tau", "Viridis", (None, 1.0)),
+        _heat_map(profile, _matrix(profile, lambda head: head.tau), "tau", "Viridis", (None, 1.0)),
     )
     yield (
         "Error against sparsity",
@@ -118,22 +118,23 @@ def _error(head: HeadProfile) -> float:
 
 
 def _matrix(profile: Profile, value: Any) -> Matrix:
-    return [[value(head) for head in layer.heads] for layer in profile.layers]
+    return [[value(head) for head in profile.layers[index].heads] for index in profile.full_layers]
 
 
 def _over_tolerance(profile: Profile) -> Matrix:
     return [
-        [_error(head) / profile.tolerance_of(index) for head in layer.heads]
-        for index, layer in enumerate(profile.layers)
+        [_error(head) / profile.tolerance_of(index) for head in profile.layers[index].heads]
+        for index in profile.full_layers
     ]
 
 
 def _budget(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
-    layers = list(range(len(profile.layers)))
+    layers = profile.full_layers
     figure = go.Figure(
         go.Bar(x=layers, y=[profile.tolerance_of(layer) for layer in layers], name="tolerance")
     )
-    means = [sum(map(_sparsity, layer.heads)) / len(layer.heads) for layer in profile.layers]
+    heads = [profile.layers[layer].heads for layer in layers]
+    means = [sum(map(_sparsity, each)) / len(each) for each in heads]
     figure.add_scatter(x=layers, y=means, yaxis="y2", name="sparsity", mode="lines+markers")
     kls = {
         int(match["layer"]): step.read(Damage).kl
@@ -154,18 +155,24 @@ def _budget(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
 
 
 def _heat_map(
-    values: Matrix, name: str, colours: str, bounds: tuple[float | None, float]
+    profile: Profile, values: Matrix, name: str, colours: str, bounds: tuple[float | None, float]
 ) -> go.Figure:
     return go.Figure(
         go.Heatmap(
             z=values,
+            y=[str(layer) for layer in profile.full_layers],
             colorscale=colours,
             zmin=bounds[0],
             zmax=bounds[1],
             colorbar={"title": name},
             hovertemplate=f"layer %{{y}}, head %{{x}}<br>{name} %{{z:.3f}}<extra></extra>",
         )
-    ).update_layout(xaxis_title="head", yaxis_title="layer", yaxis_autorange="reversed")
+    ).update_layout(
+        xaxis_title="head",
+        yaxis_title="layer",
+        yaxis_autorange="reversed",
+        yaxis_type="category",  # layers without full attention are left out
+    )
 
 
 def _validated(profile: Profile) -> list[tuple[str, HeadProfile, float]]:
@@ -285,6 +292,7 @@ def _totals(profile: Profile) -> dict[str, str]:
     sparse = [head for head in heads if head.tau < 1.0]
     run, tuned = profile.tuner, profile.num_tuned_heads
     return {
+        **_layers(profile),
         "Sparse heads": f"{len(sparse)} of {len(heads)}",
         "Mean sparsity, held out": f"{sum(map(_sparsity, heads)) / len(heads):.3f}",
         "Mean error, held out": f"{sum(map(_error, heads)) / len(heads):.4f}",
@@ -294,6 +302,13 @@ def _totals(profile: Profile) -> dict[str, str]:
         "Cost": f"{run.cost:.0f} ({run.cost / tuned:.2f} a head)",
         "Wall time": f"{run.wall_seconds:.0f} s",
     }
+
+
+def _layers(profile: Profile) -> dict[str, str]:
+    num_full, num_layers = len(profile.full_layers), len(profile.layers)
+    if num_full == num_layers:
+        return {}
+    return {"Layers": f"{num_full} of {num_layers} layers have full attention"}
 
 
 def _whole_model(profile: Profile) -> dict[str, str]:

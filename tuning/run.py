@@ -67,9 +67,9 @@ def tune(
         engine: Runs it.
         texts: The calibration texts; windows of the longest length are cut from them.
         settings: The search's settings.
-        layers: Which layers to tune; the others run dense.
+        layers: Which layers with full attention to tune; the others run dense.
         goal: What the whole model is to reach; None to keep the tolerance in every layer. A goal
-            needs all layers tuned.
+            needs all of these tuned.
         work: Directory for the journal and the captures, made if there is none. A job whose journal
             is there goes on.
         progress: Is told how far the job is.
@@ -94,8 +94,7 @@ def tune(
             **asdict(settings),
         },
     )
-    num_layers = model.fingerprint.num_layers
-    progress.begin("Capturing", num_layers * len(cut.windows))
+    progress.begin("Capturing", len(layers) * len(cut.windows))
     # A step keeps only the seconds: whether there is a capture, its files say.
     start = time.perf_counter()
     taken = capture(model, engine, cut.windows, layers, work, progress.advance)
@@ -177,6 +176,7 @@ def _profile(
 ) -> Profile:
     shape = model.fingerprint
     dense = LayerProfile(heads=[HeadProfile(tau=1.0, theta=THETA_OFF)] * shape.num_heads)
+    full = set(model.full_layers)
     return Profile(
         model_name=model.name,
         model=shape,
@@ -186,7 +186,10 @@ def _profile(
         block_k=settings.block_k,
         min_seq_len=settings.lengths[0],
         max_seq_len=settings.lengths[-1],
-        layers=[tuned.get(layer, dense) for layer in range(shape.num_layers)],
+        layers=[
+            tuned.get(layer, dense) if layer in full else LayerProfile(heads=[])
+            for layer in range(shape.num_layers)
+        ],
         calibration_texts=sources,
         tuner=TunerRun(
             version=version("vllm-afbs"),

@@ -99,7 +99,7 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
             if text.coverage:
                 print(f"{text.name}: {text.coverage}", file=sys.stderr)
         settings = _settings(options, model)
-        layers = _layers(options.layers, model.fingerprint.num_layers)
+        layers = _layers(options.layers, model.fingerprint.num_layers, model.tunable_layers)
         goal = _goal(options)
         from vllm_afbs.tuning.run import tune
 
@@ -171,14 +171,23 @@ def default_lengths(reach: int, has_gpu: bool) -> list[int]:
     return [length for length in LENGTHS if length <= longest][-3:]
 
 
-def _layers(ranges: Sequence[range] | None, num_layers: int) -> list[int]:
+def _layers(ranges: Sequence[range] | None, num_layers: int, tunable: list[int]) -> list[int]:
+    from vllm_afbs.commands.ranges import shortened
     from vllm_afbs.errors import InputError
 
+    if not tunable:
+        raise InputError("--model: a model with full attention in some layer expected")
     if ranges is None:
-        return list(range(num_layers))
+        return tunable
     if (last := max(each[-1] for each in ranges)) >= num_layers:
         raise InputError(f"--layers: layers from 0 to {num_layers - 1} expected, got {last}")
-    return sorted({layer for each in ranges for layer in each})
+    layers = sorted({layer for each in ranges for layer in each})
+    if others := sorted(set(layers) - set(tunable)):
+        raise InputError(
+            f"--layers: layers with full attention to keys of their own expected "
+            f"({shortened(tunable)}), got {shortened(others)}"
+        )
+    return layers
 
 
 def _report_file(output: Path) -> Path:

@@ -130,7 +130,7 @@ class DrivenWorker:
             {
                 plan.layer: plan.dense_reason
                 for plan in plans
-                if plan.dense_reason not in (None, "profile_dense")
+                if plan.dense_reason not in (None, "profile_dense", "local_attention")
             }
         )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vllm_afbs import compat
 from vllm_afbs.commands.extras import missing_engine
 from vllm_afbs.commands.faults import guarded
+from vllm_afbs.commands.ranges import shortened
 from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _check_layers(model: str | None, serve_arguments: Sequence[str]) -> int:
         for line in lines:
             if line != compat.unknown_version():  # said already
                 print(f"note: {line}")
-        if not compat.is_afbs(config.attention_config.backend):
+        if not compat.chooses_afbs(config):
             print("off: these arguments do not choose our backend: add --attention-backend afbs")
             return EXIT_OFF
         answer = plan_server(config)
@@ -153,20 +154,9 @@ def _layers_by_outcome(answer: "Answer") -> Iterator[str]:
         else:
             outcomes.setdefault(outcome, []).append(plan.layer)
     for outcome, indices in outcomes.items():
-        yield f"layers {_ranges(sorted(indices))}: {outcome}"
+        yield f"layers {shortened(sorted(indices))}: {outcome}"
     for outcome, names in strangers.items():
         yield f"layers {', '.join(names)}: {outcome}"
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """Writes sorted numbers with runs shortened: 0-3, 7."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _refuse(message: str) -> int:

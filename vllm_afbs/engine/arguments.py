@@ -8,7 +8,8 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_afbs.backends.driven import EXTENSION
-from vllm_afbs.check.layers import RefusedError, parse_serve_arguments
+from vllm_afbs.check.layers import parse_serve_arguments
+from vllm_afbs.check.refusals import RefusedError
 
 FORCED = {
     "enforce_eager": True,  # graphs would pass the recorded layers by

@@ -37,6 +37,8 @@ class Description:
         revision: Of a model on the hub.
         tokenizer: Directory or hub id of its tokenizer.
         fingerprint: What a served model has to match.
+        full_layers: Indices of the layers with full attention.
+        tunable_layers: Indices of those that also have keys and values of their own.
         max_model_len: Longest context that a server would take, in tokens.
         quantization: How its weights are quantised, if they are.
         kv_cache_dtype: Of its keys and values.
@@ -50,6 +52,8 @@ class Description:
     revision: str | None
     tokenizer: str
     fingerprint: Any
+    full_layers: list[int]
+    tunable_layers: list[int]
     max_model_len: int
     quantization: str | None
     kv_cache_dtype: str
@@ -126,6 +130,16 @@ class VllmEngine:
         return ModelFingerprint.model_validate(self.description.fingerprint)
 
     @property
+    def full_layers(self) -> list[int]:
+        """Indices of the layers with full attention."""
+        return self.description.full_layers
+
+    @property
+    def tunable_layers(self) -> list[int]:
+        """Indices of those that also have keys and values of their own."""
+        return self.description.tunable_layers
+
+    @property
     def max_length(self) -> int:
         """Longest context that a server with these arguments takes, in tokens."""
         return self.description.max_model_len
@@ -195,7 +209,7 @@ class VllmEngine:
             workers.check(ended, names.values())
             for layer in taken.layers:
                 workers.join(taken.path(layer, window), counts)
-            on_progress(float(shape.num_layers))
+            on_progress(float(len(taken.layers)))
 
     def sparse_model(self, block_q: int, block_k: int) -> EngineSparseModel:
         """See ``tuning.engine.Engine``."""

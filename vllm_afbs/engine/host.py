@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_afbs import compat
-from vllm_afbs.check.layers import RefusedError
+from vllm_afbs.check.refusals import RefusedError
 from vllm_afbs.engine.channel import Channel, ClosedError
 from vllm_afbs.errors import InputError, one_line
 from vllm_afbs.observability import metric_files
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.layers import full_layers, tunable_layers
 from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 _REFUSALS = (InputError, ProfileError, RefusedError)
@@ -49,6 +50,8 @@ class Host:
             "revision": model.revision,
             "tokenizer": model.tokenizer,
             "fingerprint": ModelFingerprint.from_config(model.hf_config).model_dump(),
+            "full_layers": full_layers(model.hf_text_config),
+            "tunable_layers": tunable_layers(model.hf_text_config),
             "max_model_len": int(model.max_model_len),
             "quantization": model.quantization,
             "kv_cache_dtype": str(config.cache_config.cache_dtype),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vllm_afbs.errors import InputError
 from vllm_afbs.evaluate.methods import ALWAYS, Layer, Method, Selection
 from vllm_afbs.evaluate.predictor import TOP, NextToken, end_tokens, until_end
 from vllm_afbs.models.in_process import attention
@@ -46,10 +47,16 @@ class Runner:
         model: The model; its weights are loaded, on a GPU when there is one.
 
     Raises:
-        InputError: The weights cannot be read.
+        InputError: The weights cannot be read, or some layers have no full attention.
     """
 
     def __init__(self, model: SourceModel) -> None:
+        num_full, num_layers = len(model.full_layers), model.fingerprint.num_layers
+        if num_full < num_layers:
+            raise InputError(
+                f"{model.name}: full attention in all {num_layers} layers expected where "
+                f"transformers runs the model, {num_full} have it: evaluate it with --engine vllm"
+            )
         attention.register(_ATTENTION, self._attend)
         self._model: Any = load_weights(model, _ATTENTION, with_head=True)
         self._device = next(self._model.parameters()).device

@@ -151,6 +151,12 @@ PROFILE_INFO = Gauge(
     ("profile_id", "model", "tolerance", "created_at", "weights"),
 )
 
+LAYERS = Gauge(
+    "vllm_afbs_layers",
+    "Layers of the profile's model; all other metrics are of those with full attention.",
+    ("attention",),
+)
+
 
 def count_tokens(path: str, count: int) -> None:
     """Adds query tokens of prefills whose attention took one path, ``sparse`` or ``dense``."""
@@ -188,6 +194,9 @@ def report_profile(profile: Profile | None, weights: str = "unknown") -> None:
     """
     PROFILE_LOADED.set(float(profile is not None))
     if profile is not None:
+        num_full = len(profile.full_layers)
+        LAYERS.set(num_full, "full")
+        LAYERS.set(len(profile.layers) - num_full, "other")
         PROFILE_INFO.set(
             1.0,
             profile.profile_id,

@@ -161,7 +161,7 @@ class RoutesPlugin:
         if engine_client is None:
             return
         config = engine_client.vllm_config
-        if compat.is_afbs(config.attention_config.backend):
+        if compat.chooses_afbs(config):
             profile = admission.admitted_profile(config)
             per_head = read_settings(config).per_head_metrics
             served = status.ServedProfile.of(profile) if profile else None

@@ -35,7 +35,7 @@ class Head(BaseModel):
 
 
 class Layer(BaseModel):
-    """One decoder layer."""
+    """One decoder layer with full attention."""
 
     layer: int
     sparse: bool = Field(description="false: the profile leaves the layer dense.")
@@ -78,6 +78,12 @@ class Status(SwitchState):
     backend: bool = Field(description="Whether the server runs --attention-backend afbs.")
     profile_id: str | None = Field(description="null: no profile, every layer runs dense.")
     model_name: str | None
+    full_layers: int | None = Field(
+        description="Layers with full attention; all figures are theirs. null: no profile."
+    )
+    other_layers: int | None = Field(
+        description="Layers with windows, chunks or no attention: vLLM's own. null: no profile."
+    )
     weights: str | None = Field(
         description="Whether the model's weight files are those that the profile was tuned on: "
         "same, other or unknown; null: no profile."
@@ -187,6 +193,10 @@ def read_status(
         backend=backend,
         profile_id=served.profile_id if served else None,
         model_name=served.profile.model_name if served else None,
+        full_layers=len(served.profile.full_layers) if served else None,
+        other_layers=(
+            len(served.profile.layers) - len(served.profile.full_layers) if served else None
+        ),
         weights=weights if served else None,
         live=counters.all_products(),
         sparse_tokens=round(tokens["sparse"]),
@@ -204,13 +214,16 @@ def read_status(
 def read_layers(profile: Profile, per_head: bool) -> list[Layer]:
     """Reads what each layer was tuned to, and what it has done since the server started.
 
+    Layers without full attention are left out.
+
     Args:
         profile: The served profile.
         per_head: Whether block products are also counted for each head.
     """
     counters = Counters(metric_files.read())
     layers = []
-    for index, tuned in enumerate(profile.layers):
+    for index in profile.full_layers:
+        tuned = profile.layers[index]
         name, layer = metrics.SAMPLED_ERROR.name, str(index)
         samples = counters.value(f"{name}_count", layer=layer)
         layers.append(

@@ -5,12 +5,16 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from vllm_afbs.profile.errors import ProfileError
+from vllm_afbs.profile.layers import full_attention_config
 from vllm_afbs.profile.record import Record
 from vllm_afbs.profile.rope import rope_difference, rope_parameters, rope_value
 
 
 class ModelFingerprint(Record):
-    """The parts of a model's configuration that must be equal in the tuned and the served model."""
+    """The parts of a model's configuration that must be equal in the tuned and the served model.
+
+    Heads and positions are those of the layers with full attention: others may have their own.
+    """
 
     architecture: str = Field(description="For information: another name may have these layers.")
     num_layers: Annotated[int, Field(gt=0)]
@@ -31,6 +35,8 @@ class ModelFingerprint(Record):
                 is no whole number from 1 on.
         """
         text = config.get_text_config()
+        num_layers = _count(text, "num_hidden_layers")
+        text = full_attention_config(text)
         num_heads = _count(text, "num_attention_heads")
         num_kv_heads = _count(text, "num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
@@ -46,7 +52,7 @@ class ModelFingerprint(Record):
             )
         return cls(
             architecture=(config.architectures or [type(config).__name__])[0],
-            num_layers=_count(text, "num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,

@@ -11,6 +11,8 @@ _WHERE_ABSENT = {"rope_type": "default", "partial_rotary_factor": 1.0}
 def rope_parameters(config: Any) -> dict[str, Any]:
     """The parameters as configured, sorted by name, those that are null left out.
 
+    Of a model whose kinds of layers have their own, those of layers with full attention.
+
     Args:
         config: The text part of a ``PretrainedConfig``.
     """
@@ -18,14 +20,15 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     if not parameters:
         theta = getattr(config, "rope_theta", None)
         parameters = {"rope_theta": theta, **(getattr(config, "rope_scaling", None) or {})}
+    parameters = _of_full_attention(parameters)
     return {name: value for name, value in sorted(parameters.items()) if value is not None}
 
 
 def rope_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """Name of the first parameter that differs in meaning; None if all mean the same.
 
-    ``type`` is the old name of ``rope_type``, and what is absent has its usual value. Parameters
-    of one kind of layer are named ``full_attention.factor`` or the like.
+    ``type`` is the old name of ``rope_type``, and what is absent has its usual value. Of parameters
+    by kind of layer, those of layers with full attention are compared.
     """
     left, right = _meaning(mine), _meaning(theirs)
     names = sorted({*left, *right}, key=lambda name: (not name.endswith("rope_type"), name))
@@ -37,17 +40,23 @@ def rope_value(parameters: Mapping[str, Any], name: str) -> Any:
     return _meaning(parameters).get(name)
 
 
-def _meaning(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if isinstance(value, Mapping):
-            flat |= _meaning(value, f"{prefix}{name}.")
-        elif name != "type" and value is not None:
-            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+def _of_full_attention(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters of layers with full attention; all if they are not by kind of layer."""
+    full = parameters.get("full_attention")
+    return full if isinstance(full, Mapping) else parameters
+
+
+def _meaning(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = _of_full_attention(parameters)
+    found = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in parameters.items()
+        if name != "type" and value is not None
+    }
     kind = parameters.get("rope_type") or parameters.get("type")
     if isinstance(kind, str):
-        flat[f"{prefix}rope_type"] = _RENAMED_TYPES.get(kind, kind)
+        found["rope_type"] = _RENAMED_TYPES.get(kind, kind)
     for name, value in _WHERE_ABSENT.items():
-        if flat.get(f"{prefix}{name}") == value:
-            del flat[f"{prefix}{name}"]
-    return flat
+        if found.get(name) == value:
+            del found[name]
+    return found

@@ -14,9 +14,12 @@ from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.record import Record
 
-SCHEMA_VERSION = 2
-"""Version 2 has thresholds for a selector that also scores single keys. In version 1 the same
-numbers had another meaning."""
+SCHEMA_VERSION = 3
+"""In version 3, layers without full attention have no heads, and the fingerprint is that of the
+layers with it. Version 2 has heads in every layer. Thresholds mean the same in both; in version 1
+they were for a selector that did not score single keys."""
+
+READ_VERSIONS = (2, SCHEMA_VERSION)
 
 MIN_LAYER_SPARSITY = 0.1
 """Layers tuned to a lower sparsity run dense: selection would cost more than it saves."""
@@ -67,7 +70,9 @@ def mean_calibration(heads: Sequence[HeadProfile]) -> tuple[tuple[int, float], .
 class LayerProfile(Record):
     """The query heads of one layer, in the model's order."""
 
-    heads: list[HeadProfile]
+    heads: list[HeadProfile] = Field(
+        description="Empty: the model's layer is no full attention over the whole context."
+    )
     tolerance: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Relative L1 allowed per head; null: the tuner's for all layers."
     )
@@ -184,7 +189,7 @@ class TunerRun(Record):
 class Profile(Record):
     """Thresholds for every layer and head of one model."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[2, 3] = 3
     model_name: str
     model: ModelFingerprint
     model_weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
@@ -218,14 +223,22 @@ class Profile(Record):
                 f"got {len(self.layers)}"
             )
         for index, layer in enumerate(self.layers):
-            if len(layer.heads) != self.model.num_heads:
+            may_be_empty = self.schema_version != 2 and not layer.heads
+            if len(layer.heads) != self.model.num_heads and not may_be_empty:
                 raise ValueError(
                     f"layers.{index}.heads: {self.model.num_heads} expected by model.num_heads, "
                     f"got {len(layer.heads)}"
                 )
+        if not self.full_layers:
+            raise ValueError("layers: heads expected in one of them at least")
         if self.min_seq_len > self.max_seq_len:
             raise ValueError("min_seq_len: at most max_seq_len expected")
         return self
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Indices of the layers with full attention."""
+        return [index for index, layer in enumerate(self.layers) if layer.heads]
 
     @property
     def num_tuned_heads(self) -> int:

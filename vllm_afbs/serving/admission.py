@@ -37,7 +37,7 @@ def admit_or_exit(vllm_config: "VllmConfig") -> bool:
         SystemExit: The profile was refused, for the reason in its one line. vLLM would bury any
             other exception in a traceback.
     """
-    if vllm_config.model_config is None or not compat.is_afbs(vllm_config.attention_config.backend):
+    if vllm_config.model_config is None or not compat.chooses_afbs(vllm_config):
         return False
     if notice := compat.unknown_version():
         logger.warning("%s", notice)

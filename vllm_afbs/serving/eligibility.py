@@ -124,6 +124,16 @@ def capture_obstacle(layer: Any) -> Reason | None:
     )
 
 
+def is_local(layer: Any, profile: Profile | None) -> bool:
+    """Whether a layer attends to a part of the context by the model's design: a window or a chunk.
+
+    Args:
+        layer: vLLM's attention layer.
+        profile: The served profile.
+    """
+    return compat.is_chunked_attention(layer) or window_hides_keys(layer.impl.window, profile)
+
+
 def window_hides_keys(window: int, profile: Profile | None) -> bool:
     """Whether a sliding window hides keys in contexts that a profile makes sparse.
 

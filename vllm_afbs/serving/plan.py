@@ -36,6 +36,11 @@ class LayerPlan:
     dense_reason: Reason | None
     calibration: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the layer has no full attention, so that it is vLLM's alone."""
+        return self.dense_reason == "local_attention"
+
     def expected_sparsity(self, kv_len: int) -> float:
         """Sparsity at a context length, interpolated linearly between calibrated lengths."""
         lengths = [length for length, _ in self.calibration]
@@ -59,10 +64,10 @@ def plan_layer(
         unsupported: Why this layer cannot run sparse whatever the profile says, or None.
     """
     heads = range(rank * num_heads, (rank + 1) * num_heads)
-    if profile is None:
-        return LayerPlan(layer, heads, None, "no_profile")
     if unsupported is not None:
         return LayerPlan(layer, heads, None, unsupported)
+    if profile is None:
+        return LayerPlan(layer, heads, None, "no_profile")
     tuned = profile.layers[layer]
     if not tuned.is_sparse:
         return LayerPlan(layer, heads, None, "profile_dense")
@@ -90,7 +95,9 @@ def plan_layers(
     whole_server = eligibility.server_obstacles(vllm_config)
     for name, layer in layers.items():
         unsupported: Reason | None = None
-        if profile is not None:
+        if eligibility.is_local(layer, profile):
+            unsupported = "local_attention"
+        elif profile is not None:
             place = eligibility.place_obstacles(layer, indices.get(name), profile, num_ranks)
             unsupported = eligibility.first_true(whole_server | place)
             unsupported = unsupported or layer.impl.unsupported_feature(page_size, profile)

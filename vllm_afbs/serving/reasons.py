@@ -9,9 +9,9 @@ from typing import Literal
 Kind = Literal["chosen", "changing", "fixed"]
 """Where a reason comes from.
 
-Chosen: the dispatcher, the profile or the operator decided it. Changing: it depends on the request.
-Fixed: it follows from the layer or from how the server was started, so it holds for all prefills of
-a layer or for none.
+Chosen: the model, the dispatcher, the profile or the operator decided it. Changing: it depends on
+the request. Fixed: it follows from the layer or from how the server was started, so it holds for
+all prefills of a layer or for none.
 """
 
 Reason = Literal[
@@ -21,6 +21,7 @@ Reason = Literal[
     "profile_dense",
     "no_profile",
     "disabled",
+    "local_attention",
     "long_context",
     "attention_mask",
     "unknown_lengths",
@@ -34,7 +35,6 @@ Reason = Literal[
     "lora",
     "sleep_mode",
     "output_quantization",
-    "sliding_window",
     "softcap",
     "alibi",
     "sinks",
@@ -52,6 +52,7 @@ KINDS: dict[Reason, Kind] = {
     "profile_dense": "chosen",
     "no_profile": "chosen",
     "disabled": "chosen",
+    "local_attention": "chosen",
     "long_context": "changing",
     "attention_mask": "changing",
     "unknown_lengths": "changing",
@@ -65,7 +66,6 @@ KINDS: dict[Reason, Kind] = {
     "lora": "fixed",
     "sleep_mode": "fixed",
     "output_quantization": "fixed",
-    "sliding_window": "fixed",
     "softcap": "fixed",
     "alibi": "fixed",
     "sinks": "fixed",

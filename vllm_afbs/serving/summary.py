@@ -31,7 +31,8 @@ class Summary:
 
     Attributes:
         num_sparse: Number of layers that may run sparse.
-        dense: Number of dense layers by reason.
+        dense: Number of dense layers with full attention, by reason.
+        num_others: Number of layers without full attention, which are vLLM's own.
         shortest: Shortest calibrated context, in tokens.
         longest: Longest context that the profile covers and the server accepts, in tokens.
         limit: Why no prompt of this server reaches the layers that were tuned to run sparse, with
@@ -40,6 +41,7 @@ class Summary:
 
     num_sparse: int
     dense: Counter[Reason]
+    num_others: int = 0
     shortest: int = 0
     longest: int = 0
     limit: "Limit | None" = None
@@ -57,31 +59,40 @@ class Summary:
         """
         dense: Counter[Reason] = Counter()
         num_sparse = 0
-        for plan in plans:
+        full = [plan for plan in plans if not plan.is_local]
+        for plan in full:
             if plan.dense_reason is None:
                 num_sparse += 1
             else:
                 dense[plan.dense_reason] += 1
+        # A drafter's layers are none of the model's.
+        num_full = len(full) - dense["unknown_layer"]
+        num_others = max(0, compat.num_decoder_layers(vllm_config) - num_full)
         if profile is None:
-            return cls(0, dense)
+            return cls(0, dense, num_others)
         longest = min(profile.max_seq_len, int(vllm_config.model_config.max_model_len))
         limit = _limit(vllm_config, profile) if num_sparse else None
         if limit is not None:
             dense[limit.reason] += num_sparse
             num_sparse = 0
-        return cls(num_sparse, dense, profile.min_seq_len, longest, limit)
+        return cls(num_sparse, dense, num_others, profile.min_seq_len, longest, limit)
 
     def __str__(self) -> str:
         num_dense = self.dense.total()
         line = f"{self.num_sparse} of {self.num_sparse + num_dense} layers sparse"
         if self.num_sparse:
             line += f" from {self.shortest:,} to {self.longest:,} tokens"
-        if not num_dense:
-            return line
-        counts = self.dense.most_common()
-        reasons = [reason if len(counts) == 1 else f"{count} {reason}" for reason, count in counts]
-        line += f"; {num_dense} dense: {', '.join(reasons)}"
-        return line if self.limit is None else f"{line} ({self.limit.explanation})"
+        if num_dense:
+            counts = self.dense.most_common()
+            single = len(counts) == 1
+            reasons = [reason if single else f"{count} {reason}" for reason, count in counts]
+            line += f"; {num_dense} dense: {', '.join(reasons)}"
+        if self.limit is not None:
+            line += f" ({self.limit.explanation})"
+        if self.num_others:
+            others = "1 other has" if self.num_others == 1 else f"{self.num_others} others have"
+            line += f"; {others} no full attention"
+        return line
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,8 @@ def _log_dense_layers(plans: Mapping[str, LayerPlan]) -> None:
     layers: dict[Reason, list[str]] = {}
     for name, plan in plans.items():
         reason = plan.dense_reason
-        if reason is not None and reason != "no_profile":  # admission has logged that one
+        # Admission has logged the one, and the summary logs the other.
+        if reason not in (None, "no_profile", "local_attention"):
             layers.setdefault(reason, []).append(name)
     for reason, names in layers.items():
         level = logging.WARNING if KINDS[reason] == "fixed" else logging.INFO

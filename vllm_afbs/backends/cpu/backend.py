@@ -49,6 +49,12 @@ class AfbsCPUBackend(CPUAttentionBackend):
         """The name for ``--attention-backend``."""
         return compat.BACKEND_NAME
 
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
+        """The page sizes into which vLLM may split blocks; arguments are vLLM's."""
+        given = () if kv_cache_spec is None else (kv_cache_spec,)
+        return compat.split_page_sizes(super().get_supported_kernel_block_sizes(*given))
+
     @staticmethod
     def get_impl_cls() -> type["AfbsCPUImpl"]:
         """The layer's implementation."""
@@ -118,9 +124,14 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         for impl, plan in plan_layers(
             self.vllm_config, profile, self._layer_names, self.block_size
         ):
+            if plan.is_local:
+                impl.step_aside()
+                final.append(plan)
+                continue
             served = impl.prepare(plan, self._cache_format, self._meter, always_sparse)
             impl.serve(served)
             final.append(served.plan)
+        self._steps_aside = all(plan.is_local for plan in final)
         summary.report(self.vllm_config, profile, self._layer_names, final)
 
     def finish_reports(self) -> None:
@@ -131,9 +142,14 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> AfbsCPUMetadata:
-        """Builds a step's metadata; arguments are vLLM's."""
+    ) -> CPUAttentionMetadata:
+        """Builds a step's metadata; arguments are vLLM's.
+
+        Layers without full attention get CPU_ATTN's own metadata.
+        """
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if self._steps_aside:
+            return whole
         step = self._sorter.sort(common_attn_metadata, whole.seq_lens, whole)
         metadata = extend_metadata(AfbsCPUMetadata, whole, step=step)
         if step.long_prefills and step.dense_indices:
@@ -152,12 +168,17 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         self.unknown_arguments = eligibility.unknown_arguments(super().__init__, args, kwargs)
 
+    @property
+    def window(self) -> int:
+        """Keys that a row sees, itself included; below 1 for all."""
+        return int(self.sliding_window)
+
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
         """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
             eligibility.layer_obstacles(self, page_size, profile)
             | {
-                "sliding_window": eligibility.window_hides_keys(self.sliding_window, profile),
+                "local_attention": eligibility.window_hides_keys(self.window, profile),
                 "softcap": bool(self.logits_soft_cap),
             }
         )
@@ -185,7 +206,12 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
 
     def serve(self, served: ServedLayer) -> None:
         """Takes what the layer serves; the metadata builder calls this before the first step."""
+        vars(self).pop("forward", None)  # it may have stepped aside
         self._served = served
+
+    def step_aside(self) -> None:
+        """Puts CPU_ATTN's ``forward`` in place of ours, for layers without full attention."""
+        self.forward = super().forward  # type: ignore[method-assign, assignment]
 
     def forward(
         self,

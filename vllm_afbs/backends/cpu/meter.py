@@ -103,7 +103,7 @@ class HostMeter:
             requests_seconds = work.ended - work.attended
             metrics.DENSE_ESTIMATE_SECONDS.inc(self._cost.estimate(num_blocks) + requests_seconds)
         elif not work.step.dense_indices and work.plan.dense_reason in (None, "profile_dense"):
-            # Dense requests would add time but no blocks, and a window computes fewer blocks.
+            # Dense requests would add time but no blocks; other layers may not be plain attention.
             self._cost.learn_dense(seconds, num_blocks)
 
     def is_sampled(self) -> bool:

@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadata,
 )
@@ -17,7 +15,9 @@ from vllm_afbs import compat
 from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
 from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
 from vllm_afbs.backends.cuda.kv_cache import is_readable, split_kv_cache
+from vllm_afbs.backends.cuda.metadata import AfbsCUDAMetadata, ServedLayer
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
+from vllm_afbs.backends.cuda.pages import SplitsBlocks
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
     SparsePrefill,
@@ -46,11 +46,8 @@ from vllm_afbs.serving.settings import read_settings
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-PAGE_SIZE = 128
-"""FlashAttention 3's key tiles have this length. The copy engine fetches pages of it whole."""
 
-
-class AfbsCUDABackend(FlashAttentionBackend):
+class AfbsCUDABackend(SplitsBlocks):
     """FlashAttention with sparse prefill.
 
     The cache layout, decoding and CUDA graphs are FlashAttention's own.
@@ -61,11 +58,6 @@ class AfbsCUDABackend(FlashAttentionBackend):
         """The name for ``--attention-backend``."""
         return compat.BACKEND_NAME
 
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """The page size if the user gives none."""
-        return int(super().get_preferred_block_size(max(default_block_size, PAGE_SIZE)))
-
     @staticmethod
     def get_impl_cls() -> type["AfbsCUDAImpl"]:
         """The layer's implementation."""
@@ -75,39 +67,6 @@ class AfbsCUDABackend(FlashAttentionBackend):
     def get_builder_cls() -> type["AfbsCUDAMetadataBuilder"]:
         """The builder of a step's metadata."""
         return AfbsCUDAMetadataBuilder
-
-
-@dataclass(kw_only=True)
-class AfbsCUDAMetadata(FlashAttentionMetadata):
-    """FlashAttention's metadata of a whole step that has long prefills, and what these need.
-
-    Attributes:
-        blocks: The query blocks of the long prefills.
-        meter: Where the layers report their work. With microbatching vLLM gives each microbatch a
-            builder, and runs one microbatch's layers between those of another.
-        dense_requests: The other requests; None if there are none.
-    """
-
-    blocks: QueryBlocks
-    meter: DeviceMeter
-    dense_requests: DenseRequests | None = None
-
-
-@dataclass(frozen=True)
-class ServedLayer:
-    """What the metadata builder gives a layer before its first step.
-
-    Attributes:
-        plan: The thresholds of the layer, or why it runs dense.
-        slot: The layer's place among those of the builder, and in its meter.
-        prefills: The layer's sparse prefill by kernel; empty if the layer runs dense.
-        always_sparse: Whether it also runs sparse where dense is expected to be faster.
-    """
-
-    plan: LayerPlan
-    slot: int
-    prefills: Mapping[KernelChoice, SparsePrefill]
-    always_sparse: bool = False
 
 
 class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
@@ -137,9 +96,15 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         vllm_config, device = self.vllm_config, self.device
         page_size = self.kv_cache_spec.block_size
         self._sorter.profile = profile
-        layers = list(plan_layers(vllm_config, profile, self._layer_names, page_size))
+        planned = list(plan_layers(vllm_config, profile, self._layer_names, page_size))
+        summary.report(vllm_config, profile, self._layer_names, [plan for _, plan in planned])
+        for impl, plan in planned:
+            if plan.is_local:
+                impl.step_aside()
+        layers = [(impl, plan) for impl, plan in planned if not plan.is_local]
         self._plans = [plan for _, plan in layers]
-        summary.report(vllm_config, profile, self._layer_names, self._plans)
+        # Without such layers, every step has FlashAttention's own metadata: its answer holds again.
+        self.supports_update_block_table = not layers and super().supports_update_block_table
         self._meter = DeviceMeter(self._plans, read_settings(vllm_config), device)
         for slot, (impl, plan) in enumerate(layers):
             if profile is None:
@@ -166,11 +131,11 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
     ) -> FlashAttentionMetadata:
         """Builds a step's metadata; arguments are vLLM's.
 
-        A step without long prefills gets FlashAttention's own metadata. Its layers then do what
-        they do under FlashAttention.
+        A step without long prefills gets FlashAttention's own metadata, and so does every step of
+        layers without full attention. They then do what they do under FlashAttention.
         """
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if common_attn_metadata.max_query_len == 1:
+        if not self._plans or common_attn_metadata.max_query_len == 1:
             return whole
         seq_lens = compat.host_seq_lens(common_attn_metadata)
         step = self._sorter.sort(common_attn_metadata, seq_lens, whole)
@@ -217,15 +182,17 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         self._vllm_config = compat.current_config()
         self.unknown_arguments = eligibility.unknown_arguments(super().__init__, args, kwargs)
 
+    @property
+    def window(self) -> int:
+        """Keys that a row sees, itself included; below 1 for all."""
+        return int(self.sliding_window[0]) + 1  # FlashAttention counts the keys before a row
+
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
         """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
             eligibility.layer_obstacles(self, page_size, profile)
             | {
-                # FlashAttention counts the keys before a row.
-                "sliding_window": eligibility.window_hides_keys(
-                    self.sliding_window[0] + 1, profile
-                ),
+                "local_attention": eligibility.window_hides_keys(self.window, profile),
                 "flash_attention_version": self.vllm_flash_attn_version != 3,
                 "block_size": profile is not None
                 and not can_cut(profile.block_q, profile.block_k, self.head_size),
@@ -247,9 +214,10 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         self._served = served
 
     def step_aside(self) -> None:
-        """Puts FlashAttention's ``forward`` in place of ours; for servers without a profile.
+        """Puts FlashAttention's ``forward`` in place of ours.
 
-        Nothing of ours runs there, so vLLM's attention should not even pass through our code.
+        For servers without a profile and for layers without full attention. Nothing of ours runs
+        there, so vLLM's attention should not even pass through our code.
         """
         self.forward = super().forward  # type: ignore[method-assign, assignment]
 

@@ -37,9 +37,9 @@ def capture_windows(
                 recorder.run(body, tokens)
         except InputError as error:
             raise InputError(f"{model.name}: {error}") from None
-        if recorder.layers != list(range(shape.num_layers)):
+        if recorder.layers != list(taken.layers):
             raise InputError(
-                f"{model.name}: attention of {shape.num_layers} layers expected, "
+                f"{model.name}: attention of {len(taken.layers)} layers expected, "
                 f"seen for {len(recorder.layers)}"
             )
 
@@ -51,10 +51,10 @@ class Recorder:
         taken: Where the layers' tensors go.
         shape: What every layer has to have.
         window: Which window of them this is.
-        on_progress: Called with 1 after each layer.
+        on_progress: Called with 1 after each layer that is kept.
 
     Attributes:
-        layers: Indices of the layers seen, in order.
+        layers: Indices of the layers that were kept, in order.
     """
 
     def __init__(
@@ -101,11 +101,15 @@ class Recorder:
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
         try:
-            self._check(call)
+            if call.variants:
+                raise InputError(
+                    f"layer {call.layer}: {call.variants[0]}: plain causal attention expected"
+                )
             if call.layer in self._taken.layers:
+                self._check(call)
                 self._save(call)
-            self.layers.append(call.layer)
-            self._on_progress(1.0)
+                self.layers.append(call.layer)
+                self._on_progress(1.0)
         except Exception as error:
             self._own_error = error
             raise
@@ -114,8 +118,8 @@ class Recorder:
     def _check(self, call: AttentionCall) -> None:
         """Refuses a layer whose attention is not what the fingerprint and a profile describe."""
         layer = f"layer {call.layer}"
-        if call.variants:
-            raise InputError(f"{layer}: {call.variants[0]}: plain causal attention expected")
+        if call.is_local:
+            raise InputError(f"{layer}: attention to the whole context expected")
         shape = self._shape
         for name, tensor, heads in (
             ("query", call.query, shape.num_heads),

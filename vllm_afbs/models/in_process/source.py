@@ -14,6 +14,7 @@ from vllm_afbs.models.in_process.supported import least_longest_length, unsuppor
 from vllm_afbs.models.tokenizer import load_tokenizer
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.layers import full_layers, tunable_layers
 from vllm_afbs.profile.weights import weights_sha256
 
 
@@ -55,6 +56,16 @@ class SourceModel:
     def eos_token_id(self) -> Any:
         """Token ids that end an answer, by the configuration."""
         return self.config.get_text_config().eos_token_id
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Indices of the layers with full attention."""
+        return full_layers(self.config.get_text_config())
+
+    @property
+    def tunable_layers(self) -> list[int]:
+        """Indices of those that also have keys and values of their own."""
+        return tunable_layers(self.config.get_text_config())
 
     @property
     def least_longest_length(self) -> int:

