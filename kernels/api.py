@@ -243,10 +243,12 @@ def attend_tiles(
         step: The layer's tensors.
         tiles: From ``select_tiles``.
         output: As in ``sparse_prefill``.
-        dense_attention: The platform's dense paged kernel over the caches' ``one_head_view``.
+        dense_attention: The platform's dense paged kernel over the caches' ``one_head_view``. It
+            knows nothing of the step's sinks, which take the log-sum-exps that it returns.
 
     Raises:
-        ValueError: ``output`` or ``tiles`` do not fit the step.
+        ValueError: ``output`` or ``tiles`` do not fit the step, or there are sinks and no
+            log-sum-exps.
     """
     _check_output(step, output)
     rows = step.num_heads * step.blocks.num_rows
@@ -258,8 +260,10 @@ def attend_tiles(
     from vllm_afbs.kernels.impl.triton_packing import unpack_output
 
     packed_output = torch.empty_like(tiles.query)
-    dense_attention(tiles.query, packed_output, tiles.tables)
-    unpack_output(packed_output, output, step.blocks)
+    lse = dense_attention(tiles.query, packed_output, tiles.tables)
+    if step.sinks is not None and lse is None:
+        raise ValueError("dense_attention must return log-sum-exps for a step with sinks, got None")
+    unpack_output(packed_output, output, step.blocks, lse, step.sinks)
 
 
 def _check_output(step: StepInputs, output: torch.Tensor) -> None:

@@ -25,6 +25,8 @@ class StepInputs:
         value_cache: Like ``key_cache``, with strides of its own.
         block_table: ``[num_reqs, max_pages]``, int32, the pages of each request's context.
         blocks: The query blocks of the step's long prefills.
+        sinks: A logit of each query head that takes part in every row's softmax and has no value,
+            ``[num_heads]``, any float dtype; None for none.
 
     Raises:
         ValueError: A tensor has another shape, dtype, stride or device than stated above, or
@@ -36,6 +38,7 @@ class StepInputs:
     value_cache: torch.Tensor
     block_table: torch.Tensor
     blocks: QueryBlocks
+    sinks: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         query, key, value, table = self.query, self.key_cache, self.value_cache, self.block_table
@@ -51,8 +54,12 @@ class StepInputs:
             )
         if table.ndim != 2 or table.dtype != torch.int32:
             raise ValueError(f"block_table must be [num_reqs, max_pages] int32, got {_kind(table)}")
-        for name, tensor in (("query", query), ("key_cache", key), ("value_cache", value),
-                             ("block_table", table)):  # fmt: skip
+        tensors = {"query": query, "key_cache": key, "value_cache": value, "block_table": table}
+        if self.sinks is not None:
+            if self.sinks.shape != query.shape[1:2]:
+                raise ValueError(f"sinks must be [{query.shape[1]}], got {_kind(self.sinks)}")
+            tensors["sinks"] = self.sinks
+        for name, tensor in tensors.items():
             if tensor.stride(-1) != 1:
                 raise ValueError(f"{name}'s last stride must be 1, got {tensor.stride()}")
             if tensor.device != self.blocks.table.device:

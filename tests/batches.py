@@ -12,6 +12,11 @@ GAP = 5
 """Rows of other requests before each one."""
 
 
+def draw_sinks(num_heads: int, device: str) -> torch.Tensor:
+    """Sinks from one that hardly counts to one that takes nearly all, in bf16 as models have."""
+    return torch.linspace(-4.0, 12.0, num_heads, device=device).bfloat16()
+
+
 @dataclass
 class Batch:
     """The step's tensors; ``problems`` hold each request's own, in the step's order."""
@@ -22,12 +27,13 @@ class Batch:
     key_cache: torch.Tensor
     value_cache: torch.Tensor
     block_table: torch.Tensor
+    sinks: torch.Tensor | None = None
 
     @property
     def step(self) -> StepInputs:
         """The tensors as kernels take them; made anew, as tests change them."""
         return StepInputs(
-            self.query, self.key_cache, self.value_cache, self.block_table, self.blocks
+            self.query, self.key_cache, self.value_cache, self.block_table, self.blocks, self.sinks
         )
 
     def in_step_order(self, per_request: list[torch.Tensor]) -> list[torch.Tensor]:

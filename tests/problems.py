@@ -95,8 +95,11 @@ class PagedDense:
             cache[page, position % page_size] = rows[position].double()
         return cache.transpose(1, 2).reshape(-1, page_size, head_dim)
 
-    def __call__(self, query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
+    def __call__(
+        self, query: torch.Tensor, output: torch.Tensor, tables: TileTables
+    ) -> torch.Tensor:
         """Attends; see ``DensePagedAttention``."""
+        lse = torch.empty(len(query))
         page_size = self.key.shape[1]
         starts = tables.query_start_loc.tolist()
         for i, kv_len in enumerate(tables.seq_lens.tolist()):
@@ -109,3 +112,5 @@ class PagedDense:
             output[starts[i] : starts[i + 1], 0] = (torch.softmax(scores, -1) @ value).to(
                 output.dtype
             )
+            lse[starts[i] : starts[i + 1]] = torch.logsumexp(scores, -1)
+        return lse

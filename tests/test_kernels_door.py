@@ -49,6 +49,8 @@ LISTS = build_tile_lists(
         ({"block_table": STEP.block_table[:, :4]}, "5 pages"),
         ({"block_table": STEP.block_table[:2]}, "in row 2 of the block table"),
         ({"block_table": STEP.block_table.to("meta")}, "block_table must be on cpu"),
+        ({"sinks": torch.zeros(5)}, r"sinks must be \[6\], got \[5\]"),
+        ({"sinks": torch.zeros(6, device="meta")}, "sinks must be on cpu"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -126,6 +128,16 @@ def test_one_request_must_have_the_rows_of_its_geometry(rows: tuple[int, int]) -
     query, key = problem.query[: rows[0]], problem.key[: rows[1]]
     with pytest.raises(ValueError, match="q_len=30 and kv_len=60"):
         select_blocks(query, key, problem.thresholds, problem.geometry, SCALE)
+
+
+def test_tiles_of_a_step_with_sinks_need_log_sum_exps() -> None:
+    step = replace(STEP, sinks=torch.zeros(6))
+    rows = STEP.num_heads * STEP.blocks.num_rows
+    entries = torch.zeros(STEP.num_tiles + 1, 1, dtype=torch.int32)
+    tables = TileTables(entries[:, 0], entries[1:, 0], entries)
+    tiles = PackedTiles(torch.zeros(rows, 1, 16), tables)
+    with pytest.raises(ValueError, match="must return log-sum-exps"):
+        attend_tiles(step, tiles, torch.empty_like(STEP.query), lambda *_: None)
 
 
 def test_tiles_of_another_step_are_refused() -> None:

@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from tests.batches import Batch, make_batch
+from tests.batches import Batch, draw_sinks, make_batch
 from tests.problems import SCALE
 from vllm_afbs.kernels import (
     PrefillFeatures,
@@ -90,6 +90,9 @@ def call_everything(batch: Batch, features: PrefillFeatures) -> None:
     lists = build_tile_lists(everything.bool())
     for each in (PrefillFeatures(), features):
         sparse_prefill(step, lists, output, SCALE, features=each)
+    with_sinks = dataclasses.replace(step, sinks=draw_sinks(step.num_heads, "cpu"))
+    attend_tiles(with_sinks, tiles, output, lambda query, *_: torch.empty(len(query)))
+    sparse_prefill(with_sinks, lists, output, SCALE, features=features)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.batches import Batch, make_batch
+from tests.batches import Batch, draw_sinks, make_batch
 from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
 from tests.problems import SCALE, PagedDense, Problem, make_problem, relative_l1
 from vllm_afbs.kernels import (
@@ -73,12 +73,16 @@ def step_lists(batch: Batch, keeps: list[torch.Tensor]) -> TileLists:
 
 
 def reference(
-    problem: Problem, keep: torch.Tensor, features: PrefillFeatures
+    problem: Problem,
+    keep: torch.Tensor,
+    features: PrefillFeatures,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, BlockProducts]:
     return reference_attention(
         problem.query, problem.key, problem.value, keep, problem.geometry, SCALE,
         None if features.lambda_ is None else features.lambda_.cpu(),
         softcap=features.softcap, window=features.window,
+        sinks=None if sinks is None else sinks.cpu(),
     )  # fmt: skip
 
 
@@ -121,7 +125,7 @@ def check(
         index = request.table_row - 1
         problem = batch.problems[index]
         rows = slice(request.first_row, request.first_row + len(problem.query))
-        expected, products = reference(problem, keeps[index], features)
+        expected, products = reference(problem, keeps[index], features, batch.sinks)
         error = relative_l1(output[rows].cpu(), expected)
         assert error <= 2 * dense_error(problem, device)
         others[rows] = False
@@ -235,7 +239,7 @@ def quantise(batch: Batch, dtype: torch.dtype) -> PrefillFeatures:
     return PrefillFeatures(k_scale=scales[0].to(device), v_scale=scales[1].to(device))
 
 
-FEATURES = ["softcap", "window", "lambda", "softcap window lambda"]
+FEATURES = ["softcap", "window", "lambda", "sinks", "softcap window lambda sinks"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
@@ -287,6 +291,7 @@ def test_features_equal_the_reference(prefill: SparsePrefill, names: str) -> Non
         pytest.skip("lambda takes whole blocks")
     batch = make_batch([(70, 150), (33, 100)], 32, 16, 16, torch.float32, "cpu")
     lower_odd_blocks(batch)
+    batch.sinks = draw_sinks(6, "cpu") if "sinks" in names else None
     check(batch, "random", make_features(names, 6, 40, "cpu"), prefill)
 
 
@@ -347,6 +352,7 @@ def test_compiled_features_equal_the_reference(
 ) -> None:
     batch = make_batch(LENGTHS, 128, 16, head_dim, dtype, "cuda")
     lower_odd_blocks(batch)
+    batch.sinks = draw_sinks(6, "cuda") if "sinks" in names else None
     check(batch, "random", make_features(names, 6, 200, "cuda"))
 
 

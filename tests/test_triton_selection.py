@@ -3,12 +3,13 @@
 Triton's kernels run compiled on a GPU, and in Triton's interpreter without one.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
 
-from tests.batches import GAP, Batch, make_batch
+from tests.batches import GAP, Batch, draw_sinks, make_batch
 from tests.interpreted import INTERPRETED, assert_passes_interpreted
 from tests.problems import SCALE, PagedDense, relative_l1
 from vllm_afbs.kernels import (
@@ -77,6 +78,7 @@ def check_selection(
         check_tables(batch, tiles.tables, keeps)
         if device.type == "cpu":
             check_attention(batch, thresholds)
+            check_attention(replace(batch, sinks=draw_sinks(num_heads, "cpu")), thresholds)
 
 
 def check_packing(batch: Batch) -> None:
@@ -101,7 +103,7 @@ def check_attention(batch: Batch, thresholds: HeadThresholds) -> None:
         problem = batch.problems[request.table_row - 1]
         parts = (problem.query, problem.key, problem.value)
         keep = reference_select(*parts[:2], thresholds, problem.geometry, SCALE)
-        expected, _ = reference_attention(*parts, keep, problem.geometry, SCALE)
+        expected, _ = reference_attention(*parts, keep, problem.geometry, SCALE, sinks=step.sinks)
         assert relative_l1(output[request.rows], expected) <= torch.finfo(output.dtype).eps
         assert output[request.first_row - GAP : request.first_row].isnan().all()
 

@@ -111,7 +111,7 @@ def triton_prefill(
         query, key_cache, value_cache, output, block_table, blocks.table,
         lists.block_lists, lists.counts,
         scale, softcap and softcap * _LOG2E.value, features.window, features.lambda_,
-        features.k_scale, features.v_scale, features.products,
+        features.k_scale, features.v_scale, features.products, step.sinks,
         blocks.num_blocks, _heads_at_once(num_heads, num_kv_heads, context_bytes),
         block_table.stride(0), lists.block_lists.stride(0),
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
@@ -221,11 +221,13 @@ def _walk(
 
 
 @triton.jit(
-    do_not_specialize=["block_table", "num_blocks", "heads_at_once", "stride_table", "stride_list"]
-)
+    do_not_specialize=[
+        "block_table", "sinks", "num_blocks", "heads_at_once", "stride_table", "stride_list",
+    ]
+)  # fmt: skip
 def _prefill_tile(
     query, key_cache, value_cache, output, block_table, table, block_lists, counts,
-    scale, softcap, window, lambdas, k_scale, v_scale, products,
+    scale, softcap, window, lambdas, k_scale, v_scale, products, sinks,
     num_blocks, heads_at_once, stride_table, stride_list,
     stride_qt, stride_qh, stride_ot, stride_oh,
     stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
@@ -290,6 +292,9 @@ def _prefill_tile(
         scored = count - start
         tl.atomic_add(products, scored.to(tl.int64), sem="relaxed")
         tl.atomic_add(products + 1, (scored - skipped).to(tl.int64), sem="relaxed")
+    if sinks is not None:
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+        denominator += tl.exp2(tl.load(sinks + head).to(tl.float32) * _LOG2E - shift)
     # Rows that are absent, or see no key in their window, have no weights.
     inverse = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
     if v_scale is not None:
