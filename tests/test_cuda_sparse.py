@@ -10,7 +10,7 @@ import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.batches import make_batch
+from tests.batches import Batch, draw_sinks, make_batch
 from tests.problems import SCALE, relative_l1
 from tests.profiles import SMALL_MODEL, uniform_profile
 from vllm_afbs.kernels import HeadThresholds
@@ -27,9 +27,27 @@ LENGTHS = [(640, 640), (300, 1000), (128, 128)]
 def test_sparse_prefill_equals_the_reference(
     page_size: int, head_dim: int, dtype: torch.dtype, heads_outside: bool, way: str
 ) -> None:
+    check(make_batch(LENGTHS, 128, page_size, head_dim, dtype, "cuda", heads_outside), way)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["TilePrefill", "TritonPrefill"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize(("page_size", "head_dim"), [(16, 128), (128, 64), (128, 256)])
+def test_sinks_and_softcap_equal_the_reference(
+    page_size: int, head_dim: int, softcap: float, way: str
+) -> None:
+    batch = make_batch(LENGTHS, 128, page_size, head_dim, torch.bfloat16, "cuda")
+    check(batch, way, softcap)
+    batch.sinks = draw_sinks(6, "cuda")
+    check(batch, way, softcap)
+
+
+def check(batch: Batch, way: str, softcap: float = 0.0) -> None:
+    """Runs a kernel with every block kept and with the chosen ones, against the reference."""
     from vllm_afbs.backends.cuda import sparse
 
-    batch = make_batch(LENGTHS, 128, page_size, head_dim, dtype, "cuda", heads_outside)
+    sinks = None if batch.sinks is None else batch.sinks.cpu()
     # The copy engine fetches whole pages; what lies behind a context is masked, not skipped.
     batch.key_cache.nan_to_num_(0.0)
     batch.value_cache.nan_to_num_(0.0)
@@ -37,7 +55,7 @@ def test_sparse_prefill_equals_the_reference(
     errors = []
     for chosen in (HeadThresholds(torch.ones(6), thresholds.theta), thresholds):
         on_device = HeadThresholds(chosen.tau.cuda(), chosen.theta.cuda())
-        prefill = getattr(sparse, way)(sparse.Layer(on_device, SCALE, 0.0))
+        prefill = getattr(sparse, way)(sparse.Layer(on_device, SCALE, softcap))
         step = batch.step
         output = torch.full_like(batch.query, torch.nan)
         num_kept = torch.zeros(6, dtype=torch.int64, device="cuda")
@@ -47,13 +65,15 @@ def test_sparse_prefill_equals_the_reference(
             problem = batch.problems[request.table_row - 1]
             parts = (problem.query, problem.key, problem.value)
             keep = reference_select(*parts[:2], chosen, problem.geometry, SCALE)
-            expected, _ = reference_attention(*parts, keep, problem.geometry, SCALE)
+            expected, _ = reference_attention(
+                *parts, keep, problem.geometry, SCALE, softcap=softcap, sinks=sinks
+            )
             worst = max(worst, relative_l1(output[request.rows].cpu(), expected))
             num_expected += keep.sum((1, 2))
         errors.append(worst)
         assert torch.equal(num_kept.cpu(), num_expected)
     dense_error, sparse_error = errors
-    assert dense_error <= 8 * torch.finfo(dtype).eps
+    assert dense_error <= 8 * torch.finfo(batch.query.dtype).eps
     # Dropping blocks must not cost precision: the same operation in the same dtype is the budget.
     assert sparse_error <= 2 * dense_error
 
@@ -84,7 +104,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
     profile = uniform_profile()
     monkeypatch.setattr(backend, "join_server", lambda _: profile)
-    plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "sinks"))]
+    plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "alibi"))]
     impls = [make_impl("cuda") for _ in plans]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: zip(impls, plans, strict=True))
     monkeypatch.setattr(backend.summary, "report", lambda *_: None)

@@ -86,9 +86,13 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in names:
             monkeypatch.setattr(module, name, NoKernel())
 
-    def flash_attention(query: torch.Tensor, *_: Any, **arguments: Any) -> None:
+    def flash_attention(
+        query: torch.Tensor, *_: Any, **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # What the kernel allocates itself: log-sum-exps, and a schedule of the sequences.
-        torch.empty(1, len(query)), torch.empty(4 * len(arguments["seqused_k"]), dtype=torch.int32)
+        lse = torch.empty(1, len(query))
+        torch.empty(4 * len(arguments["seqused_k"]), dtype=torch.int32)
+        return arguments["out"], lse
 
     monkeypatch.setattr(compat, "flash_attention", lambda: flash_attention)
 
@@ -218,7 +222,7 @@ def test_layers_that_cannot_run_sparse_take_no_memory_from_the_cache(
         (uniform_profile(tau=1.0), {}, {}),
         (uniform_profile(), {"lora_config": object()}, {}),
         (uniform_profile(), {"model_config": short}, {}),  # shorter than any sparse context
-        (uniform_profile(), {}, {"sinks": torch.zeros(4)}),
+        (uniform_profile(), {}, {"alibi_slopes": [1.0] * 4}),
         (uniform_profile(), {}, {"sliding_window": 100}),
     ):
         impl = make_impl("cuda", **arguments)

@@ -151,11 +151,11 @@ def test_a_keyword_of_tomorrow_is_left_to_vllms_dense_backend(
 @pytest.mark.usefixtures("counted")
 def test_a_dense_layers_reason_is_counted_once(dense: Dense, counted: Counter[str]) -> None:
     """On CUDA the builder counts it."""
-    plan = plan_layer(uniform_profile(), 1, NUM_HEADS, 0, "sinks")
+    plan = plan_layer(uniform_profile(), 1, NUM_HEADS, 0, "alibi")
     for platform in PLATFORMS:
         run(platform, cache_of("LHBNC"), plan, q_descale=None)
     assert dense.calls == [{"q_descale": None}] * 2
-    assert counted == {"sinks": 1}
+    assert counted == {"alibi": 1}
 
 
 def test_a_keyword_of_tomorrow_passes_steps_without_prefills(dense: Dense) -> None:

@@ -121,7 +121,7 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
             notes.append(
                 f"vLLM cannot make this model without its weights ({one_line(error)}); the answer "
                 "follows from the configuration and the profile, and leaves out what single layers "
-                "have, such as windows or sinks"
+                "have, such as windows"
             )
             plans = _plan_by_configuration(vllm_config, profile)
         else:

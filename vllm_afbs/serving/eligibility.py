@@ -76,7 +76,6 @@ def layer_obstacles(impl: Any, page_size: int, profile: Profile | None) -> dict[
         "attention_type": impl.attn_type != "decoder",
         "kv_sharing": impl.kv_sharing_target_layer_name is not None,
         "alibi": impl.alibi_slopes is not None,
-        "sinks": impl.sinks is not None,
         "page_size": profile is not None and profile.block_k % page_size != 0,
         "kv_cache_dtype": impl.kv_cache_dtype not in PLAIN_CACHE_DTYPES,
         "context_parallel": impl.dcp_world_size > 1 or impl.pcp_world_size > 1,

@@ -137,10 +137,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
             eligibility.layer_obstacles(self, page_size, profile)
-            | {
-                "sliding_window": eligibility.window_hides_keys(self.sliding_window, profile),
-                "softcap": bool(self.logits_soft_cap),
-            }
+            | {"sliding_window": eligibility.window_hides_keys(self.sliding_window, profile)}
         )
 
     def prepare(self, plan: LayerPlan, cache_format: CacheFormat, meter: HostMeter) -> ServedLayer:
@@ -149,7 +146,12 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             return ServedLayer(plan, None, meter)
         try:
             sparse = SparsePrefill(
-                plan.thresholds, self.num_kv_heads, self.head_size, self.scale, cache_format
+                plan.thresholds,
+                self.num_kv_heads,
+                self.head_size,
+                self.scale,
+                cache_format,
+                softcap=float(self.logits_soft_cap),
             )
         except UnknownPackingError as error:
             logger.warning("Layer %d runs dense: cache_layout (%s).", plan.layer, error)
@@ -211,7 +213,8 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             attended = time.perf_counter()
         else:
             for request, its_tables in zip(step.long_prefills, tables, strict=True):
-                sparse.attend(query, output, kv_cache, request, its_tables)
+                # vLLM fills a layer's sinks after it has made the layer.
+                sparse.attend(query, output, kv_cache, request, its_tables, self.sinks)
             attended = time.perf_counter()
             if metadata.dense_requests is not None:
                 attend_dense_requests(

@@ -287,7 +287,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             super().forward(layer, query, key, value, kv_cache, metadata, output, **unknown)
         else:
             caches = split_kv_cache(kv_cache, self.head_size)
-            step = StepInputs(query, *caches, metadata.block_table, blocks)
+            # Read here, as vLLM fills a layer's sinks after it has made the layer.
+            step = StepInputs(query, *caches, metadata.block_table, blocks, self.sinks)
             chosen = prefill.choose(step, meter.counter(served.slot))
             chosen_at = mark()
             prefill.attend(step, chosen, output)

@@ -90,8 +90,10 @@ class TilePrefill:
     def attend(self, step: StepInputs, chosen: PackedTiles, output: torch.Tensor) -> None:
         """See ``SparsePrefill``."""
 
-        def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
-            self._flash_attention(
+        def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> torch.Tensor:
+            # Sinks are left to `attend_tiles`: FlashAttention takes one for each head of a launch,
+            # and all tiles are sequences of one head.
+            _, lse = self._flash_attention(
                 query,
                 one_head_view(step.key_cache),
                 one_head_view(step.value_cache),
@@ -106,7 +108,10 @@ class TilePrefill:
                 block_table=tables.block_table,
                 fa_version=3,
                 num_splits=1,
+                return_softmax_lse=True,
             )
+            by_row: torch.Tensor = lse[0]
+            return by_row
 
         attend_tiles(step, chosen, output, dense)
 

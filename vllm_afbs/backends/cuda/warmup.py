@@ -30,6 +30,7 @@ class LayerShape:
         page_size: Keys per page.
         block_q: Rows per query block.
         block_k: Keys per key block.
+        sinks_dtype: The dtype of the layer's sinks; None if it has none.
     """
 
     num_heads: int
@@ -39,6 +40,7 @@ class LayerShape:
     page_size: int
     block_q: int
     block_k: int
+    sinks_dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, impl: Any, profile: Profile, model_config: Any, page_size: int) -> "LayerShape":
@@ -51,6 +53,7 @@ class LayerShape:
             page_size=page_size,
             block_q=profile.block_q,
             block_k=profile.block_k,
+            sinks_dtype=None if impl.sinks is None else impl.sinks.dtype,
         )
 
 
@@ -104,10 +107,14 @@ def _step(shape: LayerShape, kv_len: int, device: torch.device) -> StepInputs:
     page = query.new_zeros(1, shape.num_kv_heads, shape.page_size, 2 * shape.head_dim)
     key_cache, value_cache = page.transpose(1, 2).split(shape.head_dim, dim=-1)
     num_pages = triton.cdiv(kv_len, shape.page_size)
+    sinks = None
+    if shape.sinks_dtype is not None:
+        sinks = torch.zeros(shape.num_heads, dtype=shape.sinks_dtype, device=device)
     return StepInputs(
         query,
         key_cache,
         value_cache,
         torch.zeros(1, num_pages, dtype=torch.int32, device=device),
         cut_query_blocks([PrefillRequest(0, 0, geometry)], device),
+        sinks,
     )
