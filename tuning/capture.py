@@ -9,7 +9,7 @@ model again for the windows it has.
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,17 +37,23 @@ class LayerTensors:
         key: ``[length, num_kv_heads, head_dim]``, bf16.
         value: Like ``key``.
         softmax_scale: Factor of the scores.
+        sink: A logit of each query head that takes part in every row's softmax and has no value,
+            ``[num_heads]``, fp32; None for none.
+        softcap: Bounds the scaled scores: ``softcap * tanh(scores / softcap)``; 0 for none.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     softmax_scale: float
+    sink: torch.Tensor | None = None
+    softcap: float = 0.0
 
     def to(self, device: torch.device) -> "LayerTensors":
         """The same tensors on a device."""
         query, key, value = (each.to(device) for each in (self.query, self.key, self.value))
-        return LayerTensors(query, key, value, self.softmax_scale)
+        sink = None if self.sink is None else self.sink.to(device)
+        return replace(self, query=query, key=key, value=value, sink=sink)
 
 
 @dataclass(frozen=True)
