@@ -233,8 +233,7 @@ def reference_prefill(
             for tile, i in _tiles(step, span, head):
                 keep[head, i, lists.block_lists[tile, : int(lists.counts[tile])].long().cpu()] = 1
         attended, products = reference_attention(
-            query.cpu(), _scaled(key, features.k_scale), _scaled(value, features.v_scale),
-            keep, geometry, softmax_scale, lambda_,
+            query.cpu(), key.cpu(), value.cpu(), keep, geometry, softmax_scale, lambda_,
             softcap=features.softcap, window=features.window,
             sinks=None if step.sinks is None else step.sinks.cpu(),
         )  # fmt: skip
@@ -251,10 +250,6 @@ def _tiles(step: StepInputs, span: slice, head: int) -> list[tuple[int, int]]:
     """
     first = head * step.blocks.num_blocks
     return [(first + index, span.stop - 1 - index) for index in range(span.start, span.stop)]
-
-
-def _scaled(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    return rows.cpu().double() * (1.0 if scale is None else float(scale))
 
 
 def _query_block(query: torch.Tensor, head: int, i: int, geometry: BlockGeometry) -> torch.Tensor:

@@ -67,9 +67,11 @@ def relative_l1(output: torch.Tensor, expected: torch.Tensor) -> float:
 class PagedDense:
     """Dense causal attention through block tables, sequence by sequence in fp64."""
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Takes caches of one KV head, ``[num_pages, page_size, head_dim]``."""
-        self.key, self.value = key, value
+    def __init__(
+        self, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> None:
+        """Takes caches of one KV head, ``[num_pages, page_size, head_dim]``, and tiles' scales."""
+        self.key, self.value, self.scales = key, value, scales
 
     @classmethod
     def of(cls, problem: Problem, page_size: int) -> "PagedDense":
@@ -107,6 +109,13 @@ class PagedDense:
             pages = tables.block_table[i, : -(-kv_len // page_size)].long()
             key = self.key[pages].flatten(0, 1)[:kv_len].double()
             value = self.value[pages].flatten(0, 1)[:kv_len].double()
+            if self.scales is not None:
+                rows, key, value = (
+                    part * scale
+                    for part, scale in zip(
+                        (rows, key, value), self.scales[:, i].double(), strict=True
+                    )
+                )
             causal = torch.ones(len(rows), kv_len).tril(kv_len - len(rows)).bool()
             scores = (rows @ key.T * SCALE).masked_fill(~causal, -torch.inf)
             output[starts[i] : starts[i + 1], 0] = (torch.softmax(scores, -1) @ value).to(

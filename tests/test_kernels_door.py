@@ -78,12 +78,27 @@ def test_selection_refuses_what_does_not_fit_the_heads(
         select(STEP, thresholds, SCALE, num_kept)
 
 
-@pytest.mark.parametrize("select", [select_tile_lists, select_tiles])
-def test_selection_refuses_fp8_keys(select: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (torch.ones(2), r"scales must be \[3, 2\] fp32, got \[2\]"),
+        (torch.ones(3, 2).half(), "fp32, got"),
+        (torch.ones(3, 1).expand(3, 2), "scales must be contiguous"),
+        (torch.ones(3, 2, device="meta"), "scales must be on cpu"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(scales: torch.Tensor, message: str) -> None:
     key, value = (cache.to(torch.float8_e4m3fn) for cache in (STEP.key_cache, STEP.value_cache))
     step = replace(STEP, key_cache=key, value_cache=value)
-    with pytest.raises(ValueError, match=r"got torch\.float8_e4m3fn"):
-        select(step, THRESHOLDS, SCALE, NUM_KEPT)
+    with pytest.raises(ValueError, match=message):
+        replace(step, scales=scales)
+
+
+def test_scales_of_what_is_not_fp8_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"of caches in FP8, got .* torch\.float32"):
+        replace(STEP, scales=torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"in the query's dtype torch\.float8_e4m3fn or in FP8"):
+        replace(STEP, query=STEP.query.to(torch.float8_e4m3fn))
 
 
 def odd_step() -> StepInputs:

@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from tests.batches import Batch, draw_sinks, make_batch
+from tests.batches import Batch, draw_sinks, make_batch, quantise
 from tests.problems import SCALE
 from vllm_afbs.kernels import (
     PrefillFeatures,
@@ -81,7 +81,7 @@ def compiled(
 def call_everything(batch: Batch, features: PrefillFeatures) -> None:
     step, thresholds = batch.step, batch.problems[0].thresholds
     num_kept = torch.zeros(step.num_heads, dtype=torch.int64)
-    output = torch.empty_like(step.query)
+    output = torch.empty_like(step.query, dtype=torch.bfloat16)
     for chosen in (thresholds, dataclasses.replace(thresholds, has_theta=False)):
         select_tile_lists(step, chosen, SCALE, num_kept)
         tiles = select_tiles(step, chosen, SCALE, num_kept)
@@ -95,9 +95,7 @@ def call_everything(batch: Batch, features: PrefillFeatures) -> None:
     sparse_prefill(with_sinks, lists, output, SCALE, features=features)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_kernel_compiles(compiled: dict[str, list[Any]], capability: int) -> None:
-    batch = make_batch([(300, 640)], 128, 128, 128, torch.bfloat16, "cpu", True)
+def check_compiled(compiled: dict[str, list[Any]], capability: int, batch: Batch) -> None:
     features = PrefillFeatures(softcap=30.0, window=256, lambda_=torch.full((6,), -8.0))
     call_everything(batch, features)
     assert compiled.keys() == KERNELS
@@ -106,3 +104,17 @@ def test_every_kernel_compiles(compiled: dict[str, list[Any]], capability: int) 
             assert kernel.asm["cubin"].startswith(b"\x7fELF")
             shared_bytes = SHARED_BYTES.get(capability, kernel.metadata.shared)
             assert kernel.metadata.shared <= shared_bytes, name
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles(compiled: dict[str, list[Any]], capability: int) -> None:
+    batch = make_batch([(300, 640)], 128, 128, 128, torch.bfloat16, "cpu", True)
+    check_compiled(compiled, capability, batch)
+
+
+@pytest.mark.parametrize("capability", [each for each in CAPABILITIES if each >= 89])
+def test_every_kernel_compiles_for_fp8(compiled: dict[str, list[Any]], capability: int) -> None:
+    """GPUs before 8.9 do not know E4M3."""
+    batch = make_batch([(300, 640)], 128, 128, 128, torch.bfloat16, "cpu", True)
+    quantise(batch, torch.float8_e4m3fn, with_query=True, per_head=True)
+    check_compiled(compiled, capability, batch)

@@ -15,29 +15,36 @@ from vllm_afbs.kernels.impl.triton_scoring import block_self_similarity
 from vllm_afbs.kernels.query_blocks import QueryBlocks
 
 
-def pack_queries(query: torch.Tensor, blocks: QueryBlocks) -> tuple[torch.Tensor, BlockStats]:
+def pack_queries(
+    query: torch.Tensor, blocks: QueryBlocks, mean_dtype: torch.dtype
+) -> tuple[torch.Tensor, BlockStats]:
     """Regroups a step's queries and pools them, reading them once.
 
     Args:
         query: ``[num_tokens, num_heads, head_dim]``, rows and heads of any stride.
         blocks: The step's query blocks.
+        mean_dtype: Dtype of the blocks' means.
 
     Returns:
         The packed queries, and the statistics of ``blocks.num_blocks`` blocks per head.
     """
     _, num_heads, head_dim = query.shape
     packed = query.new_empty(num_heads * blocks.num_rows, 1, head_dim)
-    return packed, _pool(query, packed, blocks)
+    return packed, _pool(query, packed, blocks, mean_dtype)
 
 
-def pool_queries_in_place(query: torch.Tensor, blocks: QueryBlocks) -> BlockStats:
+def pool_queries_in_place(
+    query: torch.Tensor, blocks: QueryBlocks, mean_dtype: torch.dtype
+) -> BlockStats:
     """Pools a step's queries without regrouping them; see ``pack_queries``."""
-    return _pool(query, None, blocks)
+    return _pool(query, None, blocks, mean_dtype)
 
 
-def _pool(query: torch.Tensor, packed: torch.Tensor | None, blocks: QueryBlocks) -> BlockStats:
+def _pool(
+    query: torch.Tensor, packed: torch.Tensor | None, blocks: QueryBlocks, mean_dtype: torch.dtype
+) -> BlockStats:
     _, num_heads, head_dim = query.shape
-    mean = query.new_empty(num_heads, blocks.num_blocks, head_dim)
+    mean = query.new_empty(num_heads, blocks.num_blocks, head_dim, dtype=mean_dtype)
     self_similarity = query.new_empty(num_heads, blocks.num_blocks, dtype=torch.float32)
     _pool_block[(blocks.num_blocks, num_heads)](
         query, packed, mean, self_similarity, blocks.table,
