@@ -88,6 +88,7 @@ def make_layer(slot: int) -> Any:
     layer = object.__new__(backend.AfbsCUDAImpl)
     layer.num_heads = layer.num_kv_heads = NUM_HEADS
     layer.head_size = HEAD_DIM
+    layer.kv_cache_dtype, layer.sinks = "auto", None
     prefills: Any = {"tiles": MadeUpPrefill()} if PLANS[slot].dense_reason is None else {}
     layer.serve(backend.ServedLayer(PLANS[slot], slot, prefills))
     return layer

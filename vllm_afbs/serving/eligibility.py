@@ -32,6 +32,7 @@ KNOWN_ARGUMENTS = frozenset(
 the backend's ``unsupported_feature`` checks."""
 
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+"""vLLM's names for caches that are not quantised."""
 
 
 def unknown_arguments(
@@ -77,7 +78,6 @@ def layer_obstacles(impl: Any, page_size: int, profile: Profile | None) -> dict[
         "kv_sharing": impl.kv_sharing_target_layer_name is not None,
         "alibi": impl.alibi_slopes is not None,
         "page_size": profile is not None and profile.block_k % page_size != 0,
-        "kv_cache_dtype": impl.kv_cache_dtype not in PLAIN_CACHE_DTYPES,
         "context_parallel": impl.dcp_world_size > 1 or impl.pcp_world_size > 1,
         "unknown_argument": bool(impl.unknown_arguments),
     }

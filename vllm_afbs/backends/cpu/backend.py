@@ -137,7 +137,10 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
             eligibility.layer_obstacles(self, page_size, profile)
-            | {"sliding_window": eligibility.window_hides_keys(self.sliding_window, profile)}
+            | {
+                "kv_cache_dtype": self.kv_cache_dtype not in eligibility.PLAIN_CACHE_DTYPES,
+                "sliding_window": eligibility.window_hides_keys(self.sliding_window, profile),
+            }
         )
 
     def prepare(self, plan: LayerPlan, cache_format: CacheFormat, meter: HostMeter) -> ServedLayer:
@@ -151,7 +154,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
                 self.head_size,
                 self.scale,
                 cache_format,
-                softcap=float(self.logits_soft_cap),
+                float(self.logits_soft_cap),
             )
         except UnknownPackingError as error:
             logger.warning("Layer %d runs dense: cache_layout (%s).", plan.layer, error)

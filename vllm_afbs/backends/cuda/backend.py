@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_afbs import compat
 from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
 from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
-from vllm_afbs.backends.cuda.kv_cache import is_readable, split_kv_cache
+from vllm_afbs.backends.cuda.kv_cache import FP8_DTYPES, is_readable, step_inputs
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
@@ -28,7 +28,7 @@ from vllm_afbs.backends.cuda.sparse import (
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 from vllm_afbs.backends.cuda.workspace import show_workspace
 from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
-from vllm_afbs.kernels import QueryBlocks, StepInputs, cut_query_blocks
+from vllm_afbs.kernels import QueryBlocks, cut_query_blocks
 from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
@@ -207,6 +207,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
                 "sliding_window": eligibility.window_hides_keys(
                     self.sliding_window[0] + 1, profile
                 ),
+                "kv_cache_dtype": self.kv_cache_dtype
+                not in (*eligibility.PLAIN_CACHE_DTYPES, *FP8_DTYPES),
                 "flash_attention_version": self.vllm_flash_attn_version != 3,
                 "block_size": profile is not None
                 and not can_cut(profile.block_q, profile.block_k, self.head_size),
@@ -286,9 +288,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
                 fallbacks.count({dense_reason: len(blocks.requests)})
             super().forward(layer, query, key, value, kv_cache, metadata, output, **unknown)
         else:
-            caches = split_kv_cache(kv_cache, self.head_size)
-            # Read here, as vLLM fills a layer's sinks after it has made the layer.
-            step = StepInputs(query, *caches, metadata.block_table, blocks, self.sinks)
+            step = step_inputs(self, layer, query, kv_cache, metadata.block_table, blocks)
             chosen = prefill.choose(step, meter.counter(served.slot))
             chosen_at = mark()
             prefill.attend(step, chosen, output)
@@ -335,7 +335,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         """The fastest kernel at the expected sparsity, or why a sparse layer runs dense."""
         if unknown:
             return None, "unknown_argument"
-        if not is_readable(kv_cache, query, self.num_kv_heads, blocks.block_k):
+        if not is_readable(self, kv_cache, query, blocks.block_k):
             return None, "cache_layout"
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - served.plan.expected_sparsity(kv_len)

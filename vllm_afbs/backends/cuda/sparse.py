@@ -89,6 +89,7 @@ class TilePrefill:
 
     def attend(self, step: StepInputs, chosen: PackedTiles, output: torch.Tensor) -> None:
         """See ``SparsePrefill``."""
+        descales = _descales(step)
 
         def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> torch.Tensor:
             # Sinks are left to `attend_tiles`: FlashAttention takes one for each head of a launch,
@@ -109,11 +110,20 @@ class TilePrefill:
                 fa_version=3,
                 num_splits=1,
                 return_softmax_lse=True,
+                **descales,
             )
             by_row: torch.Tensor = lse[0]
             return by_row
 
         attend_tiles(step, chosen, output, dense)
+
+
+def _descales(step: StepInputs) -> dict[str, torch.Tensor]:
+    scales = step.tile_scales
+    if scales is None:
+        return {}
+    names = ("q_descale", "k_descale", "v_descale")
+    return dict(zip(names, scales, strict=True))
 
 
 class TritonPrefill:
