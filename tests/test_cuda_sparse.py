@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.batches import Batch, draw_sinks, make_batch, quantise
 from tests.problems import SCALE, relative_l1
 from tests.profiles import SMALL_MODEL, uniform_profile
+from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 
@@ -122,7 +123,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
 
     compiled = []
     monkeypatch.setattr(backend, "compile_kernels", lambda *arguments: compiled.append(arguments))
-    monkeypatch.setattr(backend, "TilePrefill", lambda layer: "tiles")
+    monkeypatch.setattr(compat, "flash_attention", lambda: None)
     monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
     profile = uniform_profile()
     monkeypatch.setattr(backend, "join_server", lambda _: profile)

@@ -35,9 +35,8 @@ KERNELS = {
     "_select_tile",
     "_prefill_tile",
 }
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Shared memory that a program may have, by the CUDA C++ programming guide; tuned for an H100, our
-kernels do not all fit into the 99 KB of 8.9."""
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that a program may have, by the CUDA C++ programming guide."""
 
 
 def ptxas_is_missing(capability: int) -> str:
@@ -96,14 +95,15 @@ def call_everything(batch: Batch, features: PrefillFeatures) -> None:
 
 
 def check_compiled(compiled: dict[str, list[Any]], capability: int, batch: Batch) -> None:
-    features = PrefillFeatures(softcap=30.0, window=256, lambda_=torch.full((6,), -8.0))
+    # Lambda takes whole blocks, which is more than fits on 8.9. It is not served.
+    lambda_ = None if capability == 89 else torch.full((6,), -8.0)
+    features = PrefillFeatures(softcap=30.0, window=256, lambda_=lambda_)
     call_everything(batch, features)
     assert compiled.keys() == KERNELS
     for name, kernels in compiled.items():
         for kernel in kernels:
             assert kernel.asm["cubin"].startswith(b"\x7fELF")
-            shared_bytes = SHARED_BYTES.get(capability, kernel.metadata.shared)
-            assert kernel.metadata.shared <= shared_bytes, name
+            assert kernel.metadata.shared <= SHARED_BYTES[capability], name
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -14,17 +14,12 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_afbs import compat
+from vllm_afbs.backends.cuda.card import Card
 from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
 from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
 from vllm_afbs.backends.cuda.kv_cache import FP8_DTYPES, is_readable, step_inputs
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
-from vllm_afbs.backends.cuda.sparse import (
-    Layer,
-    SparsePrefill,
-    TilePrefill,
-    TritonPrefill,
-    can_cut,
-)
+from vllm_afbs.backends.cuda.sparse import Layer, SparsePrefill, make_prefills
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 from vllm_afbs.backends.cuda.workspace import show_workspace
 from vllm_afbs.backends.shared import StepSorter, attend_dense_requests, extend_metadata
@@ -196,6 +191,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         """Notes which arguments we do not know; arguments are vLLM's."""
         super().__init__(*args, **kwargs)
         self._vllm_config = compat.current_config()
+        self.card = Card.of_worker(self.vllm_flash_attn_version)
         self.unknown_arguments = eligibility.unknown_arguments(super().__init__, args, kwargs)
 
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
@@ -209,10 +205,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
                 ),
                 "kv_cache_dtype": self.kv_cache_dtype
                 not in (*eligibility.PLAIN_CACHE_DTYPES, *FP8_DTYPES),
-                "flash_attention_version": self.vllm_flash_attn_version != 3,
-                "block_size": profile is not None
-                and not can_cut(profile.block_q, profile.block_k, self.head_size),
             }
+            | self.card.obstacles(self.head_size, profile)
         )
 
     def sparse_prefills(
@@ -222,7 +216,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         if plan.thresholds is None:
             return {}
         layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
-        return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
+        return make_prefills(layer, self.card.flash_attention_version)
 
     def serve(self, served: ServedLayer) -> None:
         """Takes what the layer serves; the metadata builder calls this before the first step."""
@@ -322,7 +316,9 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     def _dense_seconds(self, blocks: QueryBlocks) -> float:
         """Estimates what dense attention of the long prefills would take."""
         kv_len = blocks.requests[0].geometry.kv_len
-        return dense_seconds(self.head_size, kv_len, self.num_heads * blocks.num_scores)
+        return dense_seconds(
+            self.card.name, self.head_size, kv_len, self.num_heads * blocks.num_scores
+        )
 
     def _choose_prefill(
         self,
@@ -340,7 +336,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - served.plan.expected_sparsity(kv_len)
         num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
-        kernel = fastest_kernel(self.head_size, kv_len, density, num_scores)
+        kernel = fastest_kernel(self.card.name, self.head_size, kv_len, density, num_scores)
         if kernel == "dense":
             return None, "dense_is_faster"
         return served.prefills[kernel], None
