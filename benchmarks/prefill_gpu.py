@@ -1,8 +1,8 @@
-"""Sparse prefill attention on an NVIDIA GPU beside dense FlashAttention 3, for given densities.
+"""Sparse prefill attention on an NVIDIA GPU beside dense FlashAttention, for given densities.
 
     python -m benchmarks.prefill_gpu --output results.csv
 
-Three ways on the same numbers: FlashAttention 3 dense, the same kernel over tiles, and our Triton
+Three ways on the same numbers: FlashAttention dense, version 3 of it over tiles, and our Triton
 kernel (at density 1 it is the dense Triton kernel). The sparse times are everything the backend
 does for a layer: packing and pooling Q, scoring K in the cache, selection, writing lists or block
 tables, attention, and unpacking (theta is off, as in nearly all tuned heads; what the keys'
@@ -25,6 +25,7 @@ from benchmarks.dispatch_measurements import update_measurements, write_measurem
 from benchmarks.lists import random_blocks, tile_tables
 from benchmarks.timing import ratio_row, time_in_turns
 from vllm_afbs import compat
+from vllm_afbs.backends.cuda.card import Card
 from vllm_afbs.backends.cuda.dispatch import (
     KERNEL_CHOICES,
     KernelChoice,
@@ -34,8 +35,7 @@ from vllm_afbs.backends.cuda.dispatch import (
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
     SparsePrefill,
-    TilePrefill,
-    TritonPrefill,
+    make_prefills,
 )
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.kernels import (
@@ -65,9 +65,16 @@ class Case:
     """
 
     def __init__(
-        self, length: int, num_heads: int, num_kv_heads: int, head_dim: int, structured: bool
+        self,
+        length: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        structured: bool,
+        version: int = 3,
     ) -> None:
-        """Fills a cache of vLLM's default layout."""
+        """Fills a cache of vLLM's default layout; ``version`` is FlashAttention's."""
+        self.version = version
         num_pages = length // PAGE_SIZE
         shape = (num_pages, PAGE_SIZE, num_kv_heads, 2 * head_dim)
         cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
@@ -91,7 +98,7 @@ class Case:
         self.num_blocks = num_heads * blocks.num_visible
 
     def ways(self, tau: float, has_theta: bool = False) -> dict[KernelChoice, SparsePrefill]:
-        """The backend's two ways of sparse prefill, of a layer whose heads have no theta or one."""
+        """The backend's ways of sparse prefill, of a layer whose heads have no theta or one."""
         num_heads = self.step.query.shape[1]
         thresholds = HeadThresholds(
             torch.full((num_heads,), tau, device="cuda"),
@@ -99,16 +106,16 @@ class Case:
             has_theta,
         )
         layer = Layer(thresholds, self.scale, 0.0)
-        return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
+        return make_prefills(layer, self.version)
 
     def dense(self) -> None:
-        """Runs FlashAttention 3 on the whole prompt, as vLLM's FLASH_ATTN does."""
+        """Runs FlashAttention on the whole prompt, as vLLM's FLASH_ATTN does."""
         length, starts = len(self.step.query), self.starts
         self._flash_attention(
             self.step.query, self.step.key_cache, self.step.value_cache, out=self.output,
             cu_seqlens_q=starts, max_seqlen_q=length, seqused_k=starts[1:], max_seqlen_k=length,
             softmax_scale=self.scale, causal=True, block_table=self.step.block_table,
-            fa_version=3,
+            fa_version=self.version,
         )  # fmt: skip
 
     def run(self, way: SparsePrefill, replaced: Any) -> None:
@@ -145,10 +152,13 @@ class Case:
         generator = torch.Generator("cuda").manual_seed(0)
         keep = random_blocks(num_heads, self.geometry, 1 - density, generator)
         lists = build_tile_lists(keep.flip(1))
+        reached = int(keep.sum()) / self.num_blocks
+        if self.version != 3:
+            return reached, {"triton": lists}
         chosen = self.ways(1.0)["tiles"].choose(self.step, self.num_kept)
         tables = tile_tables(lists, self.step.blocks, self.step.key_cache, self.pages)
         tiles = PackedTiles(chosen.query, tables)
-        return int(keep.sum()) / self.num_blocks, {"tiles": tiles, "triton": lists}
+        return reached, {"tiles": tiles, "triton": lists}
 
 
 def measure(
@@ -172,16 +182,20 @@ def measure(
     ways = case.ways(tau)
     functions: dict[str, Callable[[], object]] = dict(case.calls(ways, replaced).items())
     with_theta = case.ways(tau, has_theta=True)
-    for name, each in (("selection for tiles", ways), ("the same with guards", with_theta)):
-        functions[name] = functools.partial(each["tiles"].choose, case.step, case.num_kept)
-    _check_agreement(case, functions)
+    first: KernelChoice = "tiles" if "tiles" in ways else "triton"
+    for name, each in ((f"selection for {first}", ways), ("the same with guards", with_theta)):
+        functions[name] = functools.partial(each[first].choose, case.step, case.num_kept)
+    if "tiles" in ways:
+        _check_agreement(case, functions)
     seconds = time_in_turns(functions, rounds)
     rows = [make_row(name, shape, values, "seconds") for name, values in seconds.items()]
     rows += [
-        ratio_row(f"{name}: speedup over dense FA3", shape, seconds["dense"], seconds[name])
+        ratio_row(
+            f"{name}: speedup over dense FA{case.version}", shape, seconds["dense"], seconds[name]
+        )
         for name in ways
     ]
-    medians = {way: statistics.median(seconds[way]) for way in KERNEL_CHOICES}
+    medians = {way: statistics.median(seconds[way]) for way in KERNEL_CHOICES if way in seconds}
     return rows, medians
 
 
@@ -220,6 +234,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = layer_parser(__doc__, 32, 8, 128)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--flash-attention-version", type=int, default=3, help="default: 3")
     parser.add_argument(
         "--dispatch", type=Path, help="JSON of the dispatcher, whose rows of this head size to set"
     )
@@ -228,9 +243,10 @@ def main() -> None:
     rows: list[Row] = []
     measured = []
     for length in args.lengths:
+        version = args.flash_attention_version
         shape = f"L{length}-H{args.num_heads}/{args.num_kv_heads}-D{args.head_dim}"
         arguments = (length, args.num_heads, args.num_kv_heads, args.head_dim)
-        case = Case(*arguments, structured=False)
+        case = Case(*arguments, structured=False, version=version)
         for density in DENSITIES:
             reached, blocks = case.random(density)
             name = f"{shape}-density{reached:.3f}"
@@ -241,7 +257,7 @@ def main() -> None:
             more, host_seconds = measure_host(case, args.rounds)
             rows += more
         del case, blocks
-        case = Case(*arguments, structured=True)
+        case = Case(*arguments, structured=True, version=version)
         for density in SELECTED_DENSITIES:
             tau = case.tau_for(density)
             name = f"{shape}-density{case.density(tau):.3f}-selected"
@@ -249,8 +265,10 @@ def main() -> None:
         del case
     report_rows(rows, args.output)
     if args.dispatch:
+        card = Card.of_worker(args.flash_attention_version).name
         known = Measurements.read(args.dispatch)
-        write_measurements(args.dispatch, update_measurements(known, host_seconds, measured))
+        updated = update_measurements(known.get(card), host_seconds, measured)
+        write_measurements(args.dispatch, known | {card: updated})
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 from vllm_afbs.kernels.geometry import BlockGeometry
 from vllm_afbs.kernels.impl.torch_selection import torch_select, torch_tile_lists
 from vllm_afbs.kernels.reference import reference_prefill, reference_select, reference_tile_lists
-from vllm_afbs.kernels.step import FP8, PrefillFeatures, StepInputs, check_heads
+from vllm_afbs.kernels.step import PrefillFeatures, StepInputs, check_heads
 from vllm_afbs.kernels.thresholds import HeadThresholds
 from vllm_afbs.kernels.tiles import DensePagedAttention, PackedTiles, TileLists
 
@@ -134,7 +134,7 @@ def select_tile_lists(
     """Chooses the key blocks of each tile of a step, as ``select_blocks`` does, and lists them.
 
     Args:
-        step: The layer's tensors; keys are in the query's dtype.
+        step: The layer's tensors.
         thresholds: tau and theta of each query head, on the step's device.
         softmax_scale: Factor of the scores.
         num_kept: ``[num_heads]`` or longer, int64; the number of each head's kept blocks is added.
@@ -243,10 +243,12 @@ def attend_tiles(
         step: The layer's tensors.
         tiles: From ``select_tiles``.
         output: As in ``sparse_prefill``.
-        dense_attention: The platform's dense paged kernel over the caches' ``one_head_view``.
+        dense_attention: The platform's dense paged kernel over the caches' ``one_head_view``. It
+            knows nothing of the step's sinks, which take the log-sum-exps that it returns.
 
     Raises:
-        ValueError: ``output`` or ``tiles`` do not fit the step.
+        ValueError: ``output`` or ``tiles`` do not fit the step, or there are sinks and no
+            log-sum-exps.
     """
     _check_output(step, output)
     rows = step.num_heads * step.blocks.num_rows
@@ -257,9 +259,11 @@ def attend_tiles(
         )
     from vllm_afbs.kernels.impl.triton_packing import unpack_output
 
-    packed_output = torch.empty_like(tiles.query)
-    dense_attention(tiles.query, packed_output, tiles.tables)
-    unpack_output(packed_output, output, step.blocks)
+    packed_output = torch.empty_like(tiles.query, dtype=output.dtype)
+    lse = dense_attention(tiles.query, packed_output, tiles.tables)
+    if step.sinks is not None and lse is None:
+        raise ValueError("dense_attention must return log-sum-exps for a step with sinks, got None")
+    unpack_output(packed_output, output, step.blocks, lse, step.sinks)
 
 
 def _check_output(step: StepInputs, output: torch.Tensor) -> None:
@@ -272,11 +276,6 @@ def _check_output(step: StepInputs, output: torch.Tensor) -> None:
 
 def _check_selection(step: StepInputs, thresholds: HeadThresholds, num_kept: torch.Tensor) -> None:
     _check_thresholds(thresholds, step.query)
-    if step.key_cache.dtype in FP8:
-        raise ValueError(
-            f"selection takes keys in the query's dtype {step.query.dtype}, "
-            f"got {step.key_cache.dtype}"
-        )
     if num_kept.ndim != 1 or len(num_kept) < step.num_heads or num_kept.dtype != torch.int64:
         raise ValueError(
             f"num_kept must be [{step.num_heads}] or longer, int64, "

@@ -84,6 +84,7 @@ def reference_attention(
     *,
     softcap: float = 0.0,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, BlockProducts]:
     """Attends to the kept blocks of one request with an online softmax.
 
@@ -102,6 +103,8 @@ def reference_attention(
         softcap: Bounds the scaled scores, ``softcap * tanh(scores / softcap)``; 0 for none.
         window: A row at position ``p`` sees keys in ``(p - window, p]``, and blocks that no row
             of the query block sees cost nothing; None for all keys up to ``p``.
+        sinks: ``[num_heads]``, a logit of each head, neither scaled nor capped, that takes part in
+            every row's softmax and has no value, as in gpt-oss; None for none.
 
     Returns:
         The output, ``[q_len, num_heads, head_dim]`` in fp64, and the block products done.
@@ -147,6 +150,9 @@ def reference_attention(
                     weighed += 1
                 running_max = new_max
             start, stop = (int(row) for row in geometry.row_starts[i : i + 2])
+            if sinks is not None:
+                shift = running_max.masked_fill(running_max == -torch.inf, 0.0)
+                denominator += torch.exp(sinks[head].double() - shift)
             denominator.masked_fill_(denominator == 0.0, 1.0)
             output[start:stop, head] = numerator / denominator[:, None]
     return output, BlockProducts(scored, weighed, 2 * num_heads * geometry.num_visible)
@@ -227,9 +233,9 @@ def reference_prefill(
             for tile, i in _tiles(step, span, head):
                 keep[head, i, lists.block_lists[tile, : int(lists.counts[tile])].long().cpu()] = 1
         attended, products = reference_attention(
-            query.cpu(), _scaled(key, features.k_scale), _scaled(value, features.v_scale),
-            keep, geometry, softmax_scale, lambda_,
+            query.cpu(), key.cpu(), value.cpu(), keep, geometry, softmax_scale, lambda_,
             softcap=features.softcap, window=features.window,
+            sinks=None if step.sinks is None else step.sinks.cpu(),
         )  # fmt: skip
         output[request.rows] = attended.to(output)
         if features.products is not None:
@@ -244,10 +250,6 @@ def _tiles(step: StepInputs, span: slice, head: int) -> list[tuple[int, int]]:
     """
     first = head * step.blocks.num_blocks
     return [(first + index, span.stop - 1 - index) for index in range(span.start, span.stop)]
-
-
-def _scaled(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    return rows.cpu().double() * (1.0 if scale is None else float(scale))
 
 
 def _query_block(query: torch.Tensor, head: int, i: int, geometry: BlockGeometry) -> torch.Tensor:

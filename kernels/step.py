@@ -19,12 +19,18 @@ class StepInputs:
     """A layer's tensors in one step.
 
     Attributes:
-        query: ``[num_tokens, num_heads, head_dim]``, the step's rows, any strides but the last.
+        query: ``[num_tokens, num_heads, head_dim]``, the step's rows, any strides but the last; in
+            FP8 only if the caches are.
         key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, this step's keys included,
             any strides but the last; in the query's dtype or in FP8.
         value_cache: Like ``key_cache``, with strides of its own.
         block_table: ``[num_reqs, max_pages]``, int32, the pages of each request's context.
         blocks: The query blocks of the step's long prefills.
+        sinks: A logit of each query head that takes part in every row's softmax and has no value,
+            ``[num_heads]``, any float dtype; None for none.
+        scales: What FP8 numbers are multiplied by: the query heads of each KV head, its keys and
+            its values, ``[3, num_kv_heads]``, fp32, contiguous. A query in another dtype has
+            scales of 1. None if all scales are 1.
 
     Raises:
         ValueError: A tensor has another shape, dtype, stride or device than stated above, or
@@ -36,6 +42,8 @@ class StepInputs:
     value_cache: torch.Tensor
     block_table: torch.Tensor
     blocks: QueryBlocks
+    sinks: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         query, key, value, table = self.query, self.key_cache, self.value_cache, self.block_table
@@ -51,8 +59,22 @@ class StepInputs:
             )
         if table.ndim != 2 or table.dtype != torch.int32:
             raise ValueError(f"block_table must be [num_reqs, max_pages] int32, got {_kind(table)}")
-        for name, tensor in (("query", query), ("key_cache", key), ("value_cache", value),
-                             ("block_table", table)):  # fmt: skip
+        tensors = {"query": query, "key_cache": key, "value_cache": value, "block_table": table}
+        if self.sinks is not None:
+            if self.sinks.shape != query.shape[1:2]:
+                raise ValueError(f"sinks must be [{query.shape[1]}], got {_kind(self.sinks)}")
+            tensors["sinks"] = self.sinks
+        if self.scales is not None:
+            shape = (3, key.shape[2])
+            if self.scales.shape != shape or self.scales.dtype != torch.float32:
+                raise ValueError(f"scales must be {list(shape)} fp32, got {_kind(self.scales)}")
+            if key.dtype not in FP8 or not self.scales.is_contiguous():
+                raise ValueError(
+                    "scales must be contiguous and of caches in FP8, got strides "
+                    f"{self.scales.stride()} and {key.dtype}"
+                )
+            tensors["scales"] = self.scales
+        for name, tensor in tensors.items():
             if tensor.stride(-1) != 1:
                 raise ValueError(f"{name}'s last stride must be 1, got {tensor.stride()}")
             if tensor.device != self.blocks.table.device:
@@ -72,6 +94,25 @@ class StepInputs:
                     f"{request.table_row} of the block table, got query {_kind(query)} and "
                     f"block_table {_kind(table)}"
                 )
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """Dtype in which matrix units take queries, their means and what they are multiplied with.
+
+        fp16 holds every FP8 number exactly, and GPUs convert to it in one instruction.
+        """
+        return torch.float16 if self.query.dtype in FP8 else self.query.dtype
+
+    @property
+    def tile_scales(self) -> torch.Tensor | None:
+        """Scales of each tile's query, keys and values, ``[3, num_tiles, 1]``; None for 1.
+
+        A dense paged kernel takes them for sequences of one head.
+        """
+        if self.scales is None:
+            return None
+        tiles_per_kv_head = self.num_tiles // self.key_cache.shape[2]
+        return self.scales.repeat_interleave(tiles_per_kv_head, dim=1)[..., None]
 
     @property
     def num_heads(self) -> int:
@@ -99,7 +140,8 @@ class StepInputs:
             The request; its blocks among those of the step; its rows of the query,
             ``[q_len, num_heads, head_dim]``; its keys and its values,
             ``[kv_len, num_kv_heads, head_dim]``. The step has its query blocks in reverse:
-            see ``QueryBlocks``.
+            see ``QueryBlocks``. Where there are scales, keys are multiplied by theirs and the
+            query's, and values by theirs.
         """
         for request, span in zip(self.blocks.requests, self.blocks.slices, strict=True):
             kv_len = request.geometry.kv_len
@@ -107,7 +149,10 @@ class StepInputs:
             key, value = (
                 cache[pages].flatten(0, 1)[:kv_len] for cache in (self.key_cache, self.value_cache)
             )
-            yield request, span, self.query[request.rows], key, value
+            if self.scales is not None:
+                of_query, of_key, of_value = self.scales.double()[:, None, :, None]
+                key, value = key.double() * (of_query * of_key), value.double() * of_value
+            yield request, span, self.query[request.rows].to(self.matmul_dtype), key, value
 
 
 @dataclass(frozen=True)
@@ -119,8 +164,6 @@ class PrefillFeatures:
         window: A row at position ``p`` sees keys in ``(p - window, p]``; None for all up to ``p``.
         lambda_: ``[num_heads]``, fp32, each <= 0, as in ``reference.reference_attention``; None
             skips no product with V.
-        k_scale: Scalar that the cached keys, in FP8, are multiplied by; None for 1.
-        v_scale: Like ``k_scale``, for the values.
         products: ``[2]``, int64, counters that the computed block products of QK^T and of PV are
             added to; None to count nothing.
     """
@@ -128,8 +171,6 @@ class PrefillFeatures:
     softcap: float = 0.0
     window: int | None = None
     lambda_: torch.Tensor | None = None
-    k_scale: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None
     products: torch.Tensor | None = None
 
 

@@ -14,6 +14,9 @@ The rule is SpargeAttn's (arXiv 2502.18137, section 3) with two changes:
   same for every chunk size that keeps query and key blocks whole, and for prefix-cache hits. theta
   is tuned on the self-similarity of the same unsmoothed rows.
 
+Where a model bounds its scores (soft-capping) or has sinks, blocks are scored without either. The
+order of the scores is the same, and a sink would take the same share from every block of a row.
+
 A block's *self-similarity* is the mean cosine over all pairs of its rows, each row with itself
 included. A mean says little about rows that point apart, so theta sets such blocks aside: a key
 block below theta takes no part in the softmax and is always computed, and a query block below

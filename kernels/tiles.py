@@ -4,7 +4,7 @@ A *tile* is one query block of one query head. Tiles are numbered head by head: 
 ``head * num_q_blocks + index``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,18 @@ class TileTables:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
 
+    def by_head(self, num_heads: int) -> Iterator["TileTables"]:
+        """Yields the tiles of each head, whose rows then begin at 0.
+
+        Args:
+            num_heads: Query heads that the tiles are of, each with as many tiles and rows.
+        """
+        num_tiles = len(self.seq_lens) // num_heads
+        for first in range(0, len(self.seq_lens), num_tiles):
+            starts = self.query_start_loc[first : first + num_tiles + 1]
+            own = slice(first, first + num_tiles)
+            yield TileTables(starts - starts[0], self.seq_lens[own], self.block_table[own])
+
 
 @dataclass(frozen=True)
 class PackedTiles:
@@ -58,8 +70,12 @@ class PackedTiles:
     tables: TileTables
 
 
-DensePagedAttention = Callable[[torch.Tensor, torch.Tensor, TileTables], None]
-"""Runs dense causal attention of ``query [num_rows, 1, head_dim]`` into ``output`` of its shape."""
+DensePagedAttention = Callable[[torch.Tensor, torch.Tensor, TileTables], torch.Tensor | None]
+"""Runs dense causal attention of ``query [num_rows, 1, head_dim]`` into ``output`` of its shape.
+
+Returns the natural log-sum-exp of each row's scaled scores, ``[num_rows]``, fp32, or None if the
+kernel gives none.
+"""
 
 
 def build_tile_lists(keep: torch.Tensor) -> TileLists:

@@ -12,6 +12,11 @@ GAP = 5
 """Rows of other requests before each one."""
 
 
+def draw_sinks(num_heads: int, device: str) -> torch.Tensor:
+    """Sinks from one that hardly counts to one that takes nearly all, in bf16 as models have."""
+    return torch.linspace(-4.0, 12.0, num_heads, device=device).bfloat16()
+
+
 @dataclass
 class Batch:
     """The step's tensors; ``problems`` hold each request's own, in the step's order."""
@@ -22,17 +27,57 @@ class Batch:
     key_cache: torch.Tensor
     value_cache: torch.Tensor
     block_table: torch.Tensor
+    sinks: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
     @property
     def step(self) -> StepInputs:
         """The tensors as kernels take them; made anew, as tests change them."""
         return StepInputs(
-            self.query, self.key_cache, self.value_cache, self.block_table, self.blocks
-        )
+            self.query, self.key_cache, self.value_cache, self.block_table, self.blocks,
+            self.sinks, self.scales,
+        )  # fmt: skip
 
     def in_step_order(self, per_request: list[torch.Tensor]) -> list[torch.Tensor]:
         """Each request's ``[num_heads, num_q_blocks, ...]``, as the kernels go through them."""
         return [per_request[r.table_row - 1].flip(1) for r in self.blocks.requests]
+
+
+def quantise(batch: Batch, dtype: torch.dtype, with_query: bool, per_head: bool) -> None:
+    """Puts a batch into FP8, and what that leaves of its numbers into the problems.
+
+    There, keys carry the queries' scales, so that queries stay what a matrix unit gets: their FP8
+    numbers in fp16.
+
+    Args:
+        batch: The batch.
+        dtype: An FP8 dtype.
+        with_query: Whether queries are in FP8, too.
+        per_head: Whether KV heads have scales of their own.
+    """
+    device, num_kv_heads = batch.query.device, batch.key_cache.shape[2]
+    scales = torch.tensor([0.05, 0.03, 0.07])[:, None]
+    scales = scales * torch.linspace(1.0, 2.0 if per_head else 1.0, num_kv_heads)
+    if not with_query:
+        scales[0] = 1.0
+    group = batch.query.shape[1] // num_kv_heads
+    of_query = scales[0].repeat_interleave(group)[:, None]
+    of_key, of_value = scales[1, :, None], scales[2, :, None]
+    batch.key_cache, batch.value_cache = (
+        (cache.cpu().float() / scale).to(dtype).to(device)
+        for cache, scale in ((batch.key_cache, of_key), (batch.value_cache, of_value))
+    )
+    if with_query:
+        batch.query = (batch.query.cpu().float() / of_query).to(dtype).to(device)
+    for problem in batch.problems:
+        if with_query:
+            problem.query = (problem.query.float() / of_query).to(dtype).half()
+        key, value = (
+            (rows.float() / scale).to(dtype).double() * scale.double()
+            for rows, scale in ((problem.key, of_key), (problem.value, of_value))
+        )
+        problem.key, problem.value = key * scales[0, :, None].double(), value
+    batch.scales = scales.to(device)
 
 
 def make_batch(

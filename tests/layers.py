@@ -42,6 +42,12 @@ def make_impl(platform: str, **arguments: Any) -> Any:
             ("flash_attn_supports_kv_cache_dtype", True),
         ):
             stack.enter_context(patch(f"{fa}.{name}", Mock(return_value=value), create=True))
+        hopper = Mock(to_int=lambda: 90)
+        stack.enter_context(
+            patch(
+                "vllm.platforms.current_platform.get_device_capability", Mock(return_value=hopper)
+            )
+        )
         return IMPLS[platform](**ARGUMENTS | arguments)
 
 

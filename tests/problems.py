@@ -67,9 +67,11 @@ def relative_l1(output: torch.Tensor, expected: torch.Tensor) -> float:
 class PagedDense:
     """Dense causal attention through block tables, sequence by sequence in fp64."""
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Takes caches of one KV head, ``[num_pages, page_size, head_dim]``."""
-        self.key, self.value = key, value
+    def __init__(
+        self, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> None:
+        """Takes caches of one KV head, ``[num_pages, page_size, head_dim]``, and tiles' scales."""
+        self.key, self.value, self.scales = key, value, scales
 
     @classmethod
     def of(cls, problem: Problem, page_size: int) -> "PagedDense":
@@ -95,8 +97,11 @@ class PagedDense:
             cache[page, position % page_size] = rows[position].double()
         return cache.transpose(1, 2).reshape(-1, page_size, head_dim)
 
-    def __call__(self, query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
+    def __call__(
+        self, query: torch.Tensor, output: torch.Tensor, tables: TileTables
+    ) -> torch.Tensor:
         """Attends; see ``DensePagedAttention``."""
+        lse = torch.empty(len(query))
         page_size = self.key.shape[1]
         starts = tables.query_start_loc.tolist()
         for i, kv_len in enumerate(tables.seq_lens.tolist()):
@@ -104,8 +109,17 @@ class PagedDense:
             pages = tables.block_table[i, : -(-kv_len // page_size)].long()
             key = self.key[pages].flatten(0, 1)[:kv_len].double()
             value = self.value[pages].flatten(0, 1)[:kv_len].double()
+            if self.scales is not None:
+                rows, key, value = (
+                    part * scale
+                    for part, scale in zip(
+                        (rows, key, value), self.scales[:, i].double(), strict=True
+                    )
+                )
             causal = torch.ones(len(rows), kv_len).tril(kv_len - len(rows)).bool()
             scores = (rows @ key.T * SCALE).masked_fill(~causal, -torch.inf)
             output[starts[i] : starts[i + 1], 0] = (torch.softmax(scores, -1) @ value).to(
                 output.dtype
             )
+            lse[starts[i] : starts[i + 1]] = torch.logsumexp(scores, -1)
+        return lse

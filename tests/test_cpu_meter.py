@@ -12,6 +12,7 @@ from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import cpu_attn
 
+from tests.batches import draw_sinks
 from tests.cpu_problems import HEAD_DIM, fill_cache
 from tests.problems import SCALE, make_problem, relative_l1
 from vllm_afbs.backends.cpu.backend import AfbsCPUImpl, AfbsCPUMetadata
@@ -48,10 +49,12 @@ def value(counters: Counters, name: str, **labels: Any) -> float:
     return counters.get((f"vllm_afbs_{name}", wanted), 0.0)
 
 
-def make_layer(monkeypatch: pytest.MonkeyPatch) -> AfbsCPUImpl:
+def make_layer(
+    monkeypatch: pytest.MonkeyPatch, softcap: float, sinks: torch.Tensor | None
+) -> AfbsCPUImpl:
     config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
     monkeypatch.setattr(cpu_attn, "get_current_vllm_config", lambda: config)
-    return AfbsCPUImpl(6, HEAD_DIM, SCALE, 2, None, None, "auto")
+    return AfbsCPUImpl(6, HEAD_DIM, SCALE, 2, None, None, "auto", softcap, sinks=sinks)
 
 
 def metadata_of(q_lens: list[int], kv_lens: list[int], pages: torch.Tensor, **ours: Any) -> Any:
@@ -72,16 +75,21 @@ def metadata_of(q_lens: list[int], kv_lens: list[int], pages: torch.Tensor, **ou
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(0.0, False), (0.0, True), (5.0, True)])
 def test_a_mixed_step_is_counted_and_sampled(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    softcap: float, has_sinks: bool, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     current_platform.import_kernels()
     problem = make_problem(Q_LEN, KV_LEN, 128, 128, 2, 3, HEAD_DIM, PAGE_SIZE)
     cache = fill_cache(problem, FORMAT).nan_to_num_(0.0)
-    impl = make_layer(monkeypatch)
+    # As vLLM makes layers: a parameter, filled from the checkpoint later.
+    sinks = torch.nn.Parameter(torch.zeros(6), requires_grad=False) if has_sinks else None
+    impl = make_layer(monkeypatch, softcap, sinks)
     plan = LayerPlan(LAYER, HEADS, problem.thresholds, None)
     meter = HostMeter(Settings(per_head_metrics=True, sample_rate=1.0))
     impl.serve(impl.prepare(plan, FORMAT, meter))
+    if sinks is not None:
+        sinks.copy_(draw_sinks(6, "cpu"))
 
     # A short prompt in front, over the first of the same keys.
     step = Step([PrefillRequest(SHORT_LEN, 1, problem.geometry)], [0])
@@ -99,9 +107,13 @@ def test_a_mixed_step_is_counted_and_sampled(
 
     parts = (problem.query, problem.key, problem.value)
     keep = reference_select(*parts[:2], problem.thresholds, problem.geometry, SCALE)
-    sparse, _ = reference_attention(*parts, keep, problem.geometry, SCALE)
     everything = problem.geometry.visible.expand(6, -1, -1)
-    dense, _ = reference_attention(*parts, everything, problem.geometry, SCALE)
+    sparse, dense = (
+        reference_attention(*parts, blocks, problem.geometry, SCALE, softcap=softcap, sinks=sinks)[
+            0
+        ]
+        for blocks in (keep, everything)
+    )
     assert relative_l1(output[SHORT_LEN:], sparse) < 1e-5
     expected_error = relative_l1(sparse, dense)
     assert expected_error > 0.01

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.dispatch_measurements import update_measurements, write_measurements
 from vllm_afbs.backends.cuda import dispatch
+from vllm_afbs.backends.cuda.card import Card
 from vllm_afbs.backends.cuda.dispatch import (
     KERNEL_CHOICES,
     KernelChoice,
@@ -24,6 +25,7 @@ def row(head_dim: int, kv_len: int, density: float, *seconds: float) -> Measurem
     )
 
 
+CARD = "sm90-fa3"
 HOST_SECONDS: dict[KernelChoice, float] = {"dense": 0.1, "tiles": 0.3, "triton": 0.2}
 MADE_UP = Measurements(
     HOST_SECONDS,
@@ -41,7 +43,7 @@ MADE_UP = Measurements(
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "measurements", lambda: MADE_UP)
+    monkeypatch.setattr(dispatch, "measurements", lambda: {CARD: MADE_UP})
     dispatch._seconds_per_score.cache_clear()
     yield
     dispatch._seconds_per_score.cache_clear()
@@ -64,7 +66,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_nearest_measurements_choose(
     head_dim: int, kv_len: int, density: float, kernel: KernelChoice
 ) -> None:
-    assert fastest_kernel(head_dim, kv_len, density, 4 * kv_len**2 // 2) == kernel
+    assert fastest_kernel(CARD, head_dim, kv_len, density, 4 * kv_len**2 // 2) == kernel
 
 
 @pytest.mark.usefixtures("made_up")
@@ -81,11 +83,11 @@ def test_small_work_is_not_worth_the_host(
     share: float, density: float, kernel: KernelChoice
 ) -> None:
     """A few heads, or a short chunk of a long prompt: the host takes as long as for many."""
-    assert fastest_kernel(128, 8192, density, round(share * 4 * 8192**2 / 2)) == kernel
+    assert fastest_kernel(CARD, 128, 8192, density, round(share * 4 * 8192**2 / 2)) == kernel
 
 
 def test_repository_holds_what_the_dispatcher_needs() -> None:
-    known = measurements()
+    known = measurements()[CARD]
     assert known.host_seconds.keys() == set(KERNEL_CHOICES)
     assert known.host_seconds["dense"] < known.host_seconds["triton"]
     by_shape = itertools.groupby(known.rows, key=lambda row: (row.head_dim, row.kv_len))
@@ -107,15 +109,49 @@ def test_repository_holds_what_the_dispatcher_needs() -> None:
 def test_repository_measurements_tell_small_models_from_large(
     num_heads: int, head_dim: int, kv_len: int, density: float, dense: bool
 ) -> None:
-    kernel = fastest_kernel(head_dim, kv_len, density, num_heads * kv_len**2 // 2)
+    kernel = fastest_kernel(CARD, head_dim, kv_len, density, num_heads * kv_len**2 // 2)
     assert (kernel == "dense") is dense
 
 
 def test_updating_replaces_only_the_measured_head_sizes(tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
-    write_measurements(path, MADE_UP)
-    assert Measurements.read(path) == MADE_UP
+    both = {CARD: MADE_UP, "sm80-fa2": Measurements({"dense": 0.1, "triton": 0.2}, ())}
+    write_measurements(path, both)
+    assert Measurements.read(path) == both
     new = row(64, 32768, 0.5, 1.0, 2.0, 3.0)
     updated = update_measurements(MADE_UP, HOST_SECONDS | {"tiles": 0.4}, [new])
     assert updated.rows == (*MADE_UP.rows[2:], new)
     assert updated.host_seconds["tiles"] == 0.4
+    assert update_measurements(None, HOST_SECONDS, [new]) == Measurements(HOST_SECONDS, (new,))
+
+
+def test_a_card_without_flash_attention_3_chooses_between_what_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds: dict[KernelChoice, float] = {"dense": 1.0, "triton": 0.5}
+    ampere = Measurements({"dense": 0.1, "triton": 0.2}, (Measurement(128, 4, 8192, 0.2, seconds),))
+    monkeypatch.setattr(dispatch, "measurements", lambda: {CARD: MADE_UP, "sm80-fa2": ampere})
+    dispatch._seconds_per_score.cache_clear()
+    for share, kernel in ((1.0, "triton"), (0.1, "dense")):  # 0.7 and 1.1, 0.25 and 0.2
+        num_scores = round(share * 4 * 8192**2 / 2)
+        assert fastest_kernel("sm80-fa2", 128, 8192, 0.2, num_scores) == kernel
+    assert dispatch.dense_seconds("sm80-fa2", 128, 8192, 4 * 8192**2 // 2) == pytest.approx(
+        1.0, rel=1e-3
+    )
+    # A card that nobody measured is taken for an H100, for the estimate alone.
+    for card in ("sm89-fa2", CARD):
+        assert dispatch.dense_seconds(card, 64, 8192, 4 * 8192**2 // 2) == pytest.approx(
+            1.0, rel=1e-3
+        )
+    dispatch._seconds_per_score.cache_clear()
+
+
+def test_a_card_that_was_not_measured_is_named_once(logged: list[str]) -> None:
+    dispatch.is_measured.cache_clear()
+    assert dispatch.is_measured(Card(90, 3).name)
+    assert not logged
+    for _ in range(3):
+        assert not dispatch.is_measured(Card(89, 2).name)
+    (line,) = logged
+    assert line.startswith("Attention runs dense: ")
+    assert "lists sm90-fa3, not sm89-fa2" in line

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vllm_afbs.backends.cuda import backend, meter
+from vllm_afbs.backends.cuda.card import Card
 from vllm_afbs.backends.cuda.dispatch import dense_seconds, measurements
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
@@ -88,6 +89,8 @@ def make_layer(slot: int) -> Any:
     layer = object.__new__(backend.AfbsCUDAImpl)
     layer.num_heads = layer.num_kv_heads = NUM_HEADS
     layer.head_size = HEAD_DIM
+    layer.kv_cache_dtype, layer.sinks = "auto", None
+    layer.card = Card(90, 3)
     prefills: Any = {"tiles": MadeUpPrefill()} if PLANS[slot].dense_reason is None else {}
     layer.serve(backend.ServedLayer(PLANS[slot], slot, prefills))
     return layer
@@ -174,12 +177,14 @@ def test_layers_report_what_the_device_did(
     estimate = counters.value("vllm_afbs_dense_estimate_seconds_total")
     if device.type == "cpu":
         # Twice the model's, and the second that the short prompt took beside the first.
-        assert estimate == pytest.approx(2 * dense_seconds(HEAD_DIM, 9000, num_scores) + 1.0)
+        assert estimate == pytest.approx(
+            2 * dense_seconds("sm90-fa3", HEAD_DIM, 9000, num_scores) + 1.0
+        )
         seconds = counters.by("vllm_afbs_prefill_attention_seconds_sum", "path")
         assert seconds == {"sparse": 3.0 + 2.0, "dense": 2.0}
         assert counters.value("vllm_afbs_selector_seconds_sum") == 2.0
     else:
-        assert estimate > 2 * dense_seconds(HEAD_DIM, 9000, num_scores)
+        assert estimate > 2 * dense_seconds("sm90-fa3", HEAD_DIM, 9000, num_scores)
 
 
 def test_steps_are_reported_although_the_last_layer_reports_elsewhere(
@@ -245,9 +250,11 @@ def test_microbatches_report_to_meters_of_their_own(
 
 def test_the_dense_estimate_is_the_measurement_itself_where_one_was_made() -> None:
     (row,) = (
-        row for row in measurements().rows
+        row for row in measurements()["sm90-fa3"].rows
         if (row.head_dim, row.kv_len, row.density) == (128, 32768, 1.0)
     )  # fmt: skip
     num_scores = row.num_heads * 32768 * 32769 // 2
-    assert dense_seconds(128, 32768, num_scores) == pytest.approx(row.seconds["dense"])
-    assert dense_seconds(128, 32768, num_scores // 4) == pytest.approx(row.seconds["dense"] / 4)
+    assert dense_seconds("sm90-fa3", 128, 32768, num_scores) == pytest.approx(row.seconds["dense"])
+    assert dense_seconds("sm90-fa3", 128, 32768, num_scores // 4) == pytest.approx(
+        row.seconds["dense"] / 4
+    )

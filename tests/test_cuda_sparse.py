@@ -10,9 +10,10 @@ import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.batches import make_batch
+from tests.batches import Batch, draw_sinks, make_batch, quantise
 from tests.problems import SCALE, relative_l1
 from tests.profiles import SMALL_MODEL, uniform_profile
+from vllm_afbs import compat
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.kernels.reference import reference_attention, reference_select
 
@@ -27,19 +28,54 @@ LENGTHS = [(640, 640), (300, 1000), (128, 128)]
 def test_sparse_prefill_equals_the_reference(
     page_size: int, head_dim: int, dtype: torch.dtype, heads_outside: bool, way: str
 ) -> None:
+    check(make_batch(LENGTHS, 128, page_size, head_dim, dtype, "cuda", heads_outside), way)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["TilePrefill", "TritonPrefill"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize(("page_size", "head_dim"), [(16, 128), (128, 64), (128, 256)])
+def test_sinks_and_softcap_equal_the_reference(
+    page_size: int, head_dim: int, softcap: float, way: str
+) -> None:
+    batch = make_batch(LENGTHS, 128, page_size, head_dim, torch.bfloat16, "cuda")
+    check(batch, way, softcap)
+    batch.sinks = draw_sinks(6, "cuda")
+    check(batch, way, softcap)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["TilePrefill", "TritonPrefill"])
+@pytest.mark.parametrize(("per_head", "softcap"), [(False, 0.0), (True, 0.0), (True, 5.0)])
+@pytest.mark.parametrize(("page_size", "head_dim"), [(16, 128), (128, 128), (128, 64), (128, 256)])
+def test_fp8_equals_the_reference(
+    page_size: int, head_dim: int, per_head: bool, softcap: float, way: str
+) -> None:
+    batch = make_batch(LENGTHS, 128, page_size, head_dim, torch.bfloat16, "cuda")
+    quantise(batch, torch.float8_e4m3fn, True, per_head)
+    check(batch, way, softcap)
+    batch.sinks = draw_sinks(6, "cuda")
+    check(batch, way, softcap)
+
+
+def check(batch: Batch, way: str, softcap: float = 0.0) -> None:
+    """Runs a kernel with every block kept and with the chosen ones, against the reference."""
     from vllm_afbs.backends.cuda import sparse
 
-    batch = make_batch(LENGTHS, 128, page_size, head_dim, dtype, "cuda", heads_outside)
+    sinks = None if batch.sinks is None else batch.sinks.cpu()
     # The copy engine fetches whole pages; what lies behind a context is masked, not skipped.
-    batch.key_cache.nan_to_num_(0.0)
-    batch.value_cache.nan_to_num_(0.0)
+    for name in ("key_cache", "value_cache"):
+        cache = getattr(batch, name)
+        setattr(batch, name, cache.float().nan_to_num(0.0).to(cache.dtype))
     thresholds = batch.problems[0].thresholds
     errors = []
     for chosen in (HeadThresholds(torch.ones(6), thresholds.theta), thresholds):
         on_device = HeadThresholds(chosen.tau.cuda(), chosen.theta.cuda())
-        prefill = getattr(sparse, way)(sparse.Layer(on_device, SCALE, 0.0))
+        prefill = getattr(sparse, way)(sparse.Layer(on_device, SCALE, softcap))
         step = batch.step
-        output = torch.full_like(batch.query, torch.nan)
+        # As in a model: FlashAttention writes bf16 for FP8.
+        dtype = torch.bfloat16 if batch.scales is not None else batch.query.dtype
+        output = torch.full_like(batch.query, torch.nan, dtype=dtype)
         num_kept = torch.zeros(6, dtype=torch.int64, device="cuda")
         prefill.attend(step, prefill.choose(step, num_kept), output)
         worst, num_expected = 0.0, torch.zeros(6, dtype=torch.int64)
@@ -47,13 +83,20 @@ def test_sparse_prefill_equals_the_reference(
             problem = batch.problems[request.table_row - 1]
             parts = (problem.query, problem.key, problem.value)
             keep = reference_select(*parts[:2], chosen, problem.geometry, SCALE)
-            expected, _ = reference_attention(*parts, keep, problem.geometry, SCALE)
+            expected, _ = reference_attention(
+                *parts, keep, problem.geometry, SCALE, softcap=softcap, sinks=sinks
+            )
             worst = max(worst, relative_l1(output[request.rows].cpu(), expected))
             num_expected += keep.sum((1, 2))
         errors.append(worst)
         assert torch.equal(num_kept.cpu(), num_expected)
     dense_error, sparse_error = errors
-    assert dense_error <= 8 * torch.finfo(dtype).eps
+    # FlashAttention also rounds the softmax's weights to FP8 where the query is in FP8.
+    is_fp8 = batch.scales is not None and way == "TilePrefill"
+    assert (
+        dense_error
+        <= (0.5 if is_fp8 else 8) * torch.finfo(batch.query.dtype if is_fp8 else dtype).eps
+    )
     # Dropping blocks must not cost precision: the same operation in the same dtype is the budget.
     assert sparse_error <= 2 * dense_error
 
@@ -80,11 +123,11 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
 
     compiled = []
     monkeypatch.setattr(backend, "compile_kernels", lambda *arguments: compiled.append(arguments))
-    monkeypatch.setattr(backend, "TilePrefill", lambda layer: "tiles")
+    monkeypatch.setattr(compat, "flash_attention", lambda: None)
     monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
     profile = uniform_profile()
     monkeypatch.setattr(backend, "join_server", lambda _: profile)
-    plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "sinks"))]
+    plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "alibi"))]
     impls = [make_impl("cuda") for _ in plans]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: zip(impls, plans, strict=True))
     monkeypatch.setattr(backend.summary, "report", lambda *_: None)
@@ -130,8 +173,9 @@ STEPS = [[(257, 1000)], [(640, 640), (129, 1537)], [(1024, 1024)], [(131, 385)]]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.parametrize("has_theta", [False, True])
-def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool) -> None:
+def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool, is_fp8: bool) -> None:
     from vllm_afbs.backends.cuda import sparse
     from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 
@@ -143,6 +187,10 @@ def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool) -> None:
     batches = [
         make_batch(lengths, 128, 128, 112, torch.bfloat16, "cuda", True) for lengths in STEPS
     ]
+    if is_fp8:  # and has sinks
+        for batch in batches:
+            quantise(batch, torch.float8_e4m3fn, True, True)
+            batch.sinks = draw_sinks(6, "cuda")
     problem = batches[0].problems[0]
     num_heads = len(problem.thresholds.tau)
     thresholds = HeadThresholds(torch.full((num_heads,), 0.5), problem.thresholds.theta, has_theta)
@@ -153,14 +201,17 @@ def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool) -> None:
         num_kv_heads=problem.num_kv_heads,
         head_dim=112,
         dtype=torch.bfloat16,
+        query_dtype=batches[0].query.dtype,
+        cache_dtype=batches[0].key_cache.dtype,
         page_size=128,
         block_q=128,
         block_k=128,
+        sinks_dtype=torch.bfloat16 if is_fp8 else None,
     )
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_post_compile_hook = note
         compile_kernels(ways, shape, 300, 2000, torch.device("cuda"))
-        assert "_select_tile" in compiled  # of a head size that no other test has
+        assert compiled  # of a head size that no other test has
         compiled.clear()
         for batch in batches:
             step = batch.step
@@ -168,5 +219,6 @@ def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool) -> None:
             num_kept = torch.zeros(num_heads + 1, dtype=torch.int64, device="cuda")[1:]
             for prefill in ways:
                 chosen = prefill.choose(step, num_kept)
-                prefill.attend(step, chosen, torch.empty_like(step.query))
+                output = torch.empty_like(step.query, dtype=torch.bfloat16)
+                prefill.attend(step, chosen, output)
     assert compiled == []

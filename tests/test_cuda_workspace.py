@@ -37,10 +37,13 @@ SHAPE = LayerShape(
     num_kv_heads=2,
     head_dim=64,
     dtype=torch.bfloat16,
+    query_dtype=torch.bfloat16,
+    cache_dtype=torch.bfloat16,
     page_size=128,
     block_q=128,
     block_k=128,
 )
+FP8 = {"query_dtype": torch.float8_e4m3fn, "cache_dtype": torch.float8_e4m3fn}
 MIB = 2**20
 
 
@@ -86,9 +89,13 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in names:
             monkeypatch.setattr(module, name, NoKernel())
 
-    def flash_attention(query: torch.Tensor, *_: Any, **arguments: Any) -> None:
+    def flash_attention(
+        query: torch.Tensor, *_: Any, **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # What the kernel allocates itself: log-sum-exps, and a schedule of the sequences.
-        torch.empty(1, len(query)), torch.empty(4 * len(arguments["seqused_k"]), dtype=torch.int32)
+        lse = torch.empty(1, len(query))
+        torch.empty(4 * len(arguments["seqused_k"]), dtype=torch.int32)
+        return arguments["out"], lse
 
     monkeypatch.setattr(compat, "flash_attention", lambda: flash_attention)
 
@@ -101,12 +108,20 @@ def make_step(q_lens: list[int], kv_len: int, shape: LayerShape, device: str) ->
         requests.append(PrefillRequest(rows, index, geometry))
         rows += q_len
     blocks = cut_query_blocks(requests, torch.device(device))
-    query = torch.zeros(rows, shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
-    page = query.new_zeros(1, shape.num_kv_heads, shape.page_size, 2 * shape.head_dim)
+    query = torch.zeros(
+        rows, shape.num_heads, shape.head_dim, dtype=shape.query_dtype, device=device
+    )
+    size = (1, shape.num_kv_heads, shape.page_size, 2 * shape.head_dim)
+    page = torch.zeros(size, dtype=shape.cache_dtype, device=device)
+    scales = (
+        torch.ones(3, shape.num_kv_heads, device=device)
+        if shape.cache_dtype.itemsize == 1
+        else None
+    )
     caches = page.transpose(1, 2).split(shape.head_dim, dim=-1)
     num_pages = -(-kv_len // shape.page_size)
     table = torch.zeros(len(q_lens), num_pages, dtype=torch.int32, device=device)
-    return StepInputs(query, *caches, table, blocks)
+    return StepInputs(query, *caches, table, blocks, scales=scales)
 
 
 def layer_of(shape: LayerShape, device: str) -> sparse.Layer:
@@ -130,14 +145,17 @@ STEPS = {
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("dtypes", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("kind", ["TilePrefill", "TritonPrefill"])
-def test_no_step_needs_more_than_was_shown(kind: str, page_size: int, name: str) -> None:
-    shape = replace(SHAPE, page_size=page_size)
+def test_no_step_needs_more_than_was_shown(
+    kind: str, dtypes: dict[str, torch.dtype], page_size: int, name: str
+) -> None:
+    shape = replace(SHAPE, page_size=page_size, **dtypes)
     q_lens, kv_len = STEPS[name]
     step = make_step(q_lens, kv_len, shape, "cpu")
     prefill = getattr(sparse, kind)(layer_of(shape, "cpu"))
     num_kept = torch.zeros(shape.num_heads, dtype=torch.int64)
-    output = torch.empty_like(step.query)
+    output = torch.empty_like(step.query, dtype=shape.dtype)
     with Allocations() as counted:
         prefill.attend(step, prefill.choose(step, num_kept), output)
     shown = workspace_bytes(shape, LargestStep(NUM_TOKENS, len(q_lens), KV_LEN))
@@ -147,17 +165,15 @@ def test_no_step_needs_more_than_was_shown(kind: str, page_size: int, name: str)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("q_lens", [[8192], [131072], [4000, 4192], [129] * 60], ids=len)
-def test_a_gpu_takes_what_was_shown(q_lens: list[int]) -> None:
-    shape = LayerShape(
-        num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, page_size=128,
-        block_q=128, block_k=128,
-    )  # fmt: skip
+def test_a_gpu_takes_what_was_shown(q_lens: list[int], dtypes: dict[str, torch.dtype]) -> None:
+    shape = replace(SHAPE, num_heads=32, num_kv_heads=8, head_dim=128, **dtypes)
     kv_len = 131072
     step = make_step(q_lens, kv_len, shape, "cuda")
     prefill = sparse.TilePrefill(layer_of(shape, "cuda"))
     num_kept = torch.zeros(shape.num_heads, dtype=torch.int64, device="cuda")
-    output = torch.empty_like(step.query)
+    output = torch.empty_like(step.query, dtype=shape.dtype)
     prefill.attend(step, prefill.choose(step, num_kept), output)  # compiles
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -218,7 +234,7 @@ def test_layers_that_cannot_run_sparse_take_no_memory_from_the_cache(
         (uniform_profile(tau=1.0), {}, {}),
         (uniform_profile(), {"lora_config": object()}, {}),
         (uniform_profile(), {"model_config": short}, {}),  # shorter than any sparse context
-        (uniform_profile(), {}, {"sinks": torch.zeros(4)}),
+        (uniform_profile(), {}, {"alibi_slopes": [1.0] * 4}),
         (uniform_profile(), {}, {"sliding_window": 100}),
     ):
         impl = make_impl("cuda", **arguments)

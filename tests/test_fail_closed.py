@@ -9,6 +9,7 @@ call, ``test_refused.py`` those that stop a server.
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu import backend as cpu
 from vllm_afbs.backends.cuda import backend as cuda
+from vllm_afbs.backends.cuda import card
+from vllm_afbs.backends.cuda.card import Card, can_cut
 from vllm_afbs.files import write_atomically
 from vllm_afbs.serving import admission, batch, eligibility, plan
 from vllm_afbs.serving import reasons as all_reasons
@@ -68,14 +71,15 @@ ARGUMENTS: list[tuple[dict[str, Any], Reason | None, Reason | None]] = [
     ({"attn_type": "encoder_decoder"}, "attention_type", "attention_type"),
     ({"kv_sharing_target_layer_name": name_of(0)}, "kv_sharing", "kv_sharing"),
     ({"alibi_slopes": [1.0] * 4}, "alibi", "alibi"),
-    ({"sinks": torch.zeros(4)}, "sinks", "sinks"),
+    ({"sinks": torch.zeros(4)}, None, None),
     ({"sliding_window": 512}, "local_attention", "local_attention"),
     ({"sliding_window": 8192}, None, None),  # hides nothing from the profile's contexts
     ({"sliding_window": 512, "sinks": torch.zeros(4)}, "local_attention", "local_attention"),
-    ({"logits_soft_cap": 30.0}, "softcap", None),  # the kernels on CUDA cap as asked
+    ({"logits_soft_cap": 30.0}, None, None),
     ({"logits_soft_cap": 0.0}, None, None),
     ({"kv_cache_dtype": "bfloat16"}, None, None),
-    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "kv_cache_dtype"),
+    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", None),
+    ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype", None),
     ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype", "kv_cache_dtype"),
     ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype", "kv_cache_dtype"),
     ({"kv_cache_dtype": "a_type_of_tomorrow"}, "kv_cache_dtype", "kv_cache_dtype"),
@@ -99,9 +103,9 @@ def test_what_a_layer_is_given_decides(
 ATTRIBUTES: list[tuple[str, str, Any, Reason]] = [
     *[(each, "dcp_world_size", 2, "context_parallel") for each in PLATFORMS],
     *[(each, "pcp_world_size", 2, "context_parallel") for each in PLATFORMS],
-    ("cuda", "vllm_flash_attn_version", 2, "flash_attention_version"),
-    ("cuda", "vllm_flash_attn_version", 4, "flash_attention_version"),
-    ("cuda", "vllm_flash_attn_version", None, "flash_attention_version"),
+    # measured.json lists Hopper with FlashAttention 3 alone.
+    *[("cuda", "card", Card(90, each), "unmeasured_gpu") for each in (2, 4, None)],
+    *[("cuda", "card", Card(*each), "unmeasured_gpu") for each in ((80, 2), (100, 4), (0, 3))],
 ]
 
 
@@ -140,7 +144,33 @@ def test_kernels_on_cuda_have_to_be_able_to_cut_the_blocks(
     profile = uniform_profile(block_q=block_q, block_k=block_k)
     layer = make_impl("cuda", head_size=head_dim)
     assert layer.unsupported_feature(128, profile) == expected
+    assert can_cut(block_q, block_k, head_dim, 80) == (expected is None)
     assert make_impl("cpu").unsupported_feature(128, profile) is None
+
+
+@pytest.mark.parametrize(
+    ("block_q", "block_k", "head_dim", "fits"),
+    # Compiled for 8.9, attention takes 98,304 and 106,496 of its 101,376 bytes, and 147,456.
+    [(128, 128, 128, True), (64, 64, 256, False), (128, 128, 256, False), (256, 128, 64, True),
+     (256, 128, 128, False), (512, 128, 32, True)],
+)  # fmt: skip
+def test_gpus_with_little_shared_memory_cut_smaller_blocks(
+    block_q: int, block_k: int, head_dim: int, fits: bool
+) -> None:
+    for capability in (86, 89, 120):
+        assert can_cut(block_q, block_k, head_dim, capability) == fits
+    assert can_cut(block_q, block_k, head_dim, 90)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_tiles_run_on_flash_attention_3_alone(version: int) -> None:
+    impl = make_impl("cuda")
+    assert impl.card == Card(90, 3)
+    impl.card = Card(90, version)
+    planned = plan.plan_layer(uniform_profile(), 1, 4, 0, None)
+    with patch.object(compat, "flash_attention", Mock()):
+        prefills = impl.sparse_prefills(planned, torch.device("cpu"))
+    assert prefills.keys() == ({"triton", "tiles"} if version == 3 else {"triton"})
 
 
 @pytest.mark.parametrize(
@@ -287,7 +317,7 @@ def test_a_layer_that_was_not_tuned_is_dense() -> None:
 def test_every_reason_is_given_and_tested() -> None:
     """Mypy sees that no other is given."""
     assert tuple(all_reasons.KINDS) == get_args(Reason)
-    code = [Path(module.__file__ or "") for module in (eligibility, plan, batch, cpu, cuda)]
+    code = [Path(module.__file__ or "") for module in (eligibility, plan, batch, cpu, cuda, card)]
     here = Path(__file__)
     others = ("test_fail_closed_calls.py", "test_fail_closed_steps.py", "test_server.py")
     tests = [here, *map(here.with_name, others)]

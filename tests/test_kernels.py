@@ -120,6 +120,35 @@ def test_reference_without_thresholds_is_dense_attention() -> None:
     assert products.sparsity == 0.0
 
 
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.floats(-40.0, 40.0), st.sampled_from([0.0, 3.0]))
+def test_reference_sinks_are_keys_without_values(
+    drawn: tuple[Problem, int], sink: float, softcap: float
+) -> None:
+    problem, _ = drawn
+    geometry, num_heads = problem.geometry, problem.query.shape[1]
+    sinks = sink + torch.linspace(-1.0, 1.0, num_heads, dtype=torch.float64)
+    keep = select(problem)
+    output, _ = reference_attention(
+        problem.query, problem.key, problem.value, keep, geometry, SCALE,
+        softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+    kept = keep.repeat_interleave(geometry.block_k, 2)[..., : geometry.kv_len]
+    kept = kept.repeat_interleave(geometry.row_starts.diff(), 1)
+    causal = torch.ones(geometry.q_len, geometry.kv_len).tril(geometry.first_row).bool()
+    key, value = (
+        rows.double().transpose(0, 1).repeat_interleave(num_heads // problem.num_kv_heads, 0)
+        for rows in (problem.key, problem.value)
+    )
+    scores = problem.query.double().transpose(0, 1) @ key.transpose(1, 2) * SCALE
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~(kept & causal), -torch.inf)
+    column = sinks[:, None, None].expand(-1, geometry.q_len, 1)
+    weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    torch.testing.assert_close(output.transpose(0, 1), weights @ value, rtol=1e-10, atol=1e-12)
+
+
 def test_reference_lambda_skips_products_and_bounds_the_error() -> None:
     problem = make_problem(128, 128, 16, 16)
     keep = problem.geometry.visible.expand(4, -1, -1)

@@ -49,6 +49,8 @@ LISTS = build_tile_lists(
         ({"block_table": STEP.block_table[:, :4]}, "5 pages"),
         ({"block_table": STEP.block_table[:2]}, "in row 2 of the block table"),
         ({"block_table": STEP.block_table.to("meta")}, "block_table must be on cpu"),
+        ({"sinks": torch.zeros(5)}, r"sinks must be \[6\], got \[5\]"),
+        ({"sinks": torch.zeros(6, device="meta")}, "sinks must be on cpu"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -76,12 +78,27 @@ def test_selection_refuses_what_does_not_fit_the_heads(
         select(STEP, thresholds, SCALE, num_kept)
 
 
-@pytest.mark.parametrize("select", [select_tile_lists, select_tiles])
-def test_selection_refuses_fp8_keys(select: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (torch.ones(2), r"scales must be \[3, 2\] fp32, got \[2\]"),
+        (torch.ones(3, 2).half(), "fp32, got"),
+        (torch.ones(3, 1).expand(3, 2), "scales must be contiguous"),
+        (torch.ones(3, 2, device="meta"), "scales must be on cpu"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(scales: torch.Tensor, message: str) -> None:
     key, value = (cache.to(torch.float8_e4m3fn) for cache in (STEP.key_cache, STEP.value_cache))
     step = replace(STEP, key_cache=key, value_cache=value)
-    with pytest.raises(ValueError, match=r"got torch\.float8_e4m3fn"):
-        select(step, THRESHOLDS, SCALE, NUM_KEPT)
+    with pytest.raises(ValueError, match=message):
+        replace(step, scales=scales)
+
+
+def test_scales_of_what_is_not_fp8_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"of caches in FP8, got .* torch\.float32"):
+        replace(STEP, scales=torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"in the query's dtype torch\.float8_e4m3fn or in FP8"):
+        replace(STEP, query=STEP.query.to(torch.float8_e4m3fn))
 
 
 def odd_step() -> StepInputs:
@@ -126,6 +143,16 @@ def test_one_request_must_have_the_rows_of_its_geometry(rows: tuple[int, int]) -
     query, key = problem.query[: rows[0]], problem.key[: rows[1]]
     with pytest.raises(ValueError, match="q_len=30 and kv_len=60"):
         select_blocks(query, key, problem.thresholds, problem.geometry, SCALE)
+
+
+def test_tiles_of_a_step_with_sinks_need_log_sum_exps() -> None:
+    step = replace(STEP, sinks=torch.zeros(6))
+    rows = STEP.num_heads * STEP.blocks.num_rows
+    entries = torch.zeros(STEP.num_tiles + 1, 1, dtype=torch.int32)
+    tables = TileTables(entries[:, 0], entries[1:, 0], entries)
+    tiles = PackedTiles(torch.zeros(rows, 1, 16), tables)
+    with pytest.raises(ValueError, match="must return log-sum-exps"):
+        attend_tiles(step, tiles, torch.empty_like(STEP.query), lambda *_: None)
 
 
 def test_tiles_of_another_step_are_refused() -> None:

@@ -157,8 +157,9 @@ def summary(
 def test_the_line_counts_by_reason_and_cuts_the_lengths() -> None:
     one = summary([None] * 3 + ["alibi"])
     assert str(one) == "3 of 4 layers sparse from 1,024 to 8,192 tokens; 1 dense: alibi"
-    two = summary([None, "sinks", "alibi", "alibi"], max_model_len=4000)
-    assert str(two) == "1 of 4 layers sparse from 1,024 to 4,000 tokens; 3 dense: 2 alibi, 1 sinks"
+    two = summary([None, "page_size", "alibi", "alibi"], max_model_len=4000)
+    expected = "1 of 4 layers sparse from 1,024 to 4,000 tokens; 3 dense: 2 alibi, 1 page_size"
+    assert str(two) == expected
 
 
 def test_layers_without_full_attention_are_counted_apart() -> None:

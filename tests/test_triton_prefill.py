@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.batches import Batch, make_batch
+from tests.batches import Batch, draw_sinks, make_batch, quantise
 from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
 from tests.problems import SCALE, PagedDense, Problem, make_problem, relative_l1
 from vllm_afbs.kernels import (
@@ -73,12 +73,16 @@ def step_lists(batch: Batch, keeps: list[torch.Tensor]) -> TileLists:
 
 
 def reference(
-    problem: Problem, keep: torch.Tensor, features: PrefillFeatures
+    problem: Problem,
+    keep: torch.Tensor,
+    features: PrefillFeatures,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, BlockProducts]:
     return reference_attention(
         problem.query, problem.key, problem.value, keep, problem.geometry, SCALE,
         None if features.lambda_ is None else features.lambda_.cpu(),
         softcap=features.softcap, window=features.window,
+        sinks=None if sinks is None else sinks.cpu(),
     )  # fmt: skip
 
 
@@ -113,7 +117,7 @@ def check(
     counters = torch.zeros(2, dtype=torch.int64, device=device)
     keeps = [kept_blocks(problem, kind) for problem in batch.problems]
     lists = step_lists(batch, keeps)
-    output = torch.full_like(batch.query, torch.nan)
+    output = torch.full_like(batch.query, torch.nan, dtype=batch.step.matmul_dtype)
     prefill(batch.step, lists, output, SCALE, replace(features, products=counters))
     others = torch.ones(len(output), dtype=torch.bool)
     expected_products = torch.zeros(2, dtype=torch.int64)
@@ -121,7 +125,7 @@ def check(
         index = request.table_row - 1
         problem = batch.problems[index]
         rows = slice(request.first_row, request.first_row + len(problem.query))
-        expected, products = reference(problem, keeps[index], features)
+        expected, products = reference(problem, keeps[index], features, batch.sinks)
         error = relative_l1(output[rows].cpu(), expected)
         assert error <= 2 * dense_error(problem, device)
         others[rows] = False
@@ -220,22 +224,7 @@ def lower_odd_blocks(batch: Batch) -> None:
         batch.key_cache[pages, (odd % page_size).to(device)] = key[odd].to(device)
 
 
-def quantise(batch: Batch, dtype: torch.dtype) -> PrefillFeatures:
-    """Puts the caches into FP8 and the dequantised numbers into the problems."""
-    device, scales = batch.query.device, torch.tensor([0.03, 0.07])
-    batch.key_cache, batch.value_cache = (
-        (cache.cpu().float() / scale).to(dtype).to(device)
-        for cache, scale in zip((batch.key_cache, batch.value_cache), scales, strict=True)
-    )
-    for problem in batch.problems:
-        problem.key, problem.value = (
-            (rows.float() / scale).to(dtype).float() * scale
-            for rows, scale in zip((problem.key, problem.value), scales, strict=True)
-        )
-    return PrefillFeatures(k_scale=scales[0].to(device), v_scale=scales[1].to(device))
-
-
-FEATURES = ["softcap", "window", "lambda", "softcap window lambda"]
+FEATURES = ["softcap", "window", "lambda", "sinks", "softcap window lambda sinks"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
@@ -287,14 +276,28 @@ def test_features_equal_the_reference(prefill: SparsePrefill, names: str) -> Non
         pytest.skip("lambda takes whole blocks")
     batch = make_batch([(70, 150), (33, 100)], 32, 16, 16, torch.float32, "cpu")
     lower_odd_blocks(batch)
+    batch.sinks = draw_sinks(6, "cpu") if "sinks" in names else None
     check(batch, "random", make_features(names, 6, 40, "cpu"), prefill)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "with_query", "per_head", "names"),
+    [
+        (torch.float8_e4m3fn, False, False, ""),
+        (torch.float8_e4m3fn, True, False, ""),
+        (torch.float8_e4m3fn, True, True, "sinks softcap"),
+        (torch.float8_e5m2, False, True, ""),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("prefill", [TRITON_IN_PARTS, REFERENCE])
-def test_an_fp8_cache_is_read(prefill: SparsePrefill, cache_dtype: torch.dtype) -> None:
+def test_fp8_is_read(
+    prefill: SparsePrefill, dtype: torch.dtype, with_query: bool, per_head: bool, names: str
+) -> None:
     batch = make_batch([(20, 20), (33, 70)], 32, 16, 24, torch.float32, "cpu")
-    check(batch, "random", quantise(batch, cache_dtype), prefill)
+    quantise(batch, dtype, with_query, per_head)
+    batch.sinks = draw_sinks(6, "cpu") if "sinks" in names else None
+    check(batch, "random", make_features(names, 6, 40, "cpu"), prefill)
 
 
 @pytest.mark.parametrize("lambda_", [None, torch.zeros(4)])
@@ -347,15 +350,18 @@ def test_compiled_features_equal_the_reference(
 ) -> None:
     batch = make_batch(LENGTHS, 128, 16, head_dim, dtype, "cuda")
     lower_odd_blocks(batch)
+    batch.sinks = draw_sinks(6, "cuda") if "sinks" in names else None
     check(batch, "random", make_features(names, 6, 200, "cuda"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("with_query", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("page_size", [16, 128])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_compiled_kernel_reads_an_fp8_cache(
-    head_dim: int, page_size: int, cache_dtype: torch.dtype
+def test_compiled_kernel_reads_fp8(
+    head_dim: int, page_size: int, dtype: torch.dtype, with_query: bool
 ) -> None:
     batch = make_batch(LENGTHS, 128, page_size, head_dim, torch.bfloat16, "cuda")
-    check(batch, "random", quantise(batch, cache_dtype))
+    quantise(batch, dtype, with_query, per_head=with_query)
+    check(batch)

@@ -3,12 +3,13 @@
 Triton's kernels run compiled on a GPU, and in Triton's interpreter without one.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
 
-from tests.batches import GAP, Batch, make_batch
+from tests.batches import GAP, Batch, draw_sinks, make_batch, quantise
 from tests.interpreted import INTERPRETED, assert_passes_interpreted
 from tests.problems import SCALE, PagedDense, relative_l1
 from vllm_afbs.kernels import (
@@ -77,11 +78,12 @@ def check_selection(
         check_tables(batch, tiles.tables, keeps)
         if device.type == "cpu":
             check_attention(batch, thresholds)
+            check_attention(replace(batch, sinks=draw_sinks(num_heads, "cpu")), thresholds)
 
 
 def check_packing(batch: Batch) -> None:
     """Packing and unpacking must be each other's inverse, and leave other rows alone."""
-    packed, _ = pack_queries(batch.query, batch.blocks)
+    packed, _ = pack_queries(batch.query, batch.blocks, batch.query.dtype)
     output = torch.zeros_like(batch.query)
     unpack_output(packed, output, batch.blocks)
     for request in batch.blocks.requests:
@@ -95,13 +97,13 @@ def check_attention(batch: Batch, thresholds: HeadThresholds) -> None:
     num_kept = torch.zeros(step.num_heads, dtype=torch.int64)
     tiles = select_tiles(step, thresholds, SCALE, num_kept)
     views = (one_head_view(cache)[:, :, 0] for cache in (step.key_cache, step.value_cache))
-    output = torch.full_like(step.query, torch.nan)
-    attend_tiles(step, tiles, output, PagedDense(*views))
+    output = torch.full_like(step.query, torch.nan, dtype=step.matmul_dtype)
+    attend_tiles(step, tiles, output, PagedDense(*views, step.tile_scales))
     for request in batch.blocks.requests:
         problem = batch.problems[request.table_row - 1]
         parts = (problem.query, problem.key, problem.value)
         keep = reference_select(*parts[:2], thresholds, problem.geometry, SCALE)
-        expected, _ = reference_attention(*parts, keep, problem.geometry, SCALE)
+        expected, _ = reference_attention(*parts, keep, problem.geometry, SCALE, sinks=step.sinks)
         assert relative_l1(output[request.rows], expected) <= torch.finfo(output.dtype).eps
         assert output[request.first_row - GAP : request.first_row].isnan().all()
 
@@ -144,7 +146,7 @@ def use_long_spans(monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
 
 
 def check_pooling(batch: Batch) -> None:
-    _, stats = pack_queries(batch.query, batch.blocks)
+    _, stats = pack_queries(batch.query, batch.blocks, batch.step.matmul_dtype)
     pooled = [pool_queries(p.query, p.geometry) for p in batch.problems]
     means = torch.cat(batch.in_step_order([each.mean for each in pooled]), dim=1)
     similar = torch.cat(batch.in_step_order([each.self_similarity for each in pooled]), dim=1)
@@ -159,6 +161,17 @@ def test_this_module_passes_in_the_interpreter() -> None:
     assert_passes_interpreted(__file__)
 
 
+IMPLEMENTATIONS = [
+    pytest.param(
+        "triton",
+        id="interpreted-triton",
+        marks=pytest.mark.skipif(
+            not INTERPRETED, reason="run in a process of its own, by the first test"
+        ),
+    ),
+    "torch",
+    "reference",
+]
 SMALL = [
     (ONE, 32, 16, False, 32), (THREE, 8, 24, True, 32), (THREE, 32, 32, False, 32),
     (ONE, 64, 16, True, 32), (THREE[:1], 16, 16, False, 16), (THREE[:1], 16, 16, False, 64),
@@ -168,20 +181,7 @@ SMALL = [
 @pytest.mark.parametrize(
     ("lengths", "page_size", "head_dim", "heads_outside", "block_k"), SMALL, ids=str
 )
-@pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(
-            "triton",
-            id="interpreted-triton",
-            marks=pytest.mark.skipif(
-                not INTERPRETED, reason="run in a process of its own, by the first test"
-            ),
-        ),
-        "torch",
-        "reference",
-    ],
-)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_implementation_equals_the_reference(
     implementation: Implementation,
     lengths: list[tuple[int, int]],
@@ -203,6 +203,20 @@ def test_every_implementation_equals_the_reference(
         check_packing(batch)
     for tau in TAUS:
         check_selection(batch, thresholds_of(batch, tau), implementation)
+    check_selection(batch, without_theta(batch), implementation)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_implementation_selects_in_fp8(
+    implementation: Implementation, per_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_long_spans(monkeypatch, True)
+    batch = make_batch([(50, 131), (20, 20)], 32, 16, 24, torch.bfloat16, "cpu", per_head)
+    quantise(batch, torch.float8_e4m3fn, True, per_head)
+    if implementation == "triton":
+        check_pooling(batch)
+    check_selection(batch, thresholds_of(batch, None), implementation)
     check_selection(batch, without_theta(batch), implementation)
 
 
@@ -233,4 +247,16 @@ def test_compiled_selection_equals_the_reference(
     check_packing(batch)
     for tau in TAUS:
         check_selection(batch, thresholds_of(batch, tau))
+    check_selection(batch, without_theta(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_compiled_selection_equals_the_reference_in_fp8(head_dim: int, per_head: bool) -> None:
+    batch = make_batch([(513, 2049), (300, 1000)], 128, 64, head_dim, torch.bfloat16, "cuda")
+    quantise(batch, torch.float8_e4m3fn, True, per_head)
+    check_pooling(batch)
+    check_packing(batch)
+    check_selection(batch, thresholds_of(batch, None))
     check_selection(batch, without_theta(batch))

@@ -1,5 +1,7 @@
 """The evaluator against the fp64 specification."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,9 +39,14 @@ def specified_scores(
     query, key, value = (t[:length] for t in (layer.query, layer.key, layer.value))
     geometry = BlockGeometry(length, length, block_q, block_k)
     keep = reference_select(query, key, thresholds, geometry, layer.softmax_scale)
-    sparse, _ = reference_attention(query, key, value, keep, geometry, layer.softmax_scale)
     everything = geometry.visible.expand_as(keep)
-    dense, _ = reference_attention(query, key, value, everything, geometry, layer.softmax_scale)
+    sparse, dense = (
+        reference_attention(
+            query, key, value, blocks, geometry, layer.softmax_scale,
+            softcap=layer.softcap, sinks=layer.sink,
+        )[0]
+        for blocks in (keep, everything)
+    )  # fmt: skip
     error = (sparse - dense).abs().sum((0, 2)) / dense.abs().sum((0, 2))
     sparsity = 1 - keep.sum((1, 2)).double() / geometry.num_visible
     return sparse, dense, error, sparsity
@@ -56,6 +63,8 @@ def specified_scores(
     tau=st.floats(0.05, 1.0),
     theta=st.floats(-1.0, 0.9),
     spread=st.floats(0.1, 3.0),
+    sink=st.none() | st.floats(-10.0, 10.0),
+    softcap=st.sampled_from([0.0, 2.0, 30.0]),
     seed=st.integers(0, 1000),
 )
 def test_error_and_sparsity_are_the_specifications(
@@ -68,10 +77,14 @@ def test_error_and_sparsity_are_the_specifications(
     tau: float,
     theta: float,
     spread: float,
+    sink: float | None,
+    softcap: float,
     seed: int,
 ) -> None:
     num_heads = num_kv_heads * group
     layer = random_layer(length + 7, num_kv_heads, group, head_dim, seed, spread)
+    sinks = None if sink is None else sink + torch.linspace(-1.0, 1.0, num_heads)
+    layer = replace(layer, sink=sinks, softcap=softcap)
     thresholds = HeadThresholds(
         torch.full((num_heads,), tau), torch.linspace(THETA_OFF, theta, num_heads)
     )
@@ -121,10 +134,25 @@ def test_partials_that_do_not_fit_are_recomputed_to_the_same_scores() -> None:
     assert torch.equal(kept.sparsity, streamed.sparsity)
 
 
+def test_a_sink_that_takes_most_of_the_softmax_hides_what_is_dropped() -> None:
+    """Dense and sparse outputs shrink by shares of their own, and their difference with them."""
+    layer = random_layer(256, 1, 2, 16, seed=8)
+    thresholds = HeadThresholds(torch.full((2,), 0.3), torch.full((2,), THETA_OFF))
+    plain = LayerEvaluator(layer, 256, 16, 16).score(thresholds)
+    # The first head's sink counts for nothing, the second's for nearly all.
+    with_sinks = replace(layer, sink=torch.tensor([-60.0, 20.0]))
+    scores = LayerEvaluator(with_sinks, 256, 16, 16).score(thresholds)
+    assert torch.equal(scores.sparsity, plain.sparsity)
+    torch.testing.assert_close(scores.error[0], plain.error[0])
+    _, _, error, _ = specified_scores(with_sinks, 256, 16, 16, thresholds)
+    assert abs(float(error[1] - plain.error[1])) > 0.01
+    torch.testing.assert_close(scores.error, error, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_bytes", [None, 0])
 def test_a_gpu_scores_as_the_host_does(cache_bytes: int | None) -> None:
-    layer = random_layer(900, 2, 3, 64, seed=7)
+    layer = replace(random_layer(900, 2, 3, 64, seed=7), sink=torch.linspace(-4, 8, 6), softcap=9.0)
     thresholds = HeadThresholds(torch.full((6,), 0.6), torch.full((6,), 0.3))
     there = LayerEvaluator(layer.to(torch.device("cuda")), 900, 128, 64, 0.5, cache_bytes)
     here = LayerEvaluator(layer, 900, 128, 64, 0.5)

@@ -19,6 +19,7 @@ from vllm_afbs.errors import InputError, one_line
 
 CALIBRATION = "calibration"
 """Name of the calibration window; the others are held out."""
+_SINK = "sink"
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,23 @@ class LayerTensors:
         key: ``[length, num_kv_heads, head_dim]``, bf16.
         value: Like ``key``.
         softmax_scale: Factor of the scores.
+        sink: A logit of each query head that takes part in every row's softmax and has no value,
+            ``[num_heads]``, fp32; None for none.
+        softcap: Bounds the scaled scores: ``softcap * tanh(scores / softcap)``; 0 for none.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     softmax_scale: float
+    sink: torch.Tensor | None = None
+    softcap: float = 0.0
 
     def to(self, device: torch.device) -> "LayerTensors":
         """The same tensors on a device."""
         query, key, value = (each.to(device) for each in (self.query, self.key, self.value))
-        return replace(self, query=query, key=key, value=value)
+        sink = None if self.sink is None else self.sink.to(device)
+        return replace(self, query=query, key=key, value=value, sink=sink)
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,13 @@ def read_tensors(path: Path) -> LayerTensors:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            scale = float(file.metadata()["softmax_scale"])
+            facts = file.metadata()
+            scale, softcap = float(facts["softmax_scale"]), float(facts["softcap"])
             query, key, value = (file.get_tensor(name) for name in ("query", "key", "value"))
+            sink = file.get_tensor(_SINK) if _SINK in file.keys() else None  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot read the capture: {one_line(error)}") from None
-    return LayerTensors(query, key, value, scale)
+    return LayerTensors(query, key, value, scale, sink, softcap)
 
 
 @dataclass(frozen=True)
@@ -121,16 +130,27 @@ class LayerWriter:
         counts: What a row consists of.
         length: Rows of the window.
         softmax_scale: Factor of the scores.
+        sink: See ``LayerTensors``.
+        softcap: See ``LayerTensors``.
 
     Raises:
         OSError: The file cannot be written.
     """
 
-    def __init__(self, path: Path, counts: HeadCounts, length: int, softmax_scale: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        counts: HeadCounts,
+        length: int,
+        softmax_scale: float,
+        sink: torch.Tensor | None = None,
+        softcap: float = 0.0,
+    ) -> None:
         self._path, self._length = path, length
         self._partial = path.with_name(f"{path.name}.partial")
         widths = {"query": counts.num_heads} | dict.fromkeys(("key", "value"), counts.num_kv_heads)
-        header: dict[str, Any] = {"__metadata__": {"softmax_scale": repr(softmax_scale)}}
+        facts = {"softmax_scale": repr(softmax_scale), "softcap": repr(softcap)}
+        header: dict[str, Any] = {"__metadata__": facts}
         end = 0
         self._places: dict[str, tuple[int, int]] = {}
         for name, heads in widths.items():
@@ -139,12 +159,17 @@ class LayerWriter:
             start, end = end, end + length * row_bytes
             shape = [length, heads, counts.head_dim]
             header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        own = b"" if sink is None else _bytes(sink.to(torch.float32))
+        if sink is not None:
+            offsets = [end, end + len(own)]
+            header[_SINK] = {"dtype": "F32", "shape": [len(sink)], "data_offsets": offsets}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
         self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self.num_written = 0
         self._write(len(text).to_bytes(8, "little") + text, 0)
+        self._write(own, self._data_start + end)
 
     def add(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes the next rows, ``[num_rows, heads, head_dim]`` each, of any floating dtype.
@@ -154,8 +179,8 @@ class LayerWriter:
         """
         for name, rows in (("query", query), ("key", key), ("value", value)):
             start, row_bytes = self._places[name]
-            raw = rows.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy()
-            self._write(raw.data, self._data_start + start + self.num_written * row_bytes)
+            at = self._data_start + start + self.num_written * row_bytes
+            self._write(_bytes(rows.to(torch.bfloat16)), at)
         self.num_written += len(query)
         if self.num_written == self._length:
             self._partial.replace(self._path)
@@ -168,8 +193,8 @@ class LayerWriter:
             self._file = -1
             self._partial.unlink(missing_ok=True)
 
-    def _write(self, data: "bytes | memoryview", at: int) -> None:
-        view = memoryview(data).cast("B")
+    def _write(self, data: bytes | memoryview, at: int) -> None:
+        view = memoryview(data)
         try:
             while view:
                 written = os.pwrite(self._file, view, at)
@@ -177,6 +202,12 @@ class LayerWriter:
         except OSError as error:
             self.close()
             raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, on the CPU; not copied if they are there."""
+    data: memoryview = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return data.cast("B")
 
 
 def check_space(directory: Path, needed_bytes: int) -> None:

@@ -144,7 +144,10 @@ def _settings(options: argparse.Namespace, model: "Model") -> "SearchSettings":
     has_gpu = compute_device().type == "cuda"
     lengths = sorted(set(options.lengths or default_lengths(reach, has_gpu)))
     if lengths and lengths[-1] > reach:
-        raise InputError(f"--lengths: at most {reach} (max_position_embeddings), got {lengths[-1]}")
+        raise InputError(
+            f"--lengths: at most {reach} (max_position_embeddings, or --max-model-len), got "
+            f"{lengths[-1]}"
+        )
     least = model.least_longest_length
     if lengths and lengths[-1] < least:
         raise InputError(

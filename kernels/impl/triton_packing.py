@@ -15,29 +15,36 @@ from vllm_afbs.kernels.impl.triton_scoring import block_self_similarity
 from vllm_afbs.kernels.query_blocks import QueryBlocks
 
 
-def pack_queries(query: torch.Tensor, blocks: QueryBlocks) -> tuple[torch.Tensor, BlockStats]:
+def pack_queries(
+    query: torch.Tensor, blocks: QueryBlocks, mean_dtype: torch.dtype
+) -> tuple[torch.Tensor, BlockStats]:
     """Regroups a step's queries and pools them, reading them once.
 
     Args:
         query: ``[num_tokens, num_heads, head_dim]``, rows and heads of any stride.
         blocks: The step's query blocks.
+        mean_dtype: Dtype of the blocks' means.
 
     Returns:
         The packed queries, and the statistics of ``blocks.num_blocks`` blocks per head.
     """
     _, num_heads, head_dim = query.shape
     packed = query.new_empty(num_heads * blocks.num_rows, 1, head_dim)
-    return packed, _pool(query, packed, blocks)
+    return packed, _pool(query, packed, blocks, mean_dtype)
 
 
-def pool_queries_in_place(query: torch.Tensor, blocks: QueryBlocks) -> BlockStats:
+def pool_queries_in_place(
+    query: torch.Tensor, blocks: QueryBlocks, mean_dtype: torch.dtype
+) -> BlockStats:
     """Pools a step's queries without regrouping them; see ``pack_queries``."""
-    return _pool(query, None, blocks)
+    return _pool(query, None, blocks, mean_dtype)
 
 
-def _pool(query: torch.Tensor, packed: torch.Tensor | None, blocks: QueryBlocks) -> BlockStats:
+def _pool(
+    query: torch.Tensor, packed: torch.Tensor | None, blocks: QueryBlocks, mean_dtype: torch.dtype
+) -> BlockStats:
     _, num_heads, head_dim = query.shape
-    mean = query.new_empty(num_heads, blocks.num_blocks, head_dim)
+    mean = query.new_empty(num_heads, blocks.num_blocks, head_dim, dtype=mean_dtype)
     self_similarity = query.new_empty(num_heads, blocks.num_blocks, dtype=torch.float32)
     _pool_block[(blocks.num_blocks, num_heads)](
         query, packed, mean, self_similarity, blocks.table,
@@ -47,17 +54,29 @@ def _pool(query: torch.Tensor, packed: torch.Tensor | None, blocks: QueryBlocks)
     return BlockStats(mean, self_similarity)
 
 
-def unpack_output(packed: torch.Tensor, output: torch.Tensor, blocks: QueryBlocks) -> None:
+def unpack_output(
+    packed: torch.Tensor,
+    output: torch.Tensor,
+    blocks: QueryBlocks,
+    lse: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
     """Puts packed results back where their queries came from.
+
+    A sink adds ``exp(sink)`` to the softmax's denominator ``exp(lse)`` and nothing to its
+    numerator, so a result that was computed without it is multiplied by ``sigmoid(lse - sink)``.
 
     Args:
         packed: ``[num_heads * num_rows, 1, head_dim]``.
         output: ``[num_tokens, num_heads, head_dim]``; the blocks' rows are written.
         blocks: The step's query blocks.
+        lse: Log-sum-exp of each packed row's scores, ``[num_heads * num_rows]``, fp32; read only
+            if there are sinks.
+        sinks: As in ``StepInputs``.
     """
     _, num_heads, head_dim = output.shape
     _unpack_block[(blocks.num_blocks, num_heads)](
-        packed, output, blocks.table,
+        packed, output, None if sinks is None else lse, sinks, blocks.table,
         blocks.num_blocks, blocks.num_rows, output.stride(0), output.stride(1),
         **_block_shape(head_dim, blocks),
     )  # fmt: skip
@@ -79,7 +98,7 @@ def _places(
     table, num_blocks, num_rows, stride_token, stride_head,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of a head's block in the step and when packed, its mask and its number of rows."""
+    """A head's block: its addresses in the step and when packed, its packed rows, mask, count."""
     index = tl.program_id(0)
     head = tl.program_id(1)
     first_row, count, _, place, _ = load_query_block(table, num_blocks, index)
@@ -90,7 +109,7 @@ def _places(
     packed_row = head.to(tl.int64) * num_rows + place + row
     packed_at = packed_row[:, None] * HEAD_DIM + columns[None, :]
     mask = (row < count)[:, None] & (columns < HEAD_DIM)[None, :]
-    return at, packed_at, mask, count
+    return at, packed_at, packed_row, mask, count
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_rows"])
@@ -98,7 +117,7 @@ def _pool_block(
     query, packed, mean, self_similarity, table, num_blocks, num_rows, stride_token, stride_head,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at, packed_at, mask, count = _places(
+    at, packed_at, _, mask, count = _places(
         table, num_blocks, num_rows, stride_token, stride_head, HEAD_DIM, PADDED_DIM, BLOCK
     )
     rows = tl.load(query + at, mask=mask, other=0.0)
@@ -111,12 +130,17 @@ def _pool_block(
     tl.store(mean + out * HEAD_DIM + columns, middle, mask=columns < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_rows"])
+@triton.jit(do_not_specialize=["sinks", "num_blocks", "num_rows"])
 def _unpack_block(
-    packed, output, table, num_blocks, num_rows, stride_token, stride_head,
+    packed, output, lse, sinks, table, num_blocks, num_rows, stride_token, stride_head,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at, packed_at, mask, _ = _places(
+    at, packed_at, packed_row, mask, count = _places(
         table, num_blocks, num_rows, stride_token, stride_head, HEAD_DIM, PADDED_DIM, BLOCK
     )
-    tl.store(output + at, tl.load(packed + packed_at, mask=mask, other=0.0), mask=mask)
+    rows = tl.load(packed + packed_at, mask=mask, other=0.0)
+    if sinks is not None:
+        total = tl.load(lse + packed_row, mask=tl.arange(0, BLOCK) < count, other=0.0)
+        sink = tl.load(sinks + tl.program_id(1)).to(tl.float32)
+        rows = (rows.to(tl.float32) * tl.sigmoid(total - sink)[:, None]).to(rows.dtype)
+    tl.store(output + at, rows, mask=mask)

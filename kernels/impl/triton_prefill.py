@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vllm_afbs.kernels.impl.triton_query_block import load_query_block
-from vllm_afbs.kernels.step import PrefillFeatures, StepInputs
+from vllm_afbs.kernels.step import FP8, PrefillFeatures, StepInputs
 from vllm_afbs.kernels.tiles import TileLists
 
 CONFIGS = Path(__file__).with_name("triton_configs.json")
@@ -111,19 +111,21 @@ def triton_prefill(
         query, key_cache, value_cache, output, block_table, blocks.table,
         lists.block_lists, lists.counts,
         scale, softcap and softcap * _LOG2E.value, features.window, features.lambda_,
-        features.k_scale, features.v_scale, features.products,
+        features.products, step.sinks, step.scales,
         blocks.num_blocks, _heads_at_once(num_heads, num_kv_heads, context_bytes),
         block_table.stride(0), lists.block_lists.stride(0),
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         value_cache.stride(0), value_cache.stride(1), value_cache.stride(2),
         GROUP=num_heads // num_kv_heads,
+        NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),
         PAGE_SIZE=page_size,
         BLOCK_M=blocks.block_q,
         BLOCK_K=block_k,
         BLOCK_N=config.block_n,
+        FP8_QUERY=query.dtype in FP8,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
@@ -221,16 +223,20 @@ def _walk(
 
 
 @triton.jit(
-    do_not_specialize=["block_table", "num_blocks", "heads_at_once", "stride_table", "stride_list"]
-)
+    do_not_specialize=[
+        "block_table", "sinks", "scales", "num_blocks", "heads_at_once", "stride_table",
+        "stride_list",
+    ]
+)  # fmt: skip
 def _prefill_tile(
     query, key_cache, value_cache, output, block_table, table, block_lists, counts,
-    scale, softcap, window, lambdas, k_scale, v_scale, products,
+    scale, softcap, window, lambdas, products, sinks, scales,
     num_blocks, heads_at_once, stride_table, stride_list,
     stride_qt, stride_qh, stride_ot, stride_oh,
     stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, FP8_QUERY: tl.constexpr,
 ):  # fmt: skip
     # Heads go in sections whose contexts fit into the L2 cache; within one, the longest tiles go
     # first, and those of one query block, which share much of their lists, together.
@@ -252,8 +258,10 @@ def _prefill_tile(
     columns = tl.arange(0, PADDED_DIM)[None, :]
     in_tile = present[:, None] & (columns < HEAD_DIM)
     q = tl.load(query + rows * stride_qt + head * stride_qh + columns, mask=in_tile, other=0.0)
-    if k_scale is not None:
-        scale *= tl.load(k_scale)
+    if FP8_QUERY:
+        q = q.to(tl.float16)  # as `StepInputs.matmul_dtype` says
+    if scales is not None:
+        scale *= tl.load(scales + head // GROUP) * tl.load(scales + NUM_KV_HEADS + head // GROUP)
     threshold = None
     if lambdas is not None:
         threshold = tl.load(lambdas + head) * _LOG2E
@@ -290,9 +298,12 @@ def _prefill_tile(
         scored = count - start
         tl.atomic_add(products, scored.to(tl.int64), sem="relaxed")
         tl.atomic_add(products + 1, (scored - skipped).to(tl.int64), sem="relaxed")
+    if sinks is not None:
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+        denominator += tl.exp2(tl.load(sinks + head).to(tl.float32) * _LOG2E - shift)
     # Rows that are absent, or see no key in their window, have no weights.
     inverse = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
-    if v_scale is not None:
-        inverse *= tl.load(v_scale)
+    if scales is not None:
+        inverse *= tl.load(scales + 2 * NUM_KV_HEADS + kv_head)
     result = (acc * inverse[:, None]).to(output.dtype.element_ty)
     tl.store(output + rows * stride_ot + head * stride_oh + columns, result, mask=in_tile)

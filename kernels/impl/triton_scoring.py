@@ -22,6 +22,7 @@ def score_key_pages(
     blocks: QueryBlocks,
     request: int,
     softmax_scale: float,
+    scales: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores one request's key blocks where they lie in a paged cache.
 
@@ -32,6 +33,7 @@ def score_key_pages(
         blocks: The step's query blocks.
         request: Index of the request among those of ``blocks``.
         softmax_scale: Factor of the scores.
+        scales: As in ``StepInputs``.
 
     Returns:
         ``mean`` and ``total`` of ``BlockScores``, undefined where no key is visible; the request's
@@ -50,7 +52,7 @@ def score_key_pages(
     span = _span(num_k_blocks, row_parts * num_kv_heads)
     grid = (row_parts, triton.cdiv(num_k_blocks, span), num_kv_heads)
     _score_key_blocks[grid](
-        mean_query, key_cache, pages, mean, total, blocks.table, softmax_scale,
+        mean_query, key_cache, pages, mean, total, blocks.table, scales, softmax_scale,
         blocks.num_blocks, first_block, num_q_blocks, geometry.kv_len, mean.stride(1), span,
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         GROUP=group,
@@ -58,6 +60,7 @@ def score_key_pages(
         PADDED_DIM=triton.next_power_of_2(head_dim),
         PAGE_SIZE=page_size,
         BLOCK_K=geometry.block_k,
+        NUM_KV_HEADS=num_kv_heads,
         ROWS=_ROWS,
         SPAN=_SPAN,
         num_warps=4,
@@ -120,19 +123,24 @@ def _key_addresses(pages, token, present, stride_page, stride_token, PAGE_SIZE: 
 
 
 @triton.jit(
-    do_not_specialize=["pages", "num_blocks", "first_block", "num_q_blocks", "kv_len", "span"]
-)
+    do_not_specialize=[
+        "pages", "scales", "num_blocks", "first_block", "num_q_blocks", "kv_len", "span",
+    ]
+)  # fmt: skip
 def _score_key_blocks(
-    mean_query, key_cache, pages, mean, total, table, softmax_scale,
+    mean_query, key_cache, pages, mean, total, table, scales, softmax_scale,
     num_blocks, first_block, num_q_blocks, kv_len, stride_scores, span,
     stride_page, stride_token, stride_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     # A program's rows are the heads of one group, query block after query block, and past the end
     # the last block again. They see nearly the same keys, so few products are wasted.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kv_head = tl.program_id(2)
+    if scales is not None:
+        softmax_scale *= tl.load(scales + kv_head) * tl.load(scales + NUM_KV_HEADS + kv_head)
     there = row < num_q_blocks * GROUP
     q_block = tl.minimum(row // GROUP, num_q_blocks - 1)
     head = kv_head * GROUP + row % GROUP
@@ -185,7 +193,7 @@ def _score_key_block(
         mask=present[None, :] & (columns < HEAD_DIM)[:, None],
         other=0.0,
     )
-    score = tl.dot(query, key) * (softmax_scale * LOG2E)
+    score = tl.dot(query, key.to(query.dtype)) * (softmax_scale * LOG2E)
     if IN_PART:
         seen = token[None, :] < end[:, None]
         num_seen = tl.minimum(tl.maximum(end - block * BLOCK_K, 1), BLOCK_K)

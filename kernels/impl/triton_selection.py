@@ -28,7 +28,7 @@ def triton_tile_lists(
     """Implements ``api.select_tile_lists``."""
     new = step.block_table.new_empty
     lists = TileLists(new(step.num_tiles, step.blocks.max_k_blocks), new(step.num_tiles))
-    queries = pool_queries_in_place(step.query, step.blocks)
+    queries = pool_queries_in_place(step.query, step.blocks, step.matmul_dtype)
     _select(
         step, queries, thresholds, softmax_scale, num_kept, lists.block_lists, lists.counts, None
     )
@@ -44,7 +44,7 @@ def triton_tiles(
     # A kernel may fetch entries ahead of a tile's end, so what follows names a valid page.
     entries = step.block_table.new_zeros(step.num_tiles, step.blocks.max_k_blocks * pages_per_block)
     tables = TileTables(new(step.num_tiles + 1), new(step.num_tiles), entries)
-    packed, queries = pack_queries(step.query, step.blocks)
+    packed, queries = pack_queries(step.query, step.blocks, step.matmul_dtype)
     _select(
         step, queries, thresholds, softmax_scale, num_kept,
         tables.block_table, tables.seq_lens, tables.query_start_loc,
@@ -71,7 +71,7 @@ def _select(
         if thresholds.has_theta:
             key_self_similarity = key_page_self_similarity(step.key_cache, pages, request.geometry)
         mean, total = score_key_pages(
-            queries.mean, step.key_cache, pages, blocks, index, softmax_scale
+            queries.mean, step.key_cache, pages, blocks, index, softmax_scale, step.scales
         )
         row = triton.next_power_of_2(num_k_blocks)
         _select_tile[(num_heads * num_q_blocks,)](

@@ -5,6 +5,9 @@ the softmax over that block alone. The output for any choice of blocks is then a
 sum of partials, as in the online softmax. So a choice costs one pass over memory, and the products
 with K and V are not computed again.
 
+Sinks and soft-capping are in the outputs that errors compare. They are not in the selection: the
+server chooses blocks by scores without either, so a tau means the same here as there.
+
 The tuner leaves lambda unset: the served tiles run whole blocks through the platform's dense
 kernel, which cannot skip P.V inside a block.
 """
@@ -54,25 +57,30 @@ class _Partials:
         outputs: Sum of ``exp(score - maximum) * value``; the last column is the sum of
             ``exp(score - maximum)`` alone. ``[num_k_blocks, num_kv_heads, group, rows,
             head_dim + 1]``.
+        sink: Logit without a value, ``[num_kv_heads, group, 1, 1]``; None for none.
         dense: Output over all blocks, ``[num_heads, rows, head_dim]``.
     """
 
     maxima: torch.Tensor
     outputs: torch.Tensor
+    sink: torch.Tensor | None
     dense: torch.Tensor
 
     @classmethod
-    def of(cls, maxima: torch.Tensor, outputs: torch.Tensor) -> "_Partials":
+    def of(
+        cls, maxima: torch.Tensor, outputs: torch.Tensor, sink: torch.Tensor | None
+    ) -> "_Partials":
         """Takes the block dimension, last in ``maxima`` and second in ``outputs``, to the front."""
         by_block = maxima.movedim(-1, 0)[..., None].contiguous()
         sums = outputs.transpose(0, 1)
         num_heads = maxima.shape[0] * maxima.shape[1]
         everything = torch.ones(num_heads, len(sums), dtype=torch.bool, device=maxima.device)
-        return cls(by_block, sums, _combine(by_block, sums, everything))
+        by_head = None if sink is None else sink.view(*maxima.shape[:2], 1, 1)
+        return cls(by_block, sums, by_head, _combine(by_block, sums, by_head, everything))
 
     def attend(self, keep: torch.Tensor) -> torch.Tensor:
         """Attention over the kept blocks, ``[num_heads, num_k_blocks]``; like ``dense``."""
-        return _combine(self.maxima, self.outputs, keep)
+        return _combine(self.maxima, self.outputs, self.sink, keep)
 
 
 class LayerEvaluator:
@@ -81,7 +89,7 @@ class LayerEvaluator:
     It computes on the tensors' device. Thresholds and scores are on the host.
 
     Args:
-        tensors: The layer's Q, K and V; the first ``length`` positions are used.
+        tensors: The layer's inputs; the first ``length`` positions are used.
         length: Tokens of context; the rows attend causally.
         block_q: Rows of a query block.
         block_k: Keys of a key block.
@@ -106,7 +114,8 @@ class LayerEvaluator:
         self._query = tensors.query[:length]
         self._key = tensors.key[:length]
         self._value = tensors.value[:length]
-        self._softmax_scale = tensors.softmax_scale
+        self._softmax_scale, self._softcap = tensors.softmax_scale, tensors.softcap
+        self._sink = tensors.sink
         self.sampled_blocks = _spread(self.geometry.num_q_blocks, row_share)
         self._scores = score_blocks(self._query, self._key, self.geometry, self._softmax_scale)
         self._device = tensors.query.device
@@ -199,6 +208,8 @@ class LayerEvaluator:
             shape = num_kv_heads, group * rows, num_blocks * block_k
             scores = buffer[: math.prod(shape)].view(shape)
             torch.bmm(query, keys[:, :num_blocks].flatten(1, 2).transpose(1, 2), out=scores)
+            if self._softcap:
+                scores.div_(self._softcap).tanh_().mul_(self._softcap)
             scores = scores.view(self.num_heads, rows, num_blocks * block_k)
             keys_at = torch.arange(start, num_blocks * block_k, device=self._device)
             hidden = keys_at > torch.arange(start, stop, device=self._device)[:, None]
@@ -219,13 +230,17 @@ class LayerEvaluator:
             yield _Partials.of(
                 maxima.view(num_kv_heads, group, rows, num_blocks),
                 outputs.view(num_kv_heads, num_blocks, group, rows, head_dim + 1),
+                self._sink,
             )
 
 
-def _combine(maxima: torch.Tensor, outputs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def _combine(
+    maxima: torch.Tensor, outputs: torch.Tensor, sink: torch.Tensor | None, keep: torch.Tensor
+) -> torch.Tensor:
     by_block = keep.T.reshape(*maxima.shape[:3], 1, 1)
     kept = maxima.masked_fill(~by_block, -torch.inf)
-    weights = torch.exp(kept - kept.amax(0))
+    highest = kept.amax(0)
+    weights = torch.exp(kept - highest)
     if outputs.is_cuda:
         # Products with the dropped blocks' zeros cost less than a launch for every block.
         total = (weights * outputs).sum(0)
@@ -233,7 +248,10 @@ def _combine(maxima: torch.Tensor, outputs: torch.Tensor, keep: torch.Tensor) ->
         total = torch.zeros_like(outputs[0])
         for j in keep.any(0).nonzero().flatten().tolist():
             total.addcmul_(weights[j], outputs[j])
-    return (total[..., :-1] / total[..., -1:]).flatten(0, 1)
+    denominator = total[..., -1:]
+    if sink is not None:
+        denominator = denominator + torch.exp(sink - highest)
+    return (total[..., :-1] / denominator).flatten(0, 1)
 
 
 def default_cache_bytes(device: torch.device) -> int:

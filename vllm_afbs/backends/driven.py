@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_afbs import compat
-from vllm_afbs.backends.recording import Recording
+from vllm_afbs.backends.recording import CACHE_DTYPES, Recording
 from vllm_afbs.backends.scoring import Scoring
 from vllm_afbs.backends.shared import served_builders
 from vllm_afbs.profile.file import parse_profile
@@ -46,7 +46,7 @@ class DrivenWorker:
                     "head_dim": impl.head_size,
                     "kv_cache_dtype": impl.kv_cache_dtype,
                     "window": layer.sliding_window,
-                    "obstacle": eligibility.capture_obstacle(layer),
+                    "obstacle": eligibility.capture_obstacle(layer, CACHE_DTYPES),
                 }
             )
         ranks = compat.tensor_parallel_rank(), compat.tensor_parallel_size()

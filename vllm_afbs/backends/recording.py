@@ -13,7 +13,16 @@ import torch
 
 from vllm_afbs.captures import HeadCounts, LayerWriter
 
-_FP8 = torch.float8_e4m3fn
+CACHE_DTYPES = {
+    "auto": None,
+    "float16": None,
+    "bfloat16": None,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""What keys and values are rounded to in a cache of each type that can be recorded, if at all."""
+_QUERY_DTYPE = torch.float8_e4m3fn
 
 
 class Recording:
@@ -35,7 +44,14 @@ class Recording:
         for path, layer in layers.items():
             impl = layer.impl
             counts = HeadCounts(impl.num_heads, impl.num_kv_heads, impl.head_size)
-            self._writers[path] = LayerWriter(path, counts, length, float(impl.scale))
+            self._writers[path] = LayerWriter(
+                path,
+                counts,
+                length,
+                float(impl.scale),
+                impl.sinks,
+                float(impl.logits_soft_cap or 0),
+            )
         for path, layer in layers.items():
             self._wrap(layer.impl, self._writers[path])
 
@@ -85,10 +101,11 @@ class Recording:
         if num_rows <= 0 or self._error is not None:
             return
         query, key, value = (each[:num_rows] for each in tensors)
-        if query.dtype == _FP8:
+        if query.dtype == _QUERY_DTYPE:
             query = query.to(torch.bfloat16) * _by_head(layer._q_scale, query)
-        if layer.impl.kv_cache_dtype.startswith("fp8"):
-            key, value = _rounded(key, layer._k_scale), _rounded(value, layer._v_scale)
+        if (stored := CACHE_DTYPES[layer.impl.kv_cache_dtype]) is not None:
+            key = _rounded(key, layer._k_scale, stored)
+            value = _rounded(value, layer._v_scale, stored)
         try:
             writer.add(query, key, value)
         except OSError as error:
@@ -103,9 +120,9 @@ def _by_head(scale: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return scale.repeat_interleave(rows.shape[1] // scale.numel())[:, None].to(torch.bfloat16)
 
 
-def _rounded(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Rows as an FP8 cache gives them back."""
+def _rounded(rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows as a cache of a narrow type gives them back."""
     factor = _by_head(scale, rows).float()
-    limit = torch.finfo(_FP8).max
-    stored = (rows.float() / factor).clamp(-limit, limit).to(_FP8)
+    limit = torch.finfo(dtype).max
+    stored = (rows.float() / factor).clamp(-limit, limit).to(dtype)
     return (stored.float() * factor).to(torch.bfloat16)

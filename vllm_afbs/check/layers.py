@@ -75,6 +75,16 @@ def _raise_errors(parser: "ArgumentParser") -> None:
     parser.error = error  # type: ignore[method-assign]
 
 
+def check_directory(model: str) -> None:
+    """Refuses a model that is named as a directory and is none.
+
+    Raises:
+        RefusedError: There is no such directory.
+    """
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
+        raise RefusedError(f"{model}: no such directory")
+
+
 def server_config(options: "Namespace") -> "VllmConfig":
     """The configuration of a server, with an admitted profile.
 
@@ -83,8 +93,7 @@ def server_config(options: "Namespace") -> "VllmConfig":
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    if options.model.startswith(("/", "./", "../", "~")) and not Path(options.model).exists():
-        raise RefusedError(f"{options.model}: no such directory")
+    check_directory(options.model)
     try:
         with refusals_of_vllm():
             config: VllmConfig = AsyncEngineArgs.from_cli_args(options).create_engine_config()
@@ -109,7 +118,7 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
             notes.append(
                 f"vLLM cannot make this model without its weights ({one_line(error)}); the answer "
                 "follows from the configuration and the profile, and leaves out what single layers "
-                "have, such as windows or sinks"
+                "have, such as windows"
             )
             plans = _plan_by_configuration(vllm_config, profile)
         else:

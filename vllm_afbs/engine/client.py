@@ -94,8 +94,8 @@ class VllmEngine:
                 **self._running().call("describe", arguments=self._arguments)
             )
             self._checkpoint = find_checkpoint(described.model, described.revision)
-        except BaseException:
-            self.release()
+        except BaseException as error:
+            self._end(error)
             raise
         if described.unused:
             print(f"not used here: {', '.join(described.unused)}", file=sys.stderr)
@@ -107,8 +107,12 @@ class VllmEngine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Ends vLLM's process, and removes its log unless the error's line names it."""
         self.release()
-        if error is None:
+        if str(self._log_file) not in str(error):
             self._log_file.unlink(missing_ok=True)
 
     @property
@@ -227,7 +231,8 @@ class VllmEngine:
     def loaded(self) -> Workers:
         """Loads the model, if that is not done."""
         if self._workers is None:
-            given = any(each.startswith("--gpu-memory-utilization") for each in self._arguments)
+            options = (each.replace("_", "-") for each in self._arguments)
+            given = any(each.startswith("--gpu-memory-utilization") for each in options)
             facts = self._running().call(
                 "load", gpu_memory_utilization=None if given else self._gpu_share
             )

@@ -103,7 +103,15 @@ class Workers:
         key, value = (
             torch.cat([getattr(part, name) for part in kept], 1) for name in ("key", "value")
         )
-        writer = LayerWriter(path, whole, len(query), parts[0].softmax_scale)
+        sinks = [part.sink for part in parts if part.sink is not None]
+        writer = LayerWriter(
+            path,
+            whole,
+            len(query),
+            parts[0].softmax_scale,
+            torch.cat(sinks) if sinks else None,
+            parts[0].softcap,
+        )
         writer.add(query, key, value)
         for file in files:
             file.unlink()

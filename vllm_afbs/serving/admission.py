@@ -78,7 +78,8 @@ def admit(vllm_config: "VllmConfig") -> None:
     }
     weights = compare_weights(vllm_config, profile)
     compat.hand_over(vllm_config, weights=weights)
-    for notice in notices(vllm_config, profile.profile_id, weights):
+    tuned_on = profile.tuned_on.quantization if profile.tuned_on else None
+    for notice in notices(vllm_config, profile.profile_id, weights, tuned_on):
         logger.warning("%s", notice)
 
 
@@ -100,13 +101,16 @@ def compare_weights(vllm_config: "VllmConfig", profile: Profile) -> Weights:
     return "same" if served == profile.model_weights_sha256 else "other"
 
 
-def notices(vllm_config: "VllmConfig", profile_id: str, weights: Weights) -> list[str]:
+def notices(
+    vllm_config: "VllmConfig", profile_id: str, weights: Weights, tuned_on: str | None = None
+) -> list[str]:
     """Warnings, one line each, about what the profile was not tuned with.
 
     Args:
         vllm_config: The server's configuration.
         profile_id: Identity of the served profile.
         weights: What ``compare_weights`` found.
+        tuned_on: How the weights were quantised that it was tuned on; None: not, or not known.
     """
     found = []
     if weights == "other":
@@ -115,10 +119,11 @@ def notices(vllm_config: "VllmConfig", profile_id: str, weights: Weights) -> lis
             "another revision, or the same weights stored differently. Serve with a sample_rate "
             "and compare the error, or tune on these weights."
         )
-    if method := vllm_config.model_config.quantization:
+    method = vllm_config.model_config.quantization
+    if method and method != tuned_on:
         found.append(
-            f"The model's weights are quantised ({method}); the profile does not say whether it "
-            "was tuned on them. Serve with a sample_rate and compare the error."
+            f"The model's weights are quantised ({method}); the profile was not tuned on weights "
+            "that are, as far as it says. Serve with a sample_rate and compare the error."
         )
     if vllm_config.kv_transfer_config is not None:
         found.append(

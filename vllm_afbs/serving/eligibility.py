@@ -6,7 +6,7 @@ counts as unsupported until we have read it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from vllm_afbs import compat
@@ -32,6 +32,7 @@ KNOWN_ARGUMENTS = frozenset(
 the backend's ``unsupported_feature`` checks."""
 
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+"""vLLM's names for caches that are not quantised."""
 
 
 def unknown_arguments(
@@ -76,9 +77,7 @@ def layer_obstacles(impl: Any, page_size: int, profile: Profile | None) -> dict[
         "attention_type": impl.attn_type != "decoder",
         "kv_sharing": impl.kv_sharing_target_layer_name is not None,
         "alibi": impl.alibi_slopes is not None,
-        "sinks": impl.sinks is not None,
         "page_size": profile is not None and profile.block_k % page_size != 0,
-        "kv_cache_dtype": impl.kv_cache_dtype not in PLAIN_CACHE_DTYPES,
         "context_parallel": impl.dcp_world_size > 1 or impl.pcp_world_size > 1,
         "unknown_argument": bool(impl.unknown_arguments),
     }
@@ -106,11 +105,12 @@ def place_obstacles(
     }
 
 
-def capture_obstacle(layer: Any) -> Reason | None:
+def capture_obstacle(layer: Any, cache_dtypes: Collection[str]) -> Reason | None:
     """Why a layer's attention is not what the tuner measures; None if it is.
 
     Args:
         layer: vLLM's attention layer.
+        cache_dtypes: Types of the KV cache that can be recorded.
     """
     impl = layer.impl
     return first_true(
@@ -118,8 +118,7 @@ def capture_obstacle(layer: Any) -> Reason | None:
             "attention_type": not compat.is_plain_attention(layer) or impl.attn_type != "decoder",
             "kv_sharing": impl.kv_sharing_target_layer_name is not None,
             "alibi": impl.alibi_slopes is not None,
-            "sinks": impl.sinks is not None,
-            "softcap": bool(impl.logits_soft_cap),
+            "kv_cache_dtype": impl.kv_cache_dtype not in cache_dtypes,
         }
     )
 

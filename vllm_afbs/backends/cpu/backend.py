@@ -179,7 +179,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             eligibility.layer_obstacles(self, page_size, profile)
             | {
                 "local_attention": eligibility.window_hides_keys(self.window, profile),
-                "softcap": bool(self.logits_soft_cap),
+                "kv_cache_dtype": self.kv_cache_dtype not in eligibility.PLAIN_CACHE_DTYPES,
             }
         )
 
@@ -195,7 +195,12 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             return ServedLayer(plan, None, meter)
         try:
             sparse = SparsePrefill(
-                plan.thresholds, self.num_kv_heads, self.head_size, self.scale, cache_format
+                plan.thresholds,
+                self.num_kv_heads,
+                self.head_size,
+                self.scale,
+                cache_format,
+                float(self.logits_soft_cap),
             )
         except UnknownPackingError as error:
             logger.warning("Layer %d cannot read its cache: %s.", plan.layer, error)
@@ -262,7 +267,8 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             attended = time.perf_counter()
         else:
             for request, its_tables in zip(step.long_prefills, tables, strict=True):
-                sparse.attend(query, output, kv_cache, request, its_tables)
+                # vLLM fills a layer's sinks after it has made the layer.
+                sparse.attend(query, output, kv_cache, request, its_tables, self.sinks)
             attended = time.perf_counter()
             if metadata.dense_requests is not None:
                 attend_dense_requests(

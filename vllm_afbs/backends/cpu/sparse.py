@@ -45,6 +45,7 @@ class SparsePrefill:
         head_dim: int,
         softmax_scale: float,
         cache_format: CacheFormat,
+        softcap: float = 0.0,
     ) -> None:
         """Prepares a layer.
 
@@ -54,13 +55,14 @@ class SparsePrefill:
             head_dim: Size of a head.
             softmax_scale: Factor of the scores.
             cache_format: The layout of the cache.
+            softcap: Bound of the scores; 0 for no bound.
 
         Raises:
             UnknownPackingError: vLLM's kernels pack K in a way that is not known.
         """
         self._thresholds = thresholds
         self._num_kv_heads, self._head_dim = num_kv_heads, head_dim
-        self._softmax_scale = softmax_scale
+        self._softmax_scale, self._softcap = softmax_scale, softcap
         self._format = cache_format
         self._reader = key_page_reader(
             cache_format.isa, cache_format.page_size, head_dim, cache_format.dtype
@@ -119,17 +121,48 @@ class SparsePrefill:
         kv_cache: torch.Tensor,
         request: PrefillRequest,
         tables: TileTables,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        """Attends to a request's kept blocks, into its rows of ``output``."""
+        """Attends to a request's kept blocks, into its rows of ``output``.
+
+        Args:
+            query: As in ``select``.
+            output: Like ``query``.
+            kv_cache: As in ``select``.
+            request: The request.
+            tables: From ``tables``.
+            sinks: A logit of each query head that takes part in every row's softmax and has no
+                value, ``[num_heads]``; None for none.
+        """
         num_pages, num_kv_heads, page_size, width = kv_cache.shape
         one_head = kv_cache.view(num_pages * num_kv_heads, 1, page_size, width)
 
         def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
-            dense_paged_attention(
-                query, output, one_head, tables, self._softmax_scale, self._format
-            )
+            if sinks is None:
+                self._run_tiles(query, output, one_head, tables, None)
+                return
+            # The kernel takes one sink for each head of a call, and all tiles are of one head.
+            num_heads = len(sinks)
+            parts = zip(
+                query.chunk(num_heads), output.chunk(num_heads), tables.by_head(num_heads),
+                sinks.float().split(1), strict=True,
+            )  # fmt: skip
+            for head_query, head_output, head_tables, sink in parts:
+                self._run_tiles(head_query, head_output, one_head, head_tables, sink)
 
         tile_prefill(query[request.rows], output[request.rows], tables, dense)
+
+    def _run_tiles(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tables: TileTables,
+        sink: torch.Tensor | None,
+    ) -> None:
+        dense_paged_attention(
+            query, output, kv_cache, tables, self._softmax_scale, self._format, self._softcap, sink
+        )
 
 
 def dense_paged_attention(
@@ -139,6 +172,8 @@ def dense_paged_attention(
     tables: TileTables,
     softmax_scale: float,
     cache_format: CacheFormat,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Runs the dense causal kernel that vLLM's CPU_ATTN runs.
 
@@ -149,6 +184,8 @@ def dense_paged_attention(
         tables: The sequences.
         softmax_scale: Factor of the scores.
         cache_format: The cache's layout.
+        softcap: Bound of the scores; 0 for no bound.
+        sinks: A sink of each head, ``[num_heads]``, fp32; None for none.
     """
     key_cache, value_cache = split_cache(kv_cache)
     schedule = ops.cpu_attn_get_scheduler_metadata(
@@ -176,9 +213,9 @@ def dense_paged_attention(
         alibi_slopes=None,
         sliding_window=-1,
         block_table=tables.block_table,
-        softcap=0.0,
+        softcap=softcap,
         scheduler_metadata=schedule,
-        s_aux=None,
+        s_aux=sinks,
     )
 
 

@@ -12,19 +12,14 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_afbs import compat
+from vllm_afbs.backends.cuda.card import Card
 from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
 from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
-from vllm_afbs.backends.cuda.kv_cache import is_readable, split_kv_cache
+from vllm_afbs.backends.cuda.kv_cache import FP8_DTYPES, is_readable, step_inputs
 from vllm_afbs.backends.cuda.metadata import AfbsCUDAMetadata, ServedLayer
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
 from vllm_afbs.backends.cuda.pages import SplitsBlocks
-from vllm_afbs.backends.cuda.sparse import (
-    Layer,
-    SparsePrefill,
-    TilePrefill,
-    TritonPrefill,
-    can_cut,
-)
+from vllm_afbs.backends.cuda.sparse import Layer, SparsePrefill, make_prefills
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 from vllm_afbs.backends.cuda.workspace import show_workspace
 from vllm_afbs.backends.shared import (
@@ -33,7 +28,7 @@ from vllm_afbs.backends.shared import (
     attend_dense_requests,
     extend_metadata,
 )
-from vllm_afbs.kernels import QueryBlocks, StepInputs, cut_query_blocks
+from vllm_afbs.kernels import QueryBlocks, cut_query_blocks
 from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
@@ -180,6 +175,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         """Notes which arguments we do not know; arguments are vLLM's."""
         super().__init__(*args, **kwargs)
         self._vllm_config = compat.current_config()
+        self.card = Card.of_worker(self.vllm_flash_attn_version)
         self.unknown_arguments = eligibility.unknown_arguments(super().__init__, args, kwargs)
 
     @property
@@ -193,10 +189,10 @@ class AfbsCUDAImpl(FlashAttentionImpl):
             eligibility.layer_obstacles(self, page_size, profile)
             | {
                 "local_attention": eligibility.window_hides_keys(self.window, profile),
-                "flash_attention_version": self.vllm_flash_attn_version != 3,
-                "block_size": profile is not None
-                and not can_cut(profile.block_q, profile.block_k, self.head_size),
+                "kv_cache_dtype": self.kv_cache_dtype
+                not in (*eligibility.PLAIN_CACHE_DTYPES, *FP8_DTYPES),
             }
+            | self.card.obstacles(self.head_size, profile)
         )
 
     def sparse_prefills(
@@ -206,7 +202,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         if plan.thresholds is None:
             return {}
         layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
-        return {"tiles": TilePrefill(layer), "triton": TritonPrefill(layer)}
+        return make_prefills(layer, self.card.flash_attention_version)
 
     def serve(self, served: ServedLayer) -> None:
         """Takes what the layer serves; the metadata builder calls this before the first step."""
@@ -274,8 +270,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
                 fallbacks.count({dense_reason: len(blocks.requests)})
             super().forward(layer, query, key, value, kv_cache, metadata, output, **unknown)
         else:
-            caches = split_kv_cache(kv_cache, self.head_size)
-            step = StepInputs(query, *caches, metadata.block_table, blocks)
+            step = step_inputs(self, layer, query, kv_cache, metadata.block_table, blocks)
             chosen = prefill.choose(step, meter.counter(served.slot))
             chosen_at = mark()
             prefill.attend(step, chosen, output)
@@ -309,7 +304,9 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     def _dense_seconds(self, blocks: QueryBlocks) -> float:
         """Estimates what dense attention of the long prefills would take."""
         kv_len = blocks.requests[0].geometry.kv_len
-        return dense_seconds(self.head_size, kv_len, self.num_heads * blocks.num_scores)
+        return dense_seconds(
+            self.card.name, self.head_size, kv_len, self.num_heads * blocks.num_scores
+        )
 
     def _choose_prefill(
         self,
@@ -322,12 +319,12 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         """The fastest kernel at the expected sparsity, or why a sparse layer runs dense."""
         if unknown:
             return None, "unknown_argument"
-        if not is_readable(kv_cache, query, self.num_kv_heads, blocks.block_k):
+        if not is_readable(self, kv_cache, query, blocks.block_k):
             return None, "cache_layout"
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - served.plan.expected_sparsity(kv_len)
         num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
-        kernel = fastest_kernel(self.head_size, kv_len, density, num_scores)
+        kernel = fastest_kernel(self.card.name, self.head_size, kv_len, density, num_scores)
         if kernel == "dense":
             if not served.always_sparse:
                 return None, "dense_is_faster"

@@ -1,8 +1,8 @@
 """Chooses the fastest kernel for a layer's step, by the measurements in ``measured.json``.
 
-``python -m benchmarks.prefill_gpu --dispatch FILE`` writes that file. It holds, measured on an
-H100, what one layer's prefill of a whole prompt costs the device, selection included, and what
-issuing it costs the host.
+``python -m benchmarks.prefill_gpu --dispatch FILE`` writes that file. It holds, for each kind of
+card that was measured, what one layer's prefill of a whole prompt costs the device, selection
+included, and what issuing it costs the host.
 
 A step is bound by its device or, if the model is small, by its host. Which of the two is not known
 here, so kernels are compared by the sum: a kernel must save the device more than it costs the host.
@@ -11,16 +11,21 @@ here, so kernels are compared by the sum: a kernel must save the device more tha
 import functools
 import itertools
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+logger = logging.getLogger("vllm.afbs")
+
 KernelChoice = Literal["dense", "tiles", "triton"]
-"""vLLM's dense FlashAttention 3, the same kernel over tiles, or our Triton kernel."""
+"""vLLM's dense FlashAttention, FlashAttention 3 over tiles, or our Triton kernel."""
 
 KERNEL_CHOICES: tuple[KernelChoice, ...] = get_args(KernelChoice)
 MEASURED = Path(__file__).with_name("measured.json")
+_ESTIMATED_BY = "sm90-fa3"
+"""Whose measurements estimate dense attention on a card that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All measurements that the dispatcher decides by.
+    """All measurements of a kind of card.
 
     Attributes:
-        host_seconds: What issuing a layer's prefill takes the host, by kernel.
+        host_seconds: What issuing a layer's prefill takes the host, by each kernel that it has.
         rows: What it takes the device.
     """
 
@@ -55,48 +60,69 @@ class Measurements:
     rows: tuple[Measurement, ...]
 
     @classmethod
-    def read(cls, path: Path) -> "Measurements":
-        """Reads a file of measurements."""
+    def read(cls, path: Path) -> dict[str, "Measurements"]:
+        """Reads a file of measurements, by ``Card.name``."""
         content = json.loads(path.read_text(encoding="utf-8"))
-        rows = tuple(Measurement(**row) for row in content["rows"])
-        return cls(content["host_seconds"], rows)
+        return {
+            card: cls(each["host_seconds"], tuple(Measurement(**row) for row in each["rows"]))
+            for card, each in content.items()
+        }
 
 
 @functools.cache
-def measurements() -> Measurements:
-    """The measurements in the repository."""
+def measurements() -> dict[str, Measurements]:
+    """The measurements in the repository, by ``Card.name``."""
     return Measurements.read(MEASURED)
 
 
-def fastest_kernel(head_dim: int, kv_len: int, density: float, num_scores: int) -> KernelChoice:
+@functools.cache
+def is_measured(card: str) -> bool:
+    """Whether this kind of card was measured; if not, says so once in the log."""
+    known = measurements()
+    if card not in known:
+        logger.warning(
+            "Attention runs dense: %s lists %s, not %s (compute capability and FlashAttention "
+            "version). To run sparse, measure this GPU with `python -m benchmarks.prefill_gpu "
+            "--dispatch` (docs/operations.md).",
+            MEASURED, ", ".join(known), card,
+        )  # fmt: skip
+    return card in known
+
+
+def fastest_kernel(
+    card: str, head_dim: int, kv_len: int, density: float, num_scores: int
+) -> KernelChoice:
     """Names the fastest kernel by the nearest measurements.
 
     Takes the measured head size and context length that are nearest in proportion, interpolates
     between their densities, and scales the device's part with the number of scores.
 
     Args:
+        card: The kind of card, which was measured.
         head_dim: Size of a head.
         kv_len: Keys of the longest context of the step.
         density: Share of the causal block products expected to be computed, in (0, 1].
         num_scores: Scores that dense causal attention computes, over all heads.
     """
-    device = _seconds_per_score(head_dim, _half_octaves(kv_len), round(density, 2))
-    host = measurements().host_seconds
-    return min(KERNEL_CHOICES, key=lambda kernel: device[kernel] * num_scores + host[kernel])
+    device = _seconds_per_score(card, head_dim, _half_octaves(kv_len), round(density, 2))
+    host = measurements()[card].host_seconds
+    return min(host, key=lambda kernel: device[kernel] * num_scores + host[kernel])
 
 
-def dense_seconds(head_dim: int, kv_len: int, num_scores: int) -> float:
+def dense_seconds(card: str, head_dim: int, kv_len: int, num_scores: int) -> float:
     """Estimates the device's time for dense attention by the nearest measurements.
 
-    They were made on an H100. On another device, the estimate is wrong by the ratio between the
-    two devices' speeds.
+    On another device than the measured one, the estimate is wrong by the ratio between the two
+    devices' speeds.
 
     Args:
+        card: The kind of card; an H100 stands in for one that was not measured.
         head_dim: Size of a head.
         kv_len: Keys of the longest context of the step.
         num_scores: Scores that dense causal attention computes, over all heads.
     """
-    return _seconds_per_score(head_dim, _half_octaves(kv_len), 1.0)["dense"] * num_scores
+    measured = card if card in measurements() else _ESTIMATED_BY
+    return _seconds_per_score(measured, head_dim, _half_octaves(kv_len), 1.0)["dense"] * num_scores
 
 
 def _half_octaves(kv_len: int) -> int:
@@ -106,16 +132,18 @@ def _half_octaves(kv_len: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _seconds_per_score(
-    head_dim: int, half_octaves: int, density: float
+    card: str, head_dim: int, half_octaves: int, density: float
 ) -> dict[KernelChoice, float]:
-    rows = measurements().rows
+    rows = measurements()[card].rows
     size = min({row.head_dim for row in rows}, key=lambda each: abs(math.log(each / head_dim)))
     rows = tuple(row for row in rows if row.head_dim == size)
     lengths = {row.kv_len for row in rows}
     length = min(lengths, key=lambda each: abs(math.log2(each) - half_octaves / 2))
     curve = sorted((r for r in rows if r.kv_len == length), key=lambda row: row.density)
     num_scores = curve[0].num_heads * length * (length + 1) / 2
-    return {kernel: _interpolate(curve, kernel, density) / num_scores for kernel in KERNEL_CHOICES}
+    return {
+        kernel: _interpolate(curve, kernel, density) / num_scores for kernel in curve[0].seconds
+    }
 
 
 def _interpolate(rows: list[Measurement], kernel: KernelChoice, density: float) -> float:

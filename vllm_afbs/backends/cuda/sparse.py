@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import triton
 
 from vllm_afbs import compat
+from vllm_afbs.backends.cuda.dispatch import KernelChoice
 from vllm_afbs.kernels import (
     HeadThresholds,
     PackedTiles,
@@ -25,28 +25,9 @@ from vllm_afbs.kernels import (
     sparse_prefill,
 )
 
-_MAX_TILE_ROWS = 512
+MAX_TILE_ROWS = 512
 """Given to FlashAttention 3 as the length of the longest sequence. If no sequence were longer than
 its own tiles (128 or 192 rows), it would use slower loads than the tensor copy engine's."""
-_LEAST_BLOCK = 16  # smallest side of a matrix product in Triton
-
-
-_MAX_BLOCK_ELEMENTS = 128 * 256
-"""Largest block that fits into 227 KB of shared memory, each row padded to a power of two. Scoring
-holds two blocks of keys and 128 pooled queries there. Our attention kernel holds one block of
-queries and parts of a block of keys."""
-
-
-def can_cut(block_q: int, block_k: int, head_dim: int) -> bool:
-    """Whether the kernels on CUDA support blocks of these sizes.
-
-    The sizes have to be powers of two. A query block must not be larger than a tile, and each block
-    has to fit into shared memory.
-    """
-    blocks = (block_q, block_k)
-    powers = all(block >= _LEAST_BLOCK and block & (block - 1) == 0 for block in blocks)
-    elements = max(blocks) * triton.next_power_of_2(head_dim)
-    return powers and block_q <= _MAX_TILE_ROWS and elements <= _MAX_BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -89,15 +70,18 @@ class TilePrefill:
 
     def attend(self, step: StepInputs, chosen: PackedTiles, output: torch.Tensor) -> None:
         """See ``SparsePrefill``."""
+        descales = _descales(step)
 
-        def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> None:
-            self._flash_attention(
+        def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> torch.Tensor:
+            # Sinks are left to `attend_tiles`: FlashAttention takes one for each head of a launch,
+            # and all tiles are sequences of one head.
+            _, lse = self._flash_attention(
                 query,
                 one_head_view(step.key_cache),
                 one_head_view(step.value_cache),
                 out=output,
                 cu_seqlens_q=tables.query_start_loc,
-                max_seqlen_q=_MAX_TILE_ROWS,
+                max_seqlen_q=MAX_TILE_ROWS,
                 seqused_k=tables.seq_lens,
                 max_seqlen_k=step.blocks.max_k_blocks * step.blocks.block_k,
                 softmax_scale=self._layer.softmax_scale,
@@ -106,9 +90,21 @@ class TilePrefill:
                 block_table=tables.block_table,
                 fa_version=3,
                 num_splits=1,
+                return_softmax_lse=True,
+                **descales,
             )
+            by_row: torch.Tensor = lse[0]
+            return by_row
 
         attend_tiles(step, chosen, output, dense)
+
+
+def _descales(step: StepInputs) -> dict[str, torch.Tensor]:
+    scales = step.tile_scales
+    if scales is None:
+        return {}
+    names = ("q_descale", "k_descale", "v_descale")
+    return dict(zip(names, scales, strict=True))
 
 
 class TritonPrefill:
@@ -127,3 +123,16 @@ class TritonPrefill:
         """See ``SparsePrefill``."""
         features = PrefillFeatures(softcap=self._layer.softcap)
         sparse_prefill(step, chosen, output, self._layer.softmax_scale, features=features)
+
+
+def make_prefills(
+    layer: Layer, flash_attention_version: int | None
+) -> dict[KernelChoice, SparsePrefill]:
+    """A layer's sparse prefill with each kernel that there is beside a version of FlashAttention.
+
+    Tiles need version 3: they were measured with no other.
+    """
+    prefills: dict[KernelChoice, SparsePrefill] = {"triton": TritonPrefill(layer)}
+    if flash_attention_version == 3:
+        prefills["tiles"] = TilePrefill(layer)
+    return prefills

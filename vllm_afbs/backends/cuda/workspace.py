@@ -69,20 +69,22 @@ def workspace_bytes(shape: LayerShape, step: LargestStep) -> int:
     num_k_blocks = -(-step.kv_len // block_k)
     num_tiles = shape.num_heads * num_blocks
     num_packed_rows = shape.num_heads * step.num_tokens
-    row_bytes = shape.head_dim * shape.dtype.itemsize
-
-    packed = num_packed_rows * row_bytes
+    packed_query = num_packed_rows * shape.head_dim * shape.query_dtype.itemsize
+    packed_output = num_packed_rows * shape.head_dim * shape.dtype.itemsize
     pages_per_tile = num_k_blocks * (block_k // shape.page_size)
     tables = _INT * (num_tiles * (pages_per_tile + 2) + 1)
-    pooled = num_tiles * (row_bytes + _FLOAT)
+    pooled = num_tiles * (shape.head_dim * shape.dtype.itemsize + _FLOAT)
     padded = -(-num_k_blocks // _SCORE_PADDING) * _SCORE_PADDING
     scores = 2 * _FLOAT * shape.num_heads * num_scored_blocks * padded
     self_similarity = _FLOAT * shape.num_kv_heads * num_k_blocks
     softmax_sums = _FLOAT * num_packed_rows
     scheduler = _INT * (_SCHEDULER_INTS * num_tiles + 1)
     selecting = pooled + scores + self_similarity
-    attending = packed + softmax_sums + scheduler
-    return packed + tables + max(selecting, attending)
+    descales = 0
+    if shape.cache_dtype != shape.dtype:
+        descales = 3 * _FLOAT * (num_tiles + shape.num_kv_heads)
+    attending = packed_output + softmax_sums + scheduler + descales
+    return packed_query + tables + max(selecting, attending)
 
 
 def show_workspace(impl: Any, vllm_config: "VllmConfig | None", device: torch.device) -> None:
