@@ -18,6 +18,7 @@ from vllm_afbs import compat
 from vllm_afbs.backends.cpu.backend import AfbsCPUMetadata
 from vllm_afbs.backends.cuda.backend import AfbsCUDAMetadata, AfbsCUDAMetadataBuilder
 from vllm_afbs.observability import fallbacks, metric_files
+from vllm_afbs.serving import configuration
 from vllm_afbs.serving.batch import Step, sort_requests
 from vllm_afbs.serving.reasons import Reason
 
@@ -120,9 +121,9 @@ def test_a_prefill_outside_of_what_was_calibrated_is_dense(
 
 def test_drafted_tokens_count_as_decode_rows() -> None:
     config: Any = SimpleNamespace(speculative_config=None)
-    assert compat.num_decode_rows(config) == 1
+    assert configuration.num_decode_rows(config) == 1
     config.speculative_config = SimpleNamespace(num_speculative_tokens=5)
-    assert compat.num_decode_rows(config) == 6
+    assert configuration.num_decode_rows(config) == 6
 
 
 def test_a_quantised_output_is_left_to_vllms_dense_backend(

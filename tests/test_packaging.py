@@ -170,12 +170,13 @@ def test_package_imports_nothing_from_above_it(package: str, above: list[str]) -
 
 def test_a_server_imports_what_the_package_requires_and_what_vllm_brings() -> None:
     required = {"prometheus_client", "pydantic", "torch"}
-    from_vllm = {"fastapi", "huggingface_hub", "starlette", "triton", "vllm"}
+    from_vllm = {"fastapi", "huggingface_hub", "safetensors", "starlette", "triton", "vllm"}
     found = set()
-    for room in ("backends", "compat", "kernels", "observability", "profile", "serving"):
+    for room in ("backends", "kernels", "observability", "profile", "serving"):
         for path in (CHECKOUT / "vllm_afbs" / room).rglob("*.py"):
             found |= {name.split(".")[0] for name in imported(path)}
-    found |= {name.split(".")[0] for name in imported(CHECKOUT / "vllm_afbs" / "plugin.py")}
+    for file in ("captures.py", "compat.py", "errors.py", "plugin.py"):
+        found |= {name.split(".")[0] for name in imported(CHECKOUT / "vllm_afbs" / file)}
     assert found - sys.stdlib_module_names - {"vllm_afbs"} <= required | from_vllm
     dependencies = {canonical(each).replace("-", "_") for each in PROJECT["dependencies"]}
     assert dependencies == required

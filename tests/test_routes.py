@@ -21,12 +21,12 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tests.profiles import uniform_profile
 from tests.switch_workers import workers
-from vllm_afbs import compat
 from vllm_afbs.demo.server import HOST, free_port
 from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import fallbacks, kill_switch, metrics, routes
 from vllm_afbs.observability.routes import RoutesPlugin
 from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving import configuration
 
 CHROMIUM = shutil.which("chromium")
 LOCAL, REMOTE = "127.0.0.1", "192.0.2.7"
@@ -61,7 +61,7 @@ def make_app(
             data_parallel_hybrid_lb=False,
         ),
     )
-    compat.hand_over(config, weights=weights)
+    configuration.hand_over(config, weights=weights)
     kill_switch.begin()
     app, plugin = FastAPI(), RoutesPlugin()
     plugin.attach_router(app)

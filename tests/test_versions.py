@@ -11,7 +11,6 @@ import pytest
 
 from tests import versions
 from vllm_afbs import compat
-from vllm_afbs.compat import cache
 
 
 def test_the_installed_version_has_what_we_take(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,12 +85,12 @@ def test_layers_are_grouped_by_the_builder_where_vllm_has_one(
     config: Any = SimpleNamespace()
     specs = {"a": 1, "b": 2}
     monkeypatch.setattr("vllm.v1.core.kv_cache_utils.get_kv_cache_groups", lambda *_: ["0.32"])
-    assert list(cache._group_layers(config, specs)) == ["0.32"]
+    assert list(compat._group_layers(config, specs)) == ["0.32"]
 
     asked = []
     builder = SimpleNamespace(get_kv_cache_groups=lambda *given: asked.append(given) or ["0.33"])
     newer: Any = ModuleType("kv_cache_config_builder")
     newer.get_kv_cache_config_builder = lambda given: builder if given is config else None
     monkeypatch.setitem(sys.modules, "vllm.v1.core.kv_cache_config_builder", newer)
-    assert list(cache._group_layers(config, specs)) == ["0.33"]
+    assert list(compat._group_layers(config, specs)) == ["0.33"]
     assert asked == [(config, specs)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from vllm_afbs import compat
 from vllm_afbs.serving import eligibility
 
-PACKAGE = Path(compat.__file__).parents[1]
+PACKAGE = Path(compat.__file__).parent
 ATTENTION = "vllm.v1.attention"
 PARENTS = {
     f"{ATTENTION}.backends.cpu_attn": "CPUAttention",
@@ -103,7 +103,7 @@ class Tree:
 
 def imports() -> Iterator[tuple[str, str]]:
     """Every module of vLLM's and name in it that our package imports, wherever it does so."""
-    for folder in ("", "backends", "check", "compat", "observability", "profile", "serving"):
+    for folder in ("", "backends", "check", "engine", "observability", "profile", "serving"):
         for path in sorted((PACKAGE / folder).glob("**/*.py" if folder else "*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":

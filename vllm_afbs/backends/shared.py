@@ -10,6 +10,7 @@ import torch
 from vllm_afbs import compat
 from vllm_afbs.observability.kill_switch import KillSwitch
 from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving import configuration
 from vllm_afbs.serving.batch import DenseRequests, Step, sort_requests
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class StepSorter:
         """
         self.profile = profile
         self._kill_switch = KillSwitch()
-        self._num_decode_rows = compat.num_decode_rows(vllm_config)
+        self._num_decode_rows = configuration.num_decode_rows(vllm_config)
 
     def sort(
         self, common: "CommonAttentionMetadata", seq_lens: torch.Tensor | None, metadata: Any

@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_afbs import compat
 from vllm_afbs.observability import instance, kill_switch, metrics
-from vllm_afbs.serving import admission
+from vllm_afbs.serving import admission, configuration
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,7 +18,7 @@ def begin_server(vllm_config: "VllmConfig") -> None:
     """
     kill_switch.begin()
     server = instance.current()
-    compat.hand_over(vllm_config, server_id=server.server_id, directory=server.directory)
+    configuration.hand_over(vllm_config, server_id=server.server_id, directory=server.directory)
 
 
 def join_server(vllm_config: "VllmConfig") -> "Profile | None":
@@ -31,7 +30,7 @@ def join_server(vllm_config: "VllmConfig") -> "Profile | None":
     Raises:
         ProfileError: The profile's file changed since it was checked.
     """
-    handed = compat.handed_over(vllm_config)
+    handed = configuration.handed_over(vllm_config)
     if "server_id" in handed:
         instance.join(instance.Instance(handed["server_id"], handed["directory"]))
     profile = admission.admitted_profile(vllm_config)

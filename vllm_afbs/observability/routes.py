@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from vllm_afbs import compat
 from vllm_afbs.observability import kill_switch, status
 from vllm_afbs.observability.access import authorise
-from vllm_afbs.serving import admission
+from vllm_afbs.serving import admission, configuration
 from vllm_afbs.serving.settings import read_settings
 
 if TYPE_CHECKING:
@@ -170,6 +170,6 @@ class RoutesPlugin:
                 served,
                 backend=True,
                 per_head=per_head,
-                num_workers=compat.num_workers(config),
+                num_workers=configuration.num_workers(config),
                 weights=admission.known_weights(config),
             )

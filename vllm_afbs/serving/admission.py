@@ -11,6 +11,7 @@ from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.profile.weights import served_weights_sha256
+from vllm_afbs.serving import configuration
 from vllm_afbs.serving.settings import (
     PROFILE_VARIABLE,
     additional_config,
@@ -77,7 +78,7 @@ def admit(vllm_config: "VllmConfig") -> None:
         "afbs": settings.model_copy(update=checked).model_dump(exclude_defaults=True),
     }
     weights = compare_weights(vllm_config, profile)
-    compat.hand_over(vllm_config, weights=weights)
+    configuration.hand_over(vllm_config, weights=weights)
     tuned_on = profile.tuned_on.quantization if profile.tuned_on else None
     for notice in notices(vllm_config, profile.profile_id, weights, tuned_on):
         logger.warning("%s", notice)
@@ -94,7 +95,7 @@ def compare_weights(vllm_config: "VllmConfig", profile: Profile) -> Weights:
     """
     if profile.model_weights_sha256 is None:
         return "unknown"
-    source = compat.weights_source(vllm_config)
+    source = configuration.weights_source(vllm_config)
     served = served_weights_sha256(*source) if source else None
     if served is None:
         return "unknown"
@@ -158,4 +159,4 @@ def admitted_profile(vllm_config: "VllmConfig") -> Profile | None:
 
 def known_weights(vllm_config: "VllmConfig") -> str:
     """What ``admit`` found out about the model's weights."""
-    return compat.handed_over(vllm_config).get("weights", "unknown")
+    return configuration.handed_over(vllm_config).get("weights", "unknown")

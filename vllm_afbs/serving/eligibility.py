@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_afbs import compat
 from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving import configuration
 from vllm_afbs.serving.reasons import Reason
 
 KNOWN_ARGUMENTS = frozenset(
@@ -67,7 +68,7 @@ def server_obstacles(vllm_config: Any) -> dict[Reason, bool]:
         "lora": vllm_config.lora_config is not None,
         # The thresholds are allocated together with the KV cache. Versions of vLLM differ in
         # whether they restore such tensors after sleep.
-        "sleep_mode": compat.may_sleep(vllm_config),
+        "sleep_mode": configuration.may_sleep(vllm_config),
     }
 
 

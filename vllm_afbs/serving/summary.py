@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from vllm_afbs import compat
 from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving import configuration
 from vllm_afbs.serving.plan import LayerPlan
 from vllm_afbs.serving.reasons import KINDS, Reason
 
@@ -115,7 +116,7 @@ def _limit(vllm_config: "VllmConfig", profile: Profile) -> Limit | None:
             "short_context",
             f"max_model_len is {longest:,}, the shortest calibrated context {shortest:,}",
         )
-    chunk = compat.longest_chunk(vllm_config)
+    chunk = configuration.longest_chunk(vllm_config)
     if chunk < profile.block_q:
         return Limit(
             "short_query",

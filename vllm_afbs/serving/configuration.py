@@ -1,0 +1,61 @@
+"""What vLLM's configuration says of a server, and what we send to workers with it."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_HANDED_OVER = "afbs_handed_over"
+
+
+def may_sleep(vllm_config: "VllmConfig") -> bool:
+    """Whether the server's sleep mode is on, in which it can release its memory for a while."""
+    return bool(vllm_config.model_config.enable_sleep_mode)
+
+
+def num_decode_rows(vllm_config: "VllmConfig") -> int:
+    """Most rows of a decode: one, plus one for each drafted token that it verifies."""
+    speculative = vllm_config.speculative_config
+    return 1 if speculative is None else 1 + int(speculative.num_speculative_tokens)
+
+
+def longest_chunk(vllm_config: "VllmConfig") -> int:
+    """Most tokens of one prompt that the scheduler puts into one step."""
+    scheduler = vllm_config.scheduler_config
+    threshold = int(scheduler.long_prefill_token_threshold)
+    budget = int(scheduler.max_num_batched_tokens)
+    return min(budget, threshold) if threshold > 0 else budget
+
+
+def hand_over(vllm_config: "VllmConfig", **texts: str) -> None:
+    """Sends texts to all workers with vLLM's configuration, beside those sent before.
+
+    They are an attribute of their own: vLLM's compilation cache has everything in
+    ``additional_config`` in its key, and these texts may be new at each start.
+    """
+    setattr(vllm_config, _HANDED_OVER, {**handed_over(vllm_config), **texts})
+
+
+def handed_over(vllm_config: "VllmConfig") -> dict[str, str]:
+    """What ``hand_over`` sent; nothing if vLLM has built the configuration anew, as for a draft."""
+    return getattr(vllm_config, _HANDED_OVER, {})
+
+
+def num_workers(vllm_config: "VllmConfig") -> int:
+    """Number of workers, on all machines, that this API server's requests may reach."""
+    parallel = vllm_config.parallel_config
+    engines = parallel.data_parallel_size
+    if parallel.data_parallel_external_lb:
+        engines = 1
+    elif parallel.data_parallel_hybrid_lb:
+        engines = parallel.data_parallel_size_local
+    return int(engines * parallel.world_size)
+
+
+def weights_source(vllm_config: "VllmConfig") -> tuple[str, str | None] | None:
+    """The model whose safetensors files are served, and its revision; None if others are."""
+    if vllm_config.load_config.load_format not in ("auto", "hf", "safetensors", "fastsafetensors"):
+        return None
+    model_config = vllm_config.model_config
+    weights = getattr(model_config, "model_weights", None) or model_config.model
+    return weights, model_config.revision
