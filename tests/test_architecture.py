@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "commands": {"files"},
     "check": {"commands", "compat", "files", "profile", "serving"},
     "engine": {
-        "backends.driven", "captures", "check.layers", "commands", "compat", "errors", "kernels",
+        "backends.driven", "captures", "check", "commands", "compat", "errors", "kernels",
         "models", "observability.metric_files", "profile", "serving.settings", "tuning.engine",
     },
     "tune": {"commands", "engine", "errors", "files", "profile", "tuning"},

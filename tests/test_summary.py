@@ -74,21 +74,21 @@ def test_dense_layers_are_logged_by_reason_once_for_all_microbatches(
     config = model(tmp_path, monkeypatch)
     layers = config.compilation_config.static_forward_context
     layers |= {name: make_layer(make_impl("cpu")) for name in ("a", "b")}
-    layers[name_of(0)].impl.sliding_window = 9
+    layers[name_of(0)].impl.alibi_slopes = [1.0]
     expected = [
-        f"1 layers run dense: sliding_window ({name_of(0)} to {name_of(0)}).",
+        f"1 layers run dense: alibi ({name_of(0)} to {name_of(0)}).",
         "2 layers run dense: unknown_layer (a to b).",
-        f"1 of 4{WHOLE.removeprefix('2 of 2')}; 3 dense: 2 unknown_layer, 1 sliding_window.",
+        f"1 of 4{WHOLE.removeprefix('2 of 2')}; 3 dense: 2 unknown_layer, 1 alibi.",
     ]
     for _ in range(2):  # --enable-dbo: a builder for each microbatch
         build(config, *layers)
         assert logged == expected
-    layers["a"].impl.sliding_window = 9  # comes after the reason that it had
-    layers[name_of(1)].impl.sliding_window = 9
+    layers["a"].impl.alibi_slopes = [1.0]  # comes after the reason that it had
+    layers[name_of(1)].impl.alibi_slopes = [1.0]
     build(config, *layers)
     assert logged[3:] == [
-        f"1 layers run dense: sliding_window ({name_of(1)} to {name_of(1)}).",
-        "0 of 4 layers sparse; 4 dense: 2 sliding_window, 2 unknown_layer.",
+        f"1 layers run dense: alibi ({name_of(1)} to {name_of(1)}).",
+        "0 of 4 layers sparse; 4 dense: 2 alibi, 2 unknown_layer.",
     ]
 
 
