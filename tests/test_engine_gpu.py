@@ -89,9 +89,11 @@ def test_keys_and_values_are_those_of_an_fp8_cache(
         assert narrow.tuned_on().kv_cache_dtype.startswith("fp8")
         found = capture(narrow, narrow, WINDOWS, [0, 1], tmp_path, lambda _: None)
     for name in ("key", "value"):
-        rows = getattr(found.load(0, CALIBRATION), name)
+        # Of the first layer, which no other's rounding reaches.
+        rows, wide = (getattr(each.load(0, CALIBRATION), name) for each in (found, captured))
         torch.testing.assert_close(rows.to(torch.float8_e4m3fn).to(rows.dtype), rows)
-        assert 0.005 < difference(found, captured, name) < 0.1
+        gap = (rows.double() - wide.double()).abs().sum() / wide.double().abs().sum()
+        assert 0.005 < float(gap) < 0.05  # three bits of mantissa
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
