@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.profiles import uniform_profile
+from tests import hybrids
 from tests.quantised_checkpoints import quantise
-from tests.tuning_jobs import IN_PROCESS, save_tiny_model, start
+from tests.tuning_jobs import IN_PROCESS, save_byte_tokenizer, save_tiny_model, start
 from vllm_afbs import tune
 from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.engine.client import VllmEngine
@@ -175,6 +177,34 @@ def test_ranks_write_what_one_rank_does(
         found = capture(two, two, WINDOWS, [0, 1], tmp_path, lambda _: None)
     assert_same(found, captured)
     assert not list(tmp_path.rglob("*.rank*"))
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize(("name", "softcap"), [("gpt-oss", 0.0), ("gemma-2", 50.0)])
+def test_sinks_and_soft_caps_are_captured_and_kept(
+    name: str, softcap: float, tmp_path: Path
+) -> None:
+    """In the layer with full attention of a hybrid: transformers does not tune these."""
+    directory = hybrids.save(name, tmp_path / "model")
+    save_byte_tokenizer(directory)
+    (full,) = hybrids.full_layers(name)
+    weights = load_file(directory / "model.safetensors")
+    sinks = weights.get(f"model.layers.{full}.self_attn.sinks")
+    with VllmEngine([str(directory), *SERVE]) as hybrid:
+        taken = capture(hybrid, hybrid, WINDOWS, [full], tmp_path, lambda _: None)
+        found = taken.load(full, CALIBRATION)
+        assert found.softcap == softcap
+        assert (found.sink is None) == (sinks is None)
+        if found.sink is not None and sinks is not None:
+            torch.testing.assert_close(found.sink, sinks.float())
+        model = hybrid.sparse_model(BLOCK, BLOCK)
+        guarded, chosen = (
+            {full: HeadThresholds(torch.full((4,), 0.3), torch.full((4,), theta))}
+            for theta in (1.0, -1.0)
+        )
+        # Every block is below the one theta, so all are kept and nothing may change.
+        assert model.compare(WINDOWS[CALIBRATION], guarded).kl < 1e-6
+        assert model.compare(WINDOWS[CALIBRATION], chosen).kl > 1e-4
 
 
 @pytest.mark.machine

@@ -21,9 +21,7 @@ NUM_BLOCKS = hybrids.LENGTH // BLOCK
 PRODUCTS = NUM_PROMPTS * 4 * NUM_BLOCKS * (NUM_BLOCKS + 1)  # 4 heads; QK^T and PV of each block
 
 DENSE: dict[str, dict[int, Reason]] = {
-    "gemma-2": {1: "softcap"},
     "gemma-4": {5: "kv_sharing"},
-    "gpt-oss": {1: "sinks"},
 }
 """Layers with full attention that cannot run sparse here, with the reason."""
 
