@@ -16,6 +16,7 @@ from vllm_afbs.commands.faults import EXIT_FAULT
 from vllm_afbs.evaluate import __main__ as command
 from vllm_afbs.evaluate.in_process import InProcess, Runner
 from vllm_afbs.evaluate.methods import Selection
+from vllm_afbs.evaluate.options import TESTS
 from vllm_afbs.files import write_atomically
 from vllm_afbs.models.in_process.engine import EndToEnd
 from vllm_afbs.models.in_process.source import open_model
@@ -173,7 +174,7 @@ CONTENTS = st.one_of(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(OPTIONS, st.lists(st.sampled_from(command.TESTS), max_size=2, unique=True), CONTENTS)
+@given(OPTIONS, st.lists(st.sampled_from(TESTS), max_size=2, unique=True), CONTENTS)
 def test_fuzzed_arguments_end_in_a_report_or_in_one_line(
     tiny_model: Path,
     profile_file: Path,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.chat_tokenizers import chat_tokenizer
 from tests.models import changed_model
 from tests.profiles import uniform_profile
-from tests.tuning_jobs import command
+from tests.tuning_jobs import IN_PROCESS, command
 from vllm_afbs import tune
 from vllm_afbs.errors import InputError
 from vllm_afbs.evaluate import __main__ as evaluate
@@ -226,7 +226,7 @@ def test_texts_are_checked_before_weights_are_asked_for(
         (tmp_path / "profile.json").write_text(profile.to_json())
         files = {"--profile": tmp_path / "profile.json", "--text": path, "--output": output}
         arguments = [str(each) for option in files.items() for each in option]
-        status = evaluate.main(["--model", NAME, *arguments])
+        status = evaluate.main(["--model", NAME, *arguments, *IN_PROCESS])
     assert status == 2
     assert complaint in capsys.readouterr().err
     assert not [each for _, files in hub.asked for each in files if each.endswith(".safetensors")]

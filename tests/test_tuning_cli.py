@@ -330,7 +330,7 @@ def _binary_text(model: Path, tmp: Path) -> tuple[list[str], str]:
 def _too_long(model: Path, tmp: Path) -> tuple[list[str], str]:
     return (
         command(model, tmp / "p.json", "--lengths", "256", "2048"),
-        "--lengths: at most 1024 (max_position_embeddings), got 2048",
+        "--lengths: at most 1024 (max_position_embeddings, or --max-model-len), got 2048",
     )
 
 

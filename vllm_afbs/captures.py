@@ -94,7 +94,7 @@ def read_tensors(path: Path) -> LayerTensors:
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
-            scale, softcap = float(facts["softmax_scale"]), float(facts["softcap"])
+            scale, softcap = float(facts["softmax_scale"]), float(facts.get("softcap", 0))
             query, key, value = (file.get_tensor(name) for name in ("query", "key", "value"))
             sink = file.get_tensor(_SINK) if _SINK in file.keys() else None  # noqa: SIM118
     except (OSError, SafetensorError) as error:

@@ -86,7 +86,7 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
     """Does the whole job; returns what was written."""
     # Ax takes seconds to import, and so does vLLM, in its own process.
     threading.Thread(target=importlib.import_module, args=["vllm_afbs.tuning.run"]).start()
-    from vllm_afbs.engine.opening import opened
+    from vllm_afbs.engine.opening import opened, say_engine
     from vllm_afbs.files import write_atomically
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.journal import FILE_NAME, read_entries
@@ -103,6 +103,7 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
         goal = _goal(options)
         from vllm_afbs.tuning.run import tune
 
+        say_engine(engine)
         with _layer_pool(options) as pool, ProgressBar() as progress:
             profile = tune(model, engine, texts, settings, layers, goal, work, progress, pool)
     write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))

@@ -14,7 +14,7 @@ from vllm_afbs.tuning.engine import Engine, Model
 
 @contextmanager
 def opened(options: argparse.Namespace, serve: Sequence[str]) -> Iterator[tuple[Model, Engine]]:
-    """Opens the model of a command line; what runs it is said on standard error.
+    """Opens the model of a command line.
 
     Args:
         options: The command's, of ``commands.arguments.parse_with_engine``.
@@ -25,14 +25,12 @@ def opened(options: argparse.Namespace, serve: Sequence[str]) -> Iterator[tuple[
     """
     if options.engine == VLLM:
         with VllmEngine(serve) as engine:
-            _say(engine)
             yield engine, engine
         return
     model = open_model(options.model, options.revision, options.hf_overrides)
-    own = TransformersEngine(model)
-    _say(own)
-    yield model, own
+    yield model, TransformersEngine(model)
 
 
-def _say(engine: Engine) -> None:
+def say_engine(engine: Engine) -> None:
+    """Says on standard error what is about to run the model."""
     print(f"running the model in {engine.tuned_on().engine}", file=sys.stderr, flush=True)

@@ -82,12 +82,15 @@ def _evaluate(
     text = _text(options, profile, model)
     if text.coverage:
         print(f"{text.name}: {text.coverage}", file=sys.stderr)
+    from vllm_afbs.engine.opening import say_engine
     from vllm_afbs.evaluate.comparison import compare
     from vllm_afbs.evaluate.report import show, write_report
     from vllm_afbs.evaluate.suite import ask, make_suite
 
     suite = make_suite(model.tokenizer(), text, amounts)
     dense, sparse = _predictors(servers, profile, model, engine)
+    if len(servers) < 2:
+        say_engine(engine)
     start = time.monotonic()
     print("asking the dense model", file=sys.stderr, flush=True)
     reference = ask(dense, suite)
