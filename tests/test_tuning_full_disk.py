@@ -24,7 +24,11 @@ NO_CAPTURE, NO_REPORT = 40_000, 1_000_000
 def only_error(text: str) -> str:
     """The one line of a job's standard error that is not a progress bar's."""
     assert "Traceback" not in text
-    (line,) = [line for line in text.splitlines() if not line.startswith(("Capturing", "Tuning"))]
+    (line,) = [
+        line
+        for line in text.splitlines()
+        if not line.startswith(("running the model", "Capturing", "Tuning"))
+    ]
     return line
 
 

@@ -20,6 +20,7 @@ from tests.tuning_jobs import command, result, start
 from vllm_afbs import tune
 from vllm_afbs.captures import Capture
 from vllm_afbs.errors import InputError
+from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import LayerProfile, Profile
@@ -73,7 +74,10 @@ def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
     # Earlier tests of this process may have left multiprocessing's resource tracker.
     before = psutil.Process().children(recursive=True)
     with LayerPool(2, None) as pool:
-        found = tune_model(model, texts, settings, [0, 1], None, tmp_path / "work", progress, pool)
+        found = tune_model(
+            model, TransformersEngine(model), texts, settings, [0, 1], None, tmp_path / "work",
+            progress, pool,
+        )  # fmt: skip
 
         journal = Journal(tmp_path / "journal.jsonl", {})
         nothing = Capture(tmp_path / "none", (0,), ("validation-0",))
@@ -157,7 +161,10 @@ def test_killed_with_workers_and_resumed_with_workers_equals_one_process(
     assert tune.main([*arguments, "--resume"]) == 0
     assert result(load_profile(output)) == result(tiny_profile)
     captured = capsys.readouterr()
-    assert all(line.startswith(("Capturing", "Tuning")) for line in captured.err.splitlines())
+    assert all(
+        line.startswith(("running the model", "Capturing", "Tuning"))
+        for line in captured.err.splitlines()
+    )
 
 
 def test_without_the_extra_workers_are_refused(
