@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,3 +317,21 @@ def test_models_that_vllm_refuses_are_one_line(tmp_path: Path, model: Path) -> N
         VllmEngine([str(tmp_path)]),
     ):
         pass
+
+
+def test_a_cpu_keeps_what_a_few_prompts_need() -> None:
+    """VLLM alone would take most of the machine's memory for its cache."""
+    from vllm_afbs.engine import host
+
+    model = SimpleNamespace(
+        get_num_kv_heads=lambda _: 3,
+        get_num_layers=lambda _: 30,
+        get_head_size=lambda: 64,
+        dtype=torch.bfloat16,
+        max_model_len=131_071,
+    )
+    config = SimpleNamespace(model_config=model, parallel_config=None)
+    # Two bytes for each of K and V.
+    assert host._cache_bytes(config) == 131_072 * 30 * 3 * 64 * 2 * 2
+    model.max_model_len = 100
+    assert host._cache_bytes(config) == host.LEAST_CACHE_BYTES

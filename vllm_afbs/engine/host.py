@@ -24,6 +24,9 @@ from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 _REFUSALS = (InputError, ProfileError, RefusedError)
 _PRODUCTS = "vllm_afbs_block_products"
+PROMPTS_AT_ONCE = 4
+"""Prompts of the greatest length that the cache of a CPU holds."""
+LEAST_CACHE_BYTES = 1 << 28
 
 
 class Host:
@@ -71,7 +74,11 @@ class Host:
         """
         from vllm import LLM
 
-        model = self._arguments.create_engine_config().model_config
+        config = self._arguments.create_engine_config()
+        model, cache = config.model_config, config.cache_config
+        if config.device_config.device_type == "cpu" and cache.kv_cache_memory_bytes is None:
+            # vLLM would take nearly all of the machine's memory.
+            self._arguments.kv_cache_memory_bytes = PROMPTS_AT_ONCE * _cache_bytes(config)
         if not _stretches_beyond(model.hf_text_config, model.max_model_len):
             # A token is always generated, so one position more has to be allowed than is used.
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
@@ -188,6 +195,14 @@ def _stretches_beyond(text: Any, max_model_len: int) -> bool:
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     return rope.get("rope_type") == "longrope" and original == max_model_len
+
+
+def _cache_bytes(config: Any) -> int:
+    """Bytes of one longest prompt's keys and values, as if every layer kept all of them."""
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
+    token_bytes = int(2 * heads * model.get_head_size() * model.dtype.itemsize)
+    return max(LEAST_CACHE_BYTES, token_bytes * (int(model.max_model_len) + 1))
 
 
 def _digest(config: Any) -> str:
