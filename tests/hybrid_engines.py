@@ -1,8 +1,9 @@
 """Hybrid models served in a process of its own: ``python -m tests.hybrid_engines REQUEST ANSWER``.
 
 REQUEST is a JSON file with a list of engines, one after the other in one process, which imports
-vLLM once. Each is ``llm`` (arguments of ``vllm.LLM``) and ``prompts`` (lists of token ids). ANSWER
-becomes a list of what each engine did; see ``Run``.
+vLLM once. Each is ``llm`` (arguments of ``vllm.LLM``), ``prompts`` (lists of token ids) and
+``adapters`` (of each prompt, the directory of its LoRA adapter or null). ANSWER becomes
+a list of what each engine did; see ``Run``.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 from unittest.mock import patch
@@ -63,7 +65,12 @@ def run_engines(engines: list[dict[str, Any]], directory: Path) -> list[Run]:
 
 
 def engine(
-    model: Path, backend: dict[str, Any], profile: Path | None = None, **llm: Any
+    model: Path,
+    backend: dict[str, Any],
+    profile: Path | None = None,
+    adapters: Sequence[Path | None] = (None, None),
+    settings: Mapping[str, Any] | None = None,
+    **llm: Any,
 ) -> dict[str, Any]:
     """One engine of REQUEST, for two prompts of ``LENGTH`` tokens.
 
@@ -71,9 +78,11 @@ def engine(
         model: The checkpoint.
         backend: vLLM's ``attention_config``.
         profile: The profile to serve.
+        adapters: The LoRA adapter of each prompt.
+        settings: Ours, beside the profile.
         llm: Other arguments of ``vllm.LLM``.
     """
-    served = {} if profile is None else {"afbs": {"profile": str(profile)}}
+    served = {} if profile is None else {"afbs": {"profile": str(profile), **(settings or {})}}
     arguments = {
         "model": str(model),
         "dtype": "float32",
@@ -87,7 +96,8 @@ def engine(
         "additional_config": served,
     }
     prompts = [[(7 * row * row + 13 * seed) % 253 + 3 for row in range(LENGTH)] for seed in (1, 2)]
-    return {"llm": arguments | llm, "prompts": prompts}
+    paths = [None if path is None else str(path) for path in adapters]
+    return {"llm": arguments | llm, "prompts": prompts, "adapters": paths}
 
 
 def main() -> None:
@@ -113,9 +123,12 @@ def main() -> None:
     Path(sys.argv[2]).write_text(json.dumps(runs))
 
 
-def _run(llm: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
+def _run(
+    llm: dict[str, Any], prompts: list[list[int]], adapters: list[str | None]
+) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     calls: dict[str, set[str]] = defaultdict(set)
@@ -132,7 +145,8 @@ def _run(llm: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         server = LLM(**llm)
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         given = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = server.generate(given, sampling, use_tqdm=False)
+        requests = [None if path is None else LoRARequest("one", 1, path) for path in adapters]
+        outputs = server.generate(given, sampling, use_tqdm=False, lora_request=requests)
         stock_layers = [
             name
             for name, layer in _attention_layers(server)

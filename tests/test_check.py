@@ -156,6 +156,16 @@ def test_arguments_that_turn_everything_off(
     assert not any(line.endswith(": sparse") for line in lines)
 
 
+def test_lora_for_the_base_model_alone_turns_nothing_off(
+    model: Path, profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = '{"afbs": {"lora": "base"}}'
+    given = ["--model", model, "--profile", profile, OURS, "--enable-lora"]
+    status, lines, error = outcome(capsys, *given, "--additional-config", setting)
+    assert status == 0, error
+    assert lines[-1].startswith("on: 3 of 4 layers sparse from 1,024 to 4,096 tokens; 1 dense: ")
+
+
 @pytest.mark.parametrize("block_size", ["96", "256"])
 def test_blocks_are_split_into_pages_that_key_blocks_consist_of(
     block_size: str, model: Path, profile: Path, capsys: pytest.CaptureFixture[str]

@@ -190,6 +190,7 @@ def make_config(profile: Profile | None, monkeypatch: pytest.MonkeyPatch, **chan
     """A server's configuration."""
     monkeypatch.setattr(admission, "admitted_profile", lambda _: profile)
     values: dict[str, Any] = {
+        "additional_config": {},
         "cache_config": SimpleNamespace(block_size=64),
         "lora_config": None,
         "model_config": SimpleNamespace(
@@ -219,6 +220,9 @@ def test_a_layer_shows_its_workspace_while_vllm_measures(monkeypatch: pytest.Mon
     expected = workspace_bytes(shape, LargestStep(8192, 256, 8192))
     packed = 8192 * 4 * SMALL_MODEL.head_dim * 2
     assert expected > 2 * packed
+    assert shown_bytes(impl, monkeypatch) == expected
+    lora = {"lora_config": object(), "additional_config": {"afbs": {"lora": "base"}}}
+    impl._vllm_config = make_config(profile, monkeypatch, **lora)
     assert shown_bytes(impl, monkeypatch) == expected
     # Once the layer knows what it serves, the KV cache has its memory: vLLM only warms up.
     impl.serve(backend.ServedLayer(Mock(), 0, {}))

@@ -287,6 +287,8 @@ def test_what_the_whole_server_does_decides(
     layers = {name_of(0): make_layer(make_impl("cpu"))}
     config = make_config(tmp_path, layers, lora_config=SimpleNamespace(max_loras=1))
     assert reasons(config, monkeypatch) == ["lora"]
+    config.additional_config["afbs"]["lora"] = "base"
+    assert reasons(config, monkeypatch) == [None]
     may_sleep = SimpleNamespace(enable_sleep_mode=True)
     config = make_config(tmp_path, layers, model_config=may_sleep)
     assert reasons(config, monkeypatch) == ["sleep_mode"]

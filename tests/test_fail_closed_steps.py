@@ -109,6 +109,9 @@ def one_prefill(q_len: int, kv_len: int, **arguments: Any) -> Step:
         (500, 4000, {"enabled": False}, "disabled"),
         (500, 4000, {"enabled": False, "plain_causal": False}, "disabled"),
         (500, 4000, {"profile": None}, "no_profile"),
+        (500, 4000, {"may_have_adapter": True}, "active_adapter"),
+        (500, 4000, {"may_have_adapter": True, "plain_causal": False}, "active_adapter"),
+        (500, 4000, {"may_have_adapter": True, "enabled": False}, "disabled"),
     ],
 )
 def test_a_prefill_outside_of_what_was_calibrated_is_dense(

@@ -8,6 +8,7 @@ from weakref import WeakSet
 import torch
 
 from vllm_afbs import compat
+from vllm_afbs.backends import adapters
 from vllm_afbs.observability.kill_switch import KillSwitch
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import configuration
@@ -49,7 +50,7 @@ def served_builders() -> list[Builder]:
 
 
 class StepSorter:
-    """Sorts the requests of each step by what the profile and the kill switch allow.
+    """Sorts the requests of each step by what the profile, LoRA and the kill switch allow.
 
     Attributes:
         profile: The profile that is served, if any.
@@ -64,6 +65,7 @@ class StepSorter:
         """
         self.profile = profile
         self._kill_switch = KillSwitch()
+        self._tells_adapters_apart = configuration.tells_adapters_apart(vllm_config)
         self._num_decode_rows = configuration.num_decode_rows(vllm_config)
 
     def sort(
@@ -83,6 +85,7 @@ class StepSorter:
             plain_causal=compat.is_plain_causal(metadata),
             # The kill switch is a file; steps that only decode do not look for it.
             enabled=common.max_query_len == 1 or self._kill_switch.is_enabled(),
+            may_have_adapter=self._tells_adapters_apart and adapters.may_be_active(),
             num_decode_rows=self._num_decode_rows,
         )
 

@@ -72,6 +72,7 @@ def sort_requests(
     profile: Profile | None,
     plain_causal: bool = True,
     enabled: bool = True,
+    may_have_adapter: bool = False,
     num_decode_rows: int = 1,
 ) -> Step:
     """Sorts a step's requests into long prefills and dense requests.
@@ -82,6 +83,8 @@ def sort_requests(
         profile: The served profile; None runs everything dense.
         plain_causal: Whether the step's mask is plainly causal; with any other, all runs dense.
         enabled: Whether the kill switch allows sparse attention.
+        may_have_adapter: Whether a LoRA adapter is active in the step, or it is not known that
+            none is; if so, all runs dense.
         num_decode_rows: Most rows of a decode: one, plus one for each drafted token. The context
             lengths of decodes are only upper bounds.
     """
@@ -90,6 +93,8 @@ def sort_requests(
     step_reason: Reason | None = None
     if not enabled:
         step_reason = "disabled"
+    elif may_have_adapter:
+        step_reason = "active_adapter"
     elif not plain_causal:
         step_reason = "attention_mask"
     elif seq_lens is None:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from vllm_afbs.serving.settings import read_settings
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -11,6 +13,11 @@ _HANDED_OVER = "afbs_handed_over"
 def may_sleep(vllm_config: "VllmConfig") -> bool:
     """Whether the server's sleep mode is on, in which it can release its memory for a while."""
     return bool(vllm_config.model_config.enable_sleep_mode)
+
+
+def tells_adapters_apart(vllm_config: "VllmConfig") -> bool:
+    """Whether LoRA is on, and steps in which no adapter is active may run sparse."""
+    return vllm_config.lora_config is not None and read_settings(vllm_config).lora == "base"
 
 
 def num_decode_rows(vllm_config: "VllmConfig") -> int:

@@ -65,7 +65,8 @@ def server_obstacles(vllm_config: Any) -> dict[Reason, bool]:
         # A row's result may depend on its prompt's chunks and on the rest of the batch.
         "batch_invariant": compat.is_batch_invariant(),
         # An adapter changes queries and keys. The profile was tuned without it.
-        "lora": vllm_config.lora_config is not None,
+        "lora": vllm_config.lora_config is not None
+        and not configuration.tells_adapters_apart(vllm_config),
         # The thresholds are allocated together with the KV cache. Versions of vLLM differ in
         # whether they restore such tensors after sleep.
         "sleep_mode": configuration.may_sleep(vllm_config),

@@ -1,7 +1,7 @@
 """What the user configures: ``--additional-config`` and the environment."""
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,8 @@ class Settings(BaseModel):
         profile_id: Identity of the profile that was checked at start-up. Not for users.
         per_head_metrics: Whether block products are also counted for each head.
         sample_rate: Share of a layer's sparse steps that are also computed dense and compared.
+        lora: What runs sparse on a server with LoRA: ``base``, steps in which no adapter is
+            active. None: nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -29,6 +31,7 @@ class Settings(BaseModel):
     profile_id: str | None = None
     per_head_metrics: bool = False
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    lora: Literal["base"] | None = None
 
 
 def read_settings(vllm_config: "VllmConfig") -> Settings:

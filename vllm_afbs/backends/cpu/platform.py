@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_afbs import compat
+from vllm_afbs.backends import adapters
 from vllm_afbs.observability.membership import begin_server
 from vllm_afbs.serving import admission
 
@@ -35,6 +36,13 @@ class AfbsCpuPlatform(CpuPlatform):
             if getattr(attn_selector_config, attribute):
                 raise NotImplementedError(f"--attention-backend afbs does not support {what}")
         return compat.CPU_BACKEND_PATH
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        """Names the class of the LoRA layers' wrapper."""
+        return adapters.wrapper_path(
+            super().get_punica_wrapper(), "vllm_afbs.backends.cpu.adapters.AfbsPunicaWrapperCPU"
+        )
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:

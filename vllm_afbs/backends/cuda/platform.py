@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from vllm.platforms.cuda import CudaPlatform
 
+from vllm_afbs.backends import adapters
 from vllm_afbs.observability.membership import begin_server
 from vllm_afbs.serving import admission
 
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
 
 class AfbsCudaPlatform(CudaPlatform):  # type: ignore[misc, valid-type]
     """Differs from vLLM's CUDA platform only if the afbs backend is chosen."""
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        """Names the class of the LoRA layers' wrapper."""
+        return adapters.wrapper_path(
+            super().get_punica_wrapper(), "vllm_afbs.backends.cuda.adapters.AfbsPunicaWrapperGPU"
+        )
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
