@@ -180,7 +180,6 @@ def test_ranks_write_what_one_rank_does(
     assert not list(tmp_path.rglob("*.rank*"))
 
 
-@pytest.mark.machine
 @pytest.mark.parametrize(("name", "softcap"), [("gpt-oss", 0.0), ("gemma-2", 50.0)])
 def test_sinks_and_soft_caps_are_captured_and_kept(
     name: str, softcap: float, tmp_path: Path
@@ -208,7 +207,6 @@ def test_sinks_and_soft_caps_are_captured_and_kept(
         assert model.compare(WINDOWS[CALIBRATION], chosen).kl > 1e-4
 
 
-@pytest.mark.machine
 def test_a_quantised_checkpoint_is_tuned_and_measured(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,7 +229,6 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
     assert "running the model in vllm" in capsys.readouterr().err
 
 
-@pytest.mark.machine
 def test_an_interrupted_job_goes_on(model: Path, tmp_path: Path, profile: Path) -> None:
     output = tmp_path / "profile.json"
     arguments = [str(model), "--output", str(output), *SMALL, *SERVE]
