@@ -2,8 +2,8 @@
 
     python -m benchmarks.model_table
 
-For each configuration in docs/models/ it asks what ``python -m vllm_afbs.check`` asks, with a
-profile in which every head of every full-attention layer is sparse. It takes no weights.
+For each configuration in docs/models/ it plans the layers as ``vllm_afbs.check`` does, with a
+profile in which every head of every full-attention layer is sparse. It needs no weights.
 """
 
 import argparse
@@ -200,9 +200,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--page", type=Path, default=PAGE, help="the page that has the markers")
     page: Path = parser.parse_args().page
+    old = page.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
+        parser.error(f"{page}: the lines {BEGIN} and {END} expected, between which the table goes")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     compat.active_platform()
-    write_atomically(page, with_table(page.read_text(encoding="utf-8"), table()))
+    write_atomically(page, with_table(old, table()))
 
 
 if __name__ == "__main__":

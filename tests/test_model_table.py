@@ -1,6 +1,7 @@
 """docs/models.md: its table is what planning the committed configurations gives."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,15 @@ def test_rows_counted_by_a_configuration_agree_with_its_list_of_layers() -> None
 def test_only_what_is_between_the_markers_is_replaced() -> None:
     page = f"before\n\n{model_table.BEGIN}\n\nold\n\n{model_table.END}\n\nafter\n"
     assert model_table.with_table(page, "new") == page.replace("old", "new")
+
+
+def test_a_page_without_the_markers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a page of mine\n", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["model_table", "--page", str(page)])
+    with pytest.raises(SystemExit):
+        model_table.main()
+    assert f"{page}: the lines {model_table.BEGIN}" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == "a page of mine\n"
