@@ -107,7 +107,11 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
 
     If vLLM cannot make the model without its weights, the answer follows from the configuration
     and the profile alone, and a note says so.
+
+    Raises:
+        RefusedError: No layer of the model can use our backend, so vLLM would not start with it.
     """
+    _refuse_latent_attention(vllm_config)
     profile = admission.admitted_profile(vllm_config)
     ranks = rank_counts(vllm_config)
     notes = notes_on(vllm_config, ranks)
@@ -124,6 +128,16 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
         else:
             plans = _plan_layers(vllm_config, profile, ranks)
     return Answer(Summary.of(vllm_config, profile, plans.values()), plans, profile, notes)
+
+
+def _refuse_latent_attention(vllm_config: "VllmConfig") -> None:
+    model = vllm_config.model_config
+    if not model.use_mla:
+        return
+    own = "multi-head latent attention (MLA)"
+    if getattr(model.hf_text_config, "index_topk", None) is not None:
+        own = "trained sparse attention"
+    raise RefusedError(f"this model has {own}, which --attention-backend afbs does not support")
 
 
 def notes_on(vllm_config: "VllmConfig", ranks: Mapping[str, int]) -> list[str]:
@@ -196,12 +210,12 @@ def _build(vllm_config: "VllmConfig", layer: Any, name: str, spec: Any) -> None:
 def _plan_by_configuration(
     vllm_config: "VllmConfig", profile: Profile | None
 ) -> dict[str, LayerPlan]:
-    """Plans the profile's layers by what makes all layers of a server dense."""
+    """Plans the profile's full-attention layers by what makes all layers of a server dense."""
     if profile is None:
         return {}
     unsupported = eligibility.first_true(eligibility.server_obstacles(vllm_config))
     num_heads = profile.model.num_heads
     return {
         f"layers.{index}": plan_layer(profile, index, num_heads, 0, unsupported)
-        for index in range(profile.model.num_layers)
+        for index in profile.full_layers
     }
