@@ -1,8 +1,9 @@
 """Hybrid models served in a process of its own: ``python -m tests.hybrid_engines REQUEST ANSWER``.
 
 REQUEST is a JSON file with a list of engines, one after the other in one process, which imports
-vLLM once. Each is ``llm`` (arguments of ``vllm.LLM``) and ``prompts`` (lists of token ids). ANSWER
-becomes a list of what each engine did; see ``Run``.
+vLLM once. Each is ``llm`` (arguments of ``vllm.LLM``), ``prompts`` (lists of token ids) and, for
+each prompt, ``images`` (the seeds of random ones). ANSWER becomes a list of what each engine did;
+see ``Run``.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 from unittest.mock import patch
 
+from tests import wrappers
 from tests.hybrids import LENGTH
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 
@@ -87,7 +89,7 @@ def engine(
         "additional_config": served,
     }
     prompts = [[(7 * row * row + 13 * seed) % 253 + 3 for row in range(LENGTH)] for seed in (1, 2)]
-    return {"llm": arguments | llm, "prompts": prompts}
+    return {"llm": arguments | llm, "prompts": prompts, "images": [[], []]}
 
 
 def main() -> None:
@@ -113,7 +115,7 @@ def main() -> None:
     Path(sys.argv[2]).write_text(json.dumps(runs))
 
 
-def _run(llm: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
+def _run(llm: dict[str, Any], prompts: list[list[int]], images: list[list[int]]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
@@ -131,7 +133,7 @@ def _run(llm: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     with patch.object(CPUAttentionBackendImpl, "forward", recorded):
         server = LLM(**llm)
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        given = [{"prompt_token_ids": ids} for ids in prompts]
+        given = [_prompt(*each) for each in zip(prompts, images, strict=True)]
         outputs = server.generate(given, sampling, use_tqdm=False)
         stock_layers = [
             name
@@ -151,6 +153,15 @@ def _run(llm: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         "stock_layers": stock_layers,
         "products": _grown(before[0], after[0]),
         "fallbacks": _grown(before[1], after[1]),
+    }
+
+
+def _prompt(ids: list[int], seeds: list[int]) -> dict[str, Any]:
+    if not seeds:
+        return {"prompt_token_ids": ids}
+    return {
+        "prompt_token_ids": ids,
+        "multi_modal_data": {"image": list(map(wrappers.image, seeds))},
     }
 
 

@@ -1,5 +1,6 @@
 """What stops a server before anything is loaded, and what it only says."""
 
+import copy
 import os
 import subprocess
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import vllm
 from transformers import AutoConfig, LlamaConfig
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from tests.profiles import uniform_profile
 from vllm_afbs import compat
@@ -18,10 +19,11 @@ from vllm_afbs.backends.cpu.platform import AfbsCpuPlatform
 from vllm_afbs.backends.cuda.backend import AfbsCUDABackend
 from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, vllm_command
 from vllm_afbs.files import write_atomically
+from vllm_afbs.observability import instance, membership
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.weights import weights_sha256
-from vllm_afbs.serving import admission
+from vllm_afbs.serving import admission, configuration
 
 
 def llama(**changes: Any) -> Any:
@@ -40,6 +42,7 @@ def server_config(tmp_path: Path, hf_config: Any, **changes: Any) -> Any:
         "additional_config": {"afbs": {"profile": str(path)}},
         "model_config": SimpleNamespace(hf_config=hf_config, quantization=None),
         "kv_transfer_config": None,
+        "observability_config": SimpleNamespace(),
     }
     return SimpleNamespace(**values | changes)
 
@@ -159,6 +162,25 @@ def test_the_compilation_cache_tells_profiles_apart() -> None:
         for name in ("0123456789ab", "ba9876543210")
     }
     assert len(hashes) == 2
+
+
+def test_vllm_copies_a_configuration_with_what_was_handed_over(tmp_path: Path) -> None:
+    """As it does for the text model of a vision wrapper, in a worker."""
+    llama().save_pretrained(tmp_path)
+    model = ModelConfig(model=str(tmp_path), skip_tokenizer_init=True, dtype="bfloat16")
+    config = VllmConfig(model_config=model)
+    before = config.compute_hash()
+    membership.begin_server(config)
+    configuration.hand_over(config, weights="same")
+    server = configuration.handed_over(config)["server_id"]
+    sent: VllmConfig = copy.deepcopy(config)
+    copied = sent.with_hf_config(llama())
+    assert configuration.handed_over(copied) == configuration.handed_over(config)
+    assert config.compute_hash() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instance, "current", lambda: pytest.fail("a second server begins"))
+        membership.begin_server(copied)
+    assert configuration.handed_over(copied)["server_id"] == server
 
 
 def _corrupt(text: str) -> str:
