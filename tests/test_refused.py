@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import vllm
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, DeepseekV3Config, LlamaConfig
 from vllm.config import ModelConfig, VllmConfig
 
 from tests.profiles import uniform_profile
@@ -144,6 +144,46 @@ def test_latent_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # On CUDA, vLLM asks the backend itself and refuses it by name.
     assert not AfbsCUDABackend.is_mla()
     assert not AfbsCUDABackend.is_sparse()
+
+
+@pytest.mark.parametrize(
+    ("fields", "has"),
+    [
+        ({}, "has dense latent attention (MLA), "),
+        ({"index_topk": 64}, "(MLA) with sparse attention trained into the model (index_topk), "),
+    ],
+)
+def test_latent_attention_is_refused_before_anything_is_loaded(
+    fields: dict[str, Any], has: str, tmp_path: Path
+) -> None:
+    """The line says what the model has instead, which vLLM runs."""
+    shape = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4,
+        "architectures": ["DeepseekV3ForCausalLM"],
+    }  # fmt: skip
+    DeepseekV3Config(**shape, **fields).save_pretrained(tmp_path)
+    model = ModelConfig(model=str(tmp_path), skip_tokenizer_init=True, dtype="bfloat16")
+    assert model.use_mla
+    ours, stock = SimpleNamespace(name="AFBS"), SimpleNamespace(name="CPU_MLA")
+
+    def chosen(backend: Any, **by_kind: Any) -> Any:
+        attention = SimpleNamespace(backend=backend, backend_per_kind=by_kind)
+        return server_config(tmp_path, None, model_config=model, attention_config=attention)
+
+    with pytest.raises(SystemExit) as refused:
+        admission.admit_or_exit(chosen(ours))
+    line = str(refused.value)
+    assert line.startswith(f"vllm-afbs: {tmp_path} has ")
+    assert has in line
+    assert "start it without" in line
+    assert "\n" not in line
+    # What latent layers get is what counts.
+    others = chosen(ours, mla_attention=stock, sliding_window_mla=stock)
+    assert configuration.refused_latent_attention(others) is None
+    assert configuration.refused_latent_attention(chosen(stock, full_attention=ours)) is None
+    assert configuration.refused_latent_attention(chosen(stock, mla_attention=ours)) is not None
 
 
 @pytest.mark.parametrize("installed", ["0.33.1", "0.25.0", "1.0.0rc1", "0.34.0+cu130"])
