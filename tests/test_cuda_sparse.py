@@ -114,6 +114,14 @@ def test_every_context_shares_its_kernels_with_one_that_was_compiled(
     assert len(rows) <= 2 + math.log2(longest / shortest)
 
 
+def keep_arguments(
+    self: Any, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
+) -> None:
+    """What the constructor of vLLM's own builder does, without a device."""
+    self.kv_cache_spec, self.layer_names = kv_cache_spec, layer_names
+    self.vllm_config, self.device = vllm_config, device
+
+
 def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -124,7 +132,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     compiled = []
     monkeypatch.setattr(backend, "compile_kernels", lambda *arguments: compiled.append(arguments))
     monkeypatch.setattr(compat, "flash_attention", lambda: None)
-    monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
+    monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", keep_arguments)
     profile = uniform_profile()
     monkeypatch.setattr(backend, "join_server", lambda _: profile)
     plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "alibi"))]
@@ -135,6 +143,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=4096),
         additional_config={},
         speculative_config=None,
+        observability_config=SimpleNamespace(),
     )
     spec, device = SimpleNamespace(block_size=64), torch.device("cpu")
     backend.AfbsCUDAMetadataBuilder(spec, ["a", "b"], config, device)
@@ -155,13 +164,15 @@ def test_without_a_profile_attention_is_flash_attentions_own(
     from vllm_afbs.backends.cuda import backend, graphs
     from vllm_afbs.serving.plan import plan_layer
 
-    monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", lambda *_: None)
+    monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", keep_arguments)
     impl = make_impl("cuda")
     assert impl.forward.__func__ is backend.AfbsCUDAImpl.forward
     plans = [(impl, plan_layer(None, 0, 4, 0, None))]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: iter(plans))
     monkeypatch.setattr(backend.summary, "report", lambda *_: None)
-    config: Any = SimpleNamespace(additional_config={}, speculative_config=None)
+    config: Any = SimpleNamespace(
+        additional_config={}, speculative_config=None, observability_config=SimpleNamespace()
+    )
     backend.AfbsCUDAMetadataBuilder(
         SimpleNamespace(block_size=64), ["a"], config, torch.device("cpu")
     )
