@@ -1,9 +1,9 @@
 """Hybrid models served in a process of its own: ``python -m tests.hybrid_engines REQUEST ANSWER``.
 
 REQUEST is a JSON file with a list of engines, one after the other in one process, which imports
-vLLM once. Each is ``llm`` (arguments of ``vllm.LLM``), ``prompts`` (lists of token ids) and
-``adapters`` (of each prompt, the directory of its LoRA adapter or null). ANSWER becomes
-a list of what each engine did; see ``Run``.
+vLLM once. Each is ``llm`` (arguments of ``vllm.LLM``), ``prompts`` (lists of token ids) and, for
+each prompt, ``images`` (the seeds of random ones) and ``adapters`` (the directory of its LoRA
+adapter or null). ANSWER becomes a list of what each engine did; see ``Run``.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 from unittest.mock import patch
 
+from tests import wrappers
 from tests.hybrids import LENGTH
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 
@@ -97,7 +98,12 @@ def engine(
     }
     prompts = [[(7 * row * row + 13 * seed) % 253 + 3 for row in range(LENGTH)] for seed in (1, 2)]
     paths = [None if path is None else str(path) for path in adapters]
-    return {"llm": arguments | llm, "prompts": prompts, "adapters": paths}
+    return {
+        "llm": arguments | llm,
+        "prompts": prompts,
+        "images": [[] for _ in prompts],
+        "adapters": paths,
+    }
 
 
 def main() -> None:
@@ -124,7 +130,10 @@ def main() -> None:
 
 
 def _run(
-    llm: dict[str, Any], prompts: list[list[int]], adapters: list[str | None]
+    llm: dict[str, Any],
+    prompts: list[list[int]],
+    images: list[list[int]],
+    adapters: list[str | None],
 ) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -144,7 +153,7 @@ def _run(
     with patch.object(CPUAttentionBackendImpl, "forward", recorded):
         server = LLM(**llm)
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        given = [{"prompt_token_ids": ids} for ids in prompts]
+        given = [_prompt(*each) for each in zip(prompts, images, strict=True)]
         requests = [None if path is None else LoRARequest("one", 1, path) for path in adapters]
         outputs = server.generate(given, sampling, use_tqdm=False, lora_request=requests)
         stock_layers = [
@@ -165,6 +174,15 @@ def _run(
         "stock_layers": stock_layers,
         "products": _grown(before[0], after[0]),
         "fallbacks": _grown(before[1], after[1]),
+    }
+
+
+def _prompt(ids: list[int], seeds: list[int]) -> dict[str, Any]:
+    if not seeds:
+        return {"prompt_token_ids": ids}
+    return {
+        "prompt_token_ids": ids,
+        "multi_modal_data": {"image": list(map(wrappers.image, seeds))},
     }
 
 

@@ -144,6 +144,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
         additional_config={},
         lora_config=None,
         speculative_config=None,
+        observability_config=SimpleNamespace(),
     )
     spec, device = SimpleNamespace(block_size=64), torch.device("cpu")
     backend.AfbsCUDAMetadataBuilder(spec, ["a", "b"], config, device)
@@ -170,7 +171,12 @@ def test_without_a_profile_attention_is_flash_attentions_own(
     plans = [(impl, plan_layer(None, 0, 4, 0, None))]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: iter(plans))
     monkeypatch.setattr(backend.summary, "report", lambda *_: None)
-    config: Any = SimpleNamespace(additional_config={}, lora_config=None, speculative_config=None)
+    config: Any = SimpleNamespace(
+        additional_config={},
+        lora_config=None,
+        speculative_config=None,
+        observability_config=SimpleNamespace(),
+    )
     backend.AfbsCUDAMetadataBuilder(
         SimpleNamespace(block_size=64), ["a"], config, torch.device("cpu")
     )

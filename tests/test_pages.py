@@ -23,6 +23,7 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu import backend as cpu
 from vllm_afbs.backends.cuda import backend as cuda
+from vllm_afbs.backends.shared import split_page_sizes
 from vllm_afbs.serving.plan import plan_layer
 
 
@@ -50,8 +51,8 @@ def test_blocks_that_stock_refuses_are_refused_and_no_others(ours: Any, stock: A
 
 
 def test_exact_sizes_of_vllms_own_backend_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compat.split_page_sizes([64]) == [64]
-    assert compat.split_page_sizes([MultipleOf(64)]) == [128, 64]
+    assert split_page_sizes([64]) == [64]
+    assert split_page_sizes([MultipleOf(64)]) == [128, 64]
     # Up to 0.31 vLLM asks without a specification, and its backends take none.
     own = classmethod(lambda cls: [MultipleOf(32)])
     monkeypatch.setattr(FlashAttentionBackend, "get_supported_kernel_block_sizes", own)

@@ -27,14 +27,12 @@ def test_generated_tokens_count_as_a_prompts_do(
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     config: Any = SimpleNamespace(speculative_config=None, lora_config=None)
     sorter = StepSorter(config, uniform_profile(min_seq_len=1024))
-    metadata = SimpleNamespace
 
     def sort(q_len: int, kv_len: int) -> Any:
         common: Any = SimpleNamespace(
             query_start_loc_cpu=torch.tensor([0, q_len]), max_query_len=q_len
         )
-        monkeypatch.setattr("vllm_afbs.compat.is_plain_causal", lambda _: True)
-        return sorter.sort(common, torch.tensor([kv_len]), metadata)
+        return sorter.sort(common, torch.tensor([kv_len]), plain_causal=True)
 
     assert sort(1000, 1000).dense_reasons == {"short_context": 1}  # the prompt
     decode = sort(1, 1499)

@@ -1,5 +1,6 @@
 """What stops a server before anything is loaded, and what it only says."""
 
+import copy
 import os
 import subprocess
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from typing import Any
 
 import pytest
 import vllm
-from transformers import AutoConfig, LlamaConfig
-from vllm.config import VllmConfig
+from transformers import AutoConfig, DeepseekV3Config, LlamaConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from tests.profiles import uniform_profile
 from vllm_afbs import compat
@@ -18,10 +19,11 @@ from vllm_afbs.backends.cpu.platform import AfbsCpuPlatform
 from vllm_afbs.backends.cuda.backend import AfbsCUDABackend
 from vllm_afbs.demo.server import HOST, SERVER_ENVIRONMENT, free_port, vllm_command
 from vllm_afbs.files import write_atomically
+from vllm_afbs.observability import instance, membership
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.weights import weights_sha256
-from vllm_afbs.serving import admission
+from vllm_afbs.serving import admission, configuration
 
 
 def llama(**changes: Any) -> Any:
@@ -40,6 +42,7 @@ def server_config(tmp_path: Path, hf_config: Any, **changes: Any) -> Any:
         "additional_config": {"afbs": {"profile": str(path)}},
         "model_config": SimpleNamespace(hf_config=hf_config, quantization=None),
         "kv_transfer_config": None,
+        "observability_config": SimpleNamespace(),
     }
     return SimpleNamespace(**values | changes)
 
@@ -143,6 +146,46 @@ def test_latent_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not AfbsCUDABackend.is_sparse()
 
 
+@pytest.mark.parametrize(
+    ("fields", "has"),
+    [
+        ({}, "has dense latent attention (MLA), "),
+        ({"index_topk": 64}, "(MLA) with sparse attention trained into the model (index_topk), "),
+    ],
+)
+def test_latent_attention_is_refused_before_anything_is_loaded(
+    fields: dict[str, Any], has: str, tmp_path: Path
+) -> None:
+    """The line says what the model has instead, which vLLM runs."""
+    shape = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4,
+        "architectures": ["DeepseekV3ForCausalLM"],
+    }  # fmt: skip
+    DeepseekV3Config(**shape, **fields).save_pretrained(tmp_path)
+    model = ModelConfig(model=str(tmp_path), skip_tokenizer_init=True, dtype="bfloat16")
+    assert model.use_mla
+    ours, stock = SimpleNamespace(name="AFBS"), SimpleNamespace(name="CPU_MLA")
+
+    def chosen(backend: Any, **by_kind: Any) -> Any:
+        attention = SimpleNamespace(backend=backend, backend_per_kind=by_kind)
+        return server_config(tmp_path, None, model_config=model, attention_config=attention)
+
+    with pytest.raises(SystemExit) as refused:
+        admission.admit_or_exit(chosen(ours))
+    line = str(refused.value)
+    assert line.startswith(f"vllm-afbs: {tmp_path} has ")
+    assert has in line
+    assert "start it without" in line
+    assert "\n" not in line
+    # What latent layers get is what counts.
+    others = chosen(ours, mla_attention=stock, sliding_window_mla=stock)
+    assert configuration.refused_latent_attention(others) is None
+    assert configuration.refused_latent_attention(chosen(stock, full_attention=ours)) is None
+    assert configuration.refused_latent_attention(chosen(stock, mla_attention=ours)) is not None
+
+
 @pytest.mark.parametrize("installed", ["0.33.1", "0.25.0", "1.0.0rc1", "0.34.0+cu130"])
 def test_an_unknown_version_is_one_line(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.unknown_version() is None
@@ -159,6 +202,25 @@ def test_the_compilation_cache_tells_profiles_apart() -> None:
         for name in ("0123456789ab", "ba9876543210")
     }
     assert len(hashes) == 2
+
+
+def test_vllm_copies_a_configuration_with_what_was_handed_over(tmp_path: Path) -> None:
+    """As it does for the text model of a vision wrapper, in a worker."""
+    llama().save_pretrained(tmp_path)
+    model = ModelConfig(model=str(tmp_path), skip_tokenizer_init=True, dtype="bfloat16")
+    config = VllmConfig(model_config=model)
+    before = config.compute_hash()
+    membership.begin_server(config)
+    configuration.hand_over(config, weights="same")
+    server = configuration.handed_over(config)["server_id"]
+    sent: VllmConfig = copy.deepcopy(config)
+    copied = sent.with_hf_config(llama())
+    assert configuration.handed_over(copied) == configuration.handed_over(config)
+    assert config.compute_hash() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instance, "current", lambda: pytest.fail("a second server begins"))
+        membership.begin_server(copied)
+    assert configuration.handed_over(copied)["server_id"] == server
 
 
 def _corrupt(text: str) -> str:

@@ -54,6 +54,7 @@ def make_app(
     config = SimpleNamespace(
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="AFBS"), backend_per_kind={}),
         additional_config={"afbs": settings},
+        observability_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(
             world_size=num_workers,
             data_parallel_size=1,

@@ -247,7 +247,7 @@ def _latent_attention(model: Path, tmp: Path) -> tuple[list[str], str]:
     directory = edited(
         model, tmp, model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"]
     )
-    return command(directory, tmp / "p.json"), "kv_lora_rank: latent attention (MLA)"
+    return command(directory, tmp / "p.json"), "kv_lora_rank: dense latent attention (MLA) is not"
 
 
 def _position_biases(model: Path, tmp: Path) -> tuple[list[str], str]:

@@ -8,7 +8,7 @@ platform when this module is first imported.
 import functools
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BACKEND_NAME = "AFBS"
 CPU_BACKEND_PATH = "vllm_afbs.backends.cpu.backend.AfbsCPUBackend"
 CUDA_BACKEND_PATH = "vllm_afbs.backends.cuda.backend.AfbsCUDABackend"
-
+CUDA_IMAGES_BACKEND_PATH = "vllm_afbs.backends.cuda.images.AfbsImagesBackend"
 
 KNOWN_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")
 """Run on CUDA, run on the CPU, and read but not run."""
@@ -88,6 +88,12 @@ def chooses_afbs(vllm_config: "VllmConfig") -> bool:
     """Whether a server runs our backend in all layers, or in the layers of some kind of cache."""
     config = vllm_config.attention_config
     return any(map(is_afbs, (config.backend, *config.backend_per_kind.values())))
+
+
+def chooses_afbs_for(vllm_config: "VllmConfig", kind: str) -> bool:
+    """Whether a server runs our backend in the layers of one kind of cache, by vLLM's name."""
+    config = vllm_config.attention_config
+    return is_afbs(config.backend_per_kind.get(kind, config.backend))
 
 
 def current_config() -> "VllmConfig | None":
@@ -161,6 +167,23 @@ def attention_layers(vllm_config: "VllmConfig", layer_names: list[str] | None) -
 def is_ours(layer: Any) -> bool:
     """Whether our backend, or a backend that vLLM derived from it, runs an attention layer."""
     return bool(layer.get_attn_backend().get_name() == BACKEND_NAME)
+
+
+def attention_impl(layer: Any) -> Any:
+    """The implementation of an attention layer that runs plainly causal steps.
+
+    That is ours wherever our backend is chosen, also if vLLM composed it with another one.
+    """
+    find_variants = getattr(layer.impl, "get_impl_variants", None)  # since 0.32
+    return layer.impl if find_variants is None else find_variants()[-1]
+
+
+def composites() -> Any:
+    """The module of vLLM that composes a backend of two others; None before 0.32."""
+    try:
+        return importlib.import_module("vllm.v1.attention.backends.composite")
+    except ModuleNotFoundError:
+        return None
 
 
 def tensor_parallel_rank() -> int:
@@ -266,26 +289,6 @@ def api_keys(args: "Namespace") -> list[str]:
 
     named = args.api_key or [envs.VLLM_API_KEY]
     return [key for key in named if key]
-
-
-PAGE_SIZES = (128, 64, 32, 16)
-"""Keys of the pages that sparse prefill reads; key blocks consist of whole pages."""
-
-
-def split_page_sizes(stock: Sequence[Any]) -> list[Any]:
-    """Page sizes to offer vLLM, so that it splits the cache's blocks into pages that we can read.
-
-    A kernel that takes any multiple of 16 gets whole blocks, and models with Mamba layers have
-    blocks of any length: 384 or 528 tokens, for instance. Of exact sizes, vLLM takes the largest
-    that divides the block.
-
-    Args:
-        stock: Page sizes that vLLM's own backend offers: exact ones, or multiples of a base.
-    """
-    bases = [size.base for size in stock if not isinstance(size, int)]
-    if not bases:
-        return list(stock)
-    return [size for size in PAGE_SIZES if any(size % base == 0 for base in bases)]
 
 
 def split_cache_layouts() -> "tuple[Any, ...] | None":

@@ -36,7 +36,7 @@ class DrivenWorker:
         indices = compat.layer_indices(self.vllm_config)
         facts = []
         for name, layer in compat.attention_layers(self.vllm_config, None).items():
-            impl = layer.impl
+            impl = compat.attention_impl(layer)
             facts.append(
                 {
                     "name": name,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_afbs import compat
 from vllm_afbs.captures import HeadCounts, LayerWriter
 
 CACHE_DTYPES = {
@@ -42,7 +43,7 @@ class Recording:
         self._error: OSError | None = None
         self._writers: dict[Path, LayerWriter] = {}
         for path, layer in layers.items():
-            impl = layer.impl
+            impl = compat.attention_impl(layer)
             counts = HeadCounts(impl.num_heads, impl.num_kv_heads, impl.head_size)
             self._writers[path] = LayerWriter(
                 path,

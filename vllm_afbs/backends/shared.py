@@ -1,13 +1,12 @@
 """What the CPU and the CUDA backend do alike around vLLM's own classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
 
-from vllm_afbs import compat
 from vllm_afbs.backends import adapters
 from vllm_afbs.observability.kill_switch import KillSwitch
 from vllm_afbs.profile.schema import Profile
@@ -19,6 +18,26 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 _Metadata = TypeVar("_Metadata")
+
+
+PAGE_SIZES = (128, 64, 32, 16)
+"""Keys of the pages that sparse prefill reads; key blocks consist of whole pages."""
+
+
+def split_page_sizes(stock: Sequence[Any]) -> list[Any]:
+    """Page sizes to offer vLLM, so that it splits the cache's blocks into pages that we can read.
+
+    A kernel that takes any multiple of 16 gets whole blocks, and models with Mamba layers have
+    blocks of any length: 384 or 528 tokens, for instance. Of exact sizes, vLLM takes the largest
+    that divides the block.
+
+    Args:
+        stock: Page sizes that vLLM's own backend offers: exact ones, or multiples of a base.
+    """
+    bases = [size.base for size in stock if not isinstance(size, int)]
+    if not bases:
+        return list(stock)
+    return [size for size in PAGE_SIZES if any(size % base == 0 for base in bases)]
 
 
 class Builder(Protocol):
@@ -69,20 +88,20 @@ class StepSorter:
         self._num_decode_rows = configuration.num_decode_rows(vllm_config)
 
     def sort(
-        self, common: "CommonAttentionMetadata", seq_lens: torch.Tensor | None, metadata: Any
+        self, common: "CommonAttentionMetadata", seq_lens: torch.Tensor | None, plain_causal: bool
     ) -> Step:
         """Sorts one step's requests.
 
         Args:
             common: The step, as vLLM describes it to every backend.
             seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU; None if unknown.
-            metadata: The step's metadata as vLLM's own builder made it.
+            plain_causal: Whether the step's mask is plainly causal.
         """
         return sort_requests(
             common.query_start_loc_cpu,
             seq_lens,
             self.profile,
-            plain_causal=compat.is_plain_causal(metadata),
+            plain_causal=plain_causal,
             # The kill switch is a file; steps that only decode do not look for it.
             enabled=common.max_query_len == 1 or self._kill_switch.is_enabled(),
             may_have_adapter=self._tells_adapters_apart and adapters.may_be_active(),

@@ -175,8 +175,9 @@ def _plan_layers(
         if compat.is_ours(layer)
     }
     for layer in layers.values():
-        layer.impl.dcp_world_size = ranks["decode_context_parallel_size"]
-        layer.impl.pcp_world_size = ranks["prefill_context_parallel_size"]
+        impl = compat.attention_impl(layer)
+        impl.dcp_world_size = ranks["decode_context_parallel_size"]
+        impl.pcp_world_size = ranks["prefill_context_parallel_size"]
     specs = compat.cache_specs(vllm_config)
     for group in compat.cache_groups(vllm_config):
         names = [

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 def begin_server(vllm_config: "VllmConfig") -> None:
     """Switches a server on, and sends its id and directory to the workers.
 
-    They go with the configuration, because Ray's workers do not inherit the environment.
+    They go with the configuration, because Ray's workers do not inherit the environment. A worker
+    that copies the configuration, for a part of the model, does not begin another server.
     """
+    if "server_id" in configuration.handed_over(vllm_config):
+        return
     kill_switch.begin()
     server = instance.current()
     configuration.hand_over(vllm_config, server_id=server.server_id, directory=server.directory)

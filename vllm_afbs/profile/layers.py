@@ -63,3 +63,19 @@ def full_attention_config(config: Any) -> Any:
     if num_kv_heads is not None and getattr(config, "attention_k_eq_v", True):
         full.num_key_value_heads = num_kv_heads
     return full
+
+
+def latent_attention(config: Any) -> str:
+    """Names the attention of a model with latent attention (MLA): what it has instead of ours.
+
+    Args:
+        config: The text part of a ``PretrainedConfig``.
+    """
+    field = next((name for name in _TRAINED_SPARSITY if getattr(config, name, None)), None)
+    if field is None:
+        return "dense latent attention (MLA)"
+    return f"latent attention (MLA) with sparse attention trained into the model ({field})"
+
+
+_TRAINED_SPARSITY = ("index_topk", "compress_ratios")
+"""Fields of models that choose keys with an indexer, and of those that also compress them."""

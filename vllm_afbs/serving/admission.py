@@ -35,13 +35,15 @@ def admit_or_exit(vllm_config: "VllmConfig") -> bool:
         Whether it is chosen.
 
     Raises:
-        SystemExit: The profile was refused, for the reason in its one line. vLLM would bury any
-            other exception in a traceback.
+        SystemExit: The model or the profile was refused, for the reason in its one line. vLLM would
+            bury any other exception in a traceback.
     """
     if vllm_config.model_config is None or not compat.chooses_afbs(vllm_config):
         return False
     if notice := compat.unknown_version():
         logger.warning("%s", notice)
+    if reason := configuration.refused_latent_attention(vllm_config):
+        raise SystemExit(f"vllm-afbs: {reason}")
     try:
         admit(vllm_config)
     except ProfileError as error:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from vllm_afbs import compat
+from vllm_afbs.profile.layers import latent_attention
 from vllm_afbs.serving.settings import read_settings
 
 if TYPE_CHECKING:
@@ -26,6 +28,19 @@ def num_decode_rows(vllm_config: "VllmConfig") -> int:
     return 1 if speculative is None else 1 + int(speculative.num_speculative_tokens)
 
 
+def refused_latent_attention(vllm_config: "VllmConfig") -> str | None:
+    """Why our backend cannot serve a model with latent attention; None if it need not."""
+    kinds = ("mla_attention", "sliding_window_mla")
+    model = vllm_config.model_config
+    if not model.use_mla or not any(compat.chooses_afbs_for(vllm_config, each) for each in kinds):
+        return None
+    found = latent_attention(model.hf_text_config)
+    return (
+        f"{model.model} has {found}, and --attention-backend afbs makes full attention sparse: "
+        "start it without, and vLLM runs the model's own attention"
+    )
+
+
 def longest_chunk(vllm_config: "VllmConfig") -> int:
     """Most tokens of one prompt that the scheduler puts into one step."""
     scheduler = vllm_config.scheduler_config
@@ -37,15 +52,18 @@ def longest_chunk(vllm_config: "VllmConfig") -> int:
 def hand_over(vllm_config: "VllmConfig", **texts: str) -> None:
     """Sends texts to all workers with vLLM's configuration, beside those sent before.
 
-    They are an attribute of their own: vLLM's compilation cache has everything in
-    ``additional_config`` in its key, and these texts may be new at each start.
+    vLLM's compilation cache has everything in ``additional_config`` in its key, and these texts may
+    be new at each start. They lie in a part of the configuration that is not in the key, because
+    vLLM refuses to copy a ``VllmConfig`` that has more attributes than its own: it copies one for
+    the text model in a vision wrapper. Copies share this part.
     """
-    setattr(vllm_config, _HANDED_OVER, {**handed_over(vllm_config), **texts})
+    handed = {**handed_over(vllm_config), **texts}
+    setattr(vllm_config.observability_config, _HANDED_OVER, handed)
 
 
 def handed_over(vllm_config: "VllmConfig") -> dict[str, str]:
-    """What ``hand_over`` sent; nothing if vLLM has built the configuration anew, as for a draft."""
-    return getattr(vllm_config, _HANDED_OVER, {})
+    """What ``hand_over`` sent."""
+    return getattr(vllm_config.observability_config, _HANDED_OVER, {})
 
 
 def num_workers(vllm_config: "VllmConfig") -> int:

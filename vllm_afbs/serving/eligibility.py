@@ -96,7 +96,7 @@ def place_obstacles(
         profile: The served profile.
         tensor_parallel_size: Number of ranks that share the model's heads.
     """
-    impl, model = layer.impl, profile.model
+    impl, model = compat.attention_impl(layer), profile.model
     heads = impl.num_heads * tensor_parallel_size, impl.num_kv_heads, impl.head_size
     # If there are fewer KV heads than ranks, each rank has a copy of one.
     num_kv_heads = max(1, model.num_kv_heads // tensor_parallel_size)
@@ -114,7 +114,7 @@ def capture_obstacle(layer: Any, cache_dtypes: Collection[str]) -> Reason | None
         layer: vLLM's attention layer.
         cache_dtypes: Types of the KV cache that can be recorded.
     """
-    impl = layer.impl
+    impl = compat.attention_impl(layer)
     return first_true(
         {
             "attention_type": not compat.is_plain_attention(layer) or impl.attn_type != "decoder",
@@ -132,7 +132,9 @@ def is_local(layer: Any, profile: Profile | None) -> bool:
         layer: vLLM's attention layer.
         profile: The served profile.
     """
-    return compat.is_chunked_attention(layer) or window_hides_keys(layer.impl.window, profile)
+    return compat.is_chunked_attention(layer) or window_hides_keys(
+        compat.attention_impl(layer).window, profile
+    )
 
 
 def window_hides_keys(window: int, profile: Profile | None) -> bool:

@@ -94,12 +94,13 @@ def plan_layers(
     indices = compat.layer_indices(vllm_config)
     whole_server = eligibility.server_obstacles(vllm_config)
     for name, layer in layers.items():
+        impl = compat.attention_impl(layer)
         unsupported: Reason | None = None
         if eligibility.is_local(layer, profile):
             unsupported = "local_attention"
         elif profile is not None:
             place = eligibility.place_obstacles(layer, indices.get(name), profile, num_ranks)
             unsupported = eligibility.first_true(whole_server | place)
-            unsupported = unsupported or layer.impl.unsupported_feature(page_size, profile)
+            unsupported = unsupported or impl.unsupported_feature(page_size, profile)
         index = indices.get(name, UNKNOWN_LAYER)
-        yield layer.impl, plan_layer(profile, index, layer.impl.num_heads, rank, unsupported)
+        yield impl, plan_layer(profile, index, impl.num_heads, rank, unsupported)

@@ -24,6 +24,7 @@ from vllm_afbs.backends.shared import (
     add_builder,
     attend_dense_requests,
     extend_metadata,
+    split_page_sizes,
 )
 from vllm_afbs.kernels import TileTables
 from vllm_afbs.observability import fallbacks
@@ -53,7 +54,7 @@ class AfbsCPUBackend(CPUAttentionBackend):
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         """The page sizes into which vLLM may split blocks; arguments are vLLM's."""
         given = () if kv_cache_spec is None else (kv_cache_spec,)
-        return compat.split_page_sizes(super().get_supported_kernel_block_sizes(*given))
+        return split_page_sizes(super().get_supported_kernel_block_sizes(*given))
 
     @staticmethod
     def get_impl_cls() -> type["AfbsCPUImpl"]:
@@ -150,7 +151,9 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if self._steps_aside:
             return whole
-        step = self._sorter.sort(common_attn_metadata, whole.seq_lens, whole)
+        step = self._sorter.sort(
+            common_attn_metadata, whole.seq_lens, compat.is_plain_causal(whole)
+        )
         metadata = extend_metadata(AfbsCPUMetadata, whole, step=step)
         if step.long_prefills and step.dense_indices:
             rows, common = restrict(common_attn_metadata, step.dense_indices)

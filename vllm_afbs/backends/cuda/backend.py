@@ -133,7 +133,8 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         if not self._plans or common_attn_metadata.max_query_len == 1:
             return whole
         seq_lens = compat.host_seq_lens(common_attn_metadata)
-        step = self._sorter.sort(common_attn_metadata, seq_lens, whole)
+        plain_causal = compat.is_plain_causal(whole)
+        step = self._sorter.sort(common_attn_metadata, seq_lens, plain_causal)
         self._count_dense(step)
         if not step.long_prefills:
             return whole
@@ -144,6 +145,12 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
             dense = super().build(0, common, fast_build=True)
             metadata.dense_requests = DenseRequests(rows, dense)
         return metadata
+
+    def count_masked_step(self, common: CommonAttentionMetadata) -> None:
+        """Counts a step that another backend runs because its mask is not causal."""
+        if self._plans and common.max_query_len > 1:
+            seq_lens = compat.host_seq_lens(common)
+            self._count_dense(self._sorter.sort(common, seq_lens, plain_causal=False))
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata

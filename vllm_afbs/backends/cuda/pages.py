@@ -5,6 +5,7 @@ from typing import Any
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
 from vllm_afbs import compat
+from vllm_afbs.backends.shared import split_page_sizes
 
 PAGE_SIZE = 128
 """FlashAttention 3's key tiles have this length. The copy engine fetches pages of it whole."""
@@ -17,7 +18,7 @@ class SplitsBlocks(FlashAttentionBackend):
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         """The page sizes into which vLLM may split blocks; arguments are vLLM's."""
         given = () if kv_cache_spec is None else (kv_cache_spec,)
-        return compat.split_page_sizes(super().get_supported_kernel_block_sizes(*given))
+        return split_page_sizes(super().get_supported_kernel_block_sizes(*given))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...] | None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_afbs.profile.layers import full_layers, layer_kinds
+from vllm_afbs.profile.layers import full_layers, latent_attention, layer_kinds
 from vllm_afbs.profile.rope import rope_parameters
 
 
@@ -18,12 +18,17 @@ def unsupported(config: Any) -> str | None:
     architectures = config.architectures or ["none"]
     if not isinstance(architectures, list) or config.is_encoder_decoder:
         return "architectures: a list with a decoder-only causal language model expected"
+    text = config.get_text_config()
+    if text is not config:
+        return (
+            "architectures: a decoder-only causal language model without parts for images or sound "
+            f"expected, got {str(architectures[0])[:100]}: take --engine vllm"
+        )
     if architectures[0] not in DECODERS.values():
         return (
             "architectures: a decoder-only causal language model expected, got "
             f"{str(architectures[0])[:100]}"
         )
-    text = config.get_text_config()
     if reason := _other_attention(text) or _partial_layers(text):
         return reason
     if not getattr(MODEL_MAPPING[type(config)], "_supports_attention_backend", False):
@@ -33,7 +38,7 @@ def unsupported(config: Any) -> str | None:
 
 def _other_attention(text: Any) -> str | None:
     if getattr(text, "kv_lora_rank", None):
-        return "kv_lora_rank: latent attention (MLA) is not supported"
+        return f"kv_lora_rank: {latent_attention(text)} is not supported"
     position_type = getattr(text, "position_embedding_type", None)
     if getattr(text, "alibi", False) or position_type == "alibi":
         return "alibi: linear position biases (ALiBi) are not supported"
