@@ -12,7 +12,6 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -239,9 +238,3 @@ def test_versions_without_composites_say_how_to_start_text_only(
     assert "\n" not in line
     model.is_mm_prefix_lm = False
     AfbsCudaPlatform.check_and_update_config(config)
-
-
-def test_attention_itself_asks_for_the_masks() -> None:
-    """What our platform reads, ``use_mm_prefix``, is what a layer of such a model asks for."""
-    assert "use_mm_prefix" in AttentionSelectorConfig._fields
-    assert Attention.__init__.__code__.co_names.count("is_mm_prefix_lm") == 1
