@@ -168,5 +168,6 @@ def test_reasons_seen_in_steps_are_logged_once_and_counted_always(
         sample.labels["reason"]: sample.value
         for family in metric_files.read()
         for sample in family.samples
+        if family.name == "vllm_afbs_dense_fallbacks"
     }
     assert counts == {"long_context": 6, "short_query": 3, "output_quantization": 3, "lora": 3}

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from transformers import AutoConfig
 
 from tests import hybrids
@@ -155,7 +154,6 @@ def test_other_heads_in_full_layers_and_pages_of_mamba(tmp_path: Path) -> None:
     check_models(["gemma-4", "granite-4"], tmp_path)
 
 
-@pytest.mark.machine
 def test_more_models(tmp_path: Path) -> None:
     """Also with windows and full layers in one group, which then have one metadata builder."""
     more = [

@@ -88,7 +88,6 @@ def test_a_hybrid_is_tuned_in_its_full_layers(
     assert line in capsys.readouterr().err
 
 
-@pytest.mark.machine
 def test_vllm_tunes_a_hybrid_whose_last_layers_share_keys(
     models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

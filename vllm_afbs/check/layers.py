@@ -107,11 +107,7 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
 
     If vLLM cannot make the model without its weights, the answer follows from the configuration
     and the profile alone, and a note says so.
-
-    Raises:
-        RefusedError: No layer of the model can use our backend, so vLLM would not start with it.
     """
-    _refuse_latent_attention(vllm_config)
     profile = admission.admitted_profile(vllm_config)
     ranks = rank_counts(vllm_config)
     notes = notes_on(vllm_config, ranks)
@@ -128,16 +124,6 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
         else:
             plans = _plan_layers(vllm_config, profile, ranks)
     return Answer(Summary.of(vllm_config, profile, plans.values()), plans, profile, notes)
-
-
-def _refuse_latent_attention(vllm_config: "VllmConfig") -> None:
-    model = vllm_config.model_config
-    if not model.use_mla:
-        return
-    own = "multi-head latent attention (MLA)"
-    if getattr(model.hf_text_config, "index_topk", None) is not None:
-        own = "trained sparse attention"
-    raise RefusedError(f"this model has {own}, which --attention-backend afbs does not support")
 
 
 def notes_on(vllm_config: "VllmConfig", ranks: Mapping[str, int]) -> list[str]:
