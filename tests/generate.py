@@ -28,10 +28,22 @@ def generate(engines: list[dict[str, Any]], directory: Path) -> list[list[Answer
         engines: What REQUEST holds.
         directory: Where REQUEST and ANSWER are written.
     """
+    answers: list[list[Answers]] = ask_module("tests.generate", engines, directory)
+    return answers
+
+
+def ask_module(module: str, engines: list[dict[str, Any]], directory: Path) -> Any:
+    """Runs ``python -m MODULE REQUEST ANSWER`` with vLLM's settings for a small model; the answer.
+
+    Args:
+        module: The module.
+        engines: What REQUEST holds.
+        directory: Where REQUEST and ANSWER are written.
+    """
     request, answer = directory / "request.json", directory / "answer.json"
     request.write_text(json.dumps(engines))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.generate", str(request), str(answer)],
+        [sys.executable, "-m", module, str(request), str(answer)],
         cwd=Path(__file__).parent.parent,
         # Without engine processes, each of which would import vLLM once more.
         env=os.environ | SERVER_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
@@ -39,9 +51,8 @@ def generate(engines: list[dict[str, Any]], directory: Path) -> list[list[Answer
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers: list[list[Answers]] = json.loads(answer.read_text())
-    return answers
+    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return json.loads(answer.read_text())
 
 
 def main() -> None:

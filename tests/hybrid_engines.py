@@ -8,8 +8,6 @@ adapter or null). ANSWER becomes a list of what each engine did; see ``Run``.
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,8 +16,8 @@ from typing import Any, TypedDict
 from unittest.mock import patch
 
 from tests import wrappers
+from tests.generate import ask_module
 from tests.hybrids import LENGTH
-from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 
 
 class Run(TypedDict):
@@ -50,18 +48,7 @@ def run_engines(engines: list[dict[str, Any]], directory: Path) -> list[Run]:
         engines: What REQUEST holds.
         directory: Where REQUEST and ANSWER are written.
     """
-    request, answer = directory / "request.json", directory / "answer.json"
-    request.write_text(json.dumps(engines))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hybrid_engines", str(request), str(answer)],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | SERVER_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-    runs: list[Run] = json.loads(answer.read_text())
+    runs: list[Run] = ask_module("tests.hybrid_engines", engines, directory)
     return runs
 
 
