@@ -127,7 +127,7 @@ def test_a_builder_of_windows_alone_builds_what_vllm_builds(
         monkeypatch.setattr(cuda, "DeviceMeter", Mock())
         monkeypatch.setattr(cuda, "read_settings", Mock())
     builder = kind.__new__(kind)
-    builder._layer_names, builder._sorter = ["a", "b"], Mock()
+    builder.layer_names, builder._sorter = ["a", "b"], Mock()
     builder.vllm_config, builder.device = Mock(), "cpu"
     builder.kv_cache_spec = builder._cache_format = builder._meter = Mock()
     builder.block_size = 128

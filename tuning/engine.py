@@ -73,6 +73,16 @@ class Compared:
     kl: float
 
 
+COMPARED_POSITIONS = 1024
+"""How many positions of a window are compared, spread evenly over it."""
+
+
+def compared_positions(num_tokens: int) -> range:
+    """The positions of a window whose predictions ``SparseModel.compare`` compares."""
+    step = max(1, num_tokens // COMPARED_POSITIONS)
+    return range(step - 1, num_tokens - 1, step)
+
+
 class SparseModel(Protocol):
     """A loaded model whose layers can be made sparse."""
 

@@ -44,13 +44,11 @@ class DrivenWorker:
                     "num_heads": impl.num_heads,
                     "num_kv_heads": impl.num_kv_heads,
                     "head_dim": impl.head_size,
-                    "kv_cache_dtype": impl.kv_cache_dtype,
                     "window": layer.sliding_window,
                     "obstacle": eligibility.capture_obstacle(layer, CACHE_DTYPES),
                 }
             )
-        ranks = compat.tensor_parallel_rank(), compat.tensor_parallel_size()
-        return json.dumps({"rank": ranks[0], "num_ranks": ranks[1], "layers": facts})
+        return json.dumps({"num_ranks": compat.tensor_parallel_size(), "layers": facts})
 
     def afbs_begin_recording(self, request: str) -> None:
         """Begins to write the rows of the next prompt's queries, keys and values.
@@ -68,7 +66,6 @@ class DrivenWorker:
             for name, file in asked["files"].items()
             if name in layers
         }
-        self._afbs_recording = None
         self._afbs_recording = Recording(chosen, asked["length"])
 
     def afbs_end_recording(self) -> str:

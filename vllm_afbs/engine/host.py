@@ -34,6 +34,7 @@ class Host:
 
     def __init__(self) -> None:
         self._arguments: Any = None
+        self._config: Any = None
         self._llm: Any = None
 
     def describe(self, arguments: list[str]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ class Host:
         from vllm_afbs.engine.arguments import parse
 
         self._arguments, unused = parse(arguments)
-        config = self._arguments.create_engine_config()
+        config = self._config = self._arguments.create_engine_config()
         model = config.model_config
         return {
             "unused": unused,
@@ -64,7 +65,7 @@ class Host:
         }
 
     def load(self, gpu_memory_utilization: float | None) -> list[dict[str, Any]]:
-        """Loads the model.
+        """Loads the model that was described.
 
         Args:
             gpu_memory_utilization: Share of the GPU that vLLM may take; None for what it was given.
@@ -74,7 +75,7 @@ class Host:
         """
         from vllm import LLM
 
-        config = self._arguments.create_engine_config()
+        config = self._config
         model, cache = config.model_config, config.cache_config
         if config.device_config.device_type == "cpu" and cache.kv_cache_memory_bytes is None:
             # vLLM would take nearly all of the machine's memory.

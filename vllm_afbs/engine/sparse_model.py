@@ -9,13 +9,11 @@ import torch
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, Profile, TunerRun
-from vllm_afbs.tuning.engine import Compared
+from vllm_afbs.tuning.engine import Compared, compared_positions
 
 if TYPE_CHECKING:
     from vllm_afbs.engine.client import VllmEngine
 
-POSITIONS = 1024
-"""How many positions of a window are compared, spread evenly over it."""
 _DENSE = HeadProfile(tau=1.0, theta=-1.0)
 
 
@@ -84,8 +82,7 @@ class EngineSparseModel:
         """See ``tuning.engine.SparseModel``."""
         self._engine.loaded()
         name = hashlib.sha256(repr(list(tokens)).encode()).hexdigest()
-        step = max(1, len(tokens) // POSITIONS)
-        positions = range(step - 1, len(tokens) - 1, step)
+        positions = compared_positions(len(tokens))
         if name not in self._dense_losses:
             self._engine.serve(None)
             losses, _ = self._engine.score(tokens, positions, keep=name)

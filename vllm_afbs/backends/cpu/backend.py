@@ -110,7 +110,6 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         """Gives each layer what it serves by the admitted profile; arguments are vLLM's."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._layer_names = layer_names
         profile = join_server(vllm_config)
         self._sorter = StepSorter(vllm_config)
         self._meter = HostMeter(read_settings(vllm_config))
@@ -122,9 +121,7 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         """See ``shared.Builder``."""
         self._sorter.profile = profile
         final = []
-        for impl, plan in plan_layers(
-            self.vllm_config, profile, self._layer_names, self.block_size
-        ):
+        for impl, plan in plan_layers(self.vllm_config, profile, self.layer_names, self.block_size):
             if plan.is_local:
                 impl.step_aside()
                 final.append(plan)
@@ -133,7 +130,7 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             impl.serve(served)
             final.append(served.plan)
         self._steps_aside = all(plan.is_local for plan in final)
-        summary.report(self.vllm_config, profile, self._layer_names, final)
+        summary.report(self.vllm_config, profile, self.layer_names, final)
 
     def finish_reports(self) -> None:
         """See ``shared.Builder``; the CPU's meter reports at once."""

@@ -80,7 +80,6 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
     ) -> None:
         """Gives each layer what it serves by the admitted profile; arguments are vLLM's."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._layer_names = layer_names
         profile = join_server(vllm_config)
         self._sorter = StepSorter(vllm_config)
         self.serve(profile)
@@ -91,8 +90,8 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         vllm_config, device = self.vllm_config, self.device
         page_size = self.kv_cache_spec.block_size
         self._sorter.profile = profile
-        planned = list(plan_layers(vllm_config, profile, self._layer_names, page_size))
-        summary.report(vllm_config, profile, self._layer_names, [plan for _, plan in planned])
+        planned = list(plan_layers(vllm_config, profile, self.layer_names, page_size))
+        summary.report(vllm_config, profile, self.layer_names, [plan for _, plan in planned])
         for impl, plan in planned:
             if plan.is_local:
                 impl.step_aside()

@@ -17,11 +17,9 @@ from vllm_afbs.models.in_process.recorder import capture_windows
 from vllm_afbs.models.in_process.source import SourceModel
 from vllm_afbs.models.in_process.weights import load_weights
 from vllm_afbs.profile.schema import TunedOn
-from vllm_afbs.tuning.engine import Compared
+from vllm_afbs.tuning.engine import Compared, compared_positions
 
 _ATTENTION = "afbs_sparse"
-_POSITIONS = 1024
-"""How many positions of a window are compared, spread evenly over it."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,7 @@ class EndToEnd:
             thresholds: Thresholds of the layers that run sparse, by the layer's index.
         """
         self._thresholds = thresholds
-        step = max(1, len(tokens) // _POSITIONS)
-        positions = torch.arange(step - 1, len(tokens) - 1, step)
+        positions = torch.tensor(compared_positions(len(tokens)))
         device = next(self._model.parameters()).device
         ids = torch.tensor([tokens], device=device)
         with torch.inference_mode():
