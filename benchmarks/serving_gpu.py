@@ -13,6 +13,7 @@ default of afbs and make FLASH_ATTN faster on long prompts. Every speed-up is ov
 import json
 import random
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,17 +53,12 @@ DECODES = (Decode(1, 4096), Decode(8, 4096))
 
 def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> list[Job]:
     """The engines to compare, the baselines first."""
-    """Makes the jobs of the engines to compare; the first is the baseline."""
     from transformers import AutoConfig
 
     (folder / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(folder))
-    draw = random.Random(0)
-    prompts = {
-        length: [draw.randrange(10, LLAMA_8B["vocab_size"]) for _ in range(length)]
-        for length in (*SHORT, *LONG)
-        if length <= longest
-    }
+    lengths = [length for length in (*SHORT, *LONG) if length <= longest]
+    prompts = random_prompts(lengths, LLAMA_8B["vocab_size"])
     everything = list(prompts.values())
 
     def job(name: str, backend: str, chosen: list[list[int]], **more: Any) -> Job:
@@ -76,8 +72,8 @@ def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> lis
     ]
     for density in densities:
         path = folder / f"tau{density}.json"
-        lengths = sorted({SPARSE_FROM, longest})
-        profile = uniform_profile(fingerprint, density, 1 - density, lengths)
+        calibrated = sorted({SPARSE_FROM, longest})
+        profile = uniform_profile(fingerprint, density, 1 - density, calibrated)
         write_atomically(path, profile.to_json())
         name = f"afbs tau={density}"
         engines.append(
@@ -86,6 +82,12 @@ def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> lis
     engines.append(job("afbs, no profile", "AFBS", short, decodes=list(DECODES)))
     engines.append(job("TRITON_ATTN", "TRITON_ATTN", up_to_32k))
     return engines
+
+
+def random_prompts(lengths: Iterable[int], vocab_size: int) -> dict[int, list[int]]:
+    """A prompt of random tokens for each length; always the same."""
+    draw = random.Random(0)
+    return {length: [draw.randrange(10, vocab_size) for _ in range(length)] for length in lengths}
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
