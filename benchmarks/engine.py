@@ -61,6 +61,7 @@ class Job:
         settings: Settings of afbs in ``additional_config``.
         speculative: vLLM's ``speculative_config``; None to decode token by token.
         page_size: Tokens of a page of the KV cache; the backend's own default if None.
+        kv_cache_dtype: Type of the KV cache, as vLLM names it.
         without_experts: Whether the model has Qwen3-Next's class and no experts, as Qwen3.5 has.
     """
 
@@ -78,6 +79,7 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     speculative: dict[str, Any] | None = None
     page_size: int | None = None
+    kv_cache_dtype: str = "auto"
     without_experts: bool = False
 
 
@@ -140,6 +142,7 @@ class Engine:
             enable_prefix_caching=False,
             attention_config={"backend": job.backend},
             block_size=job.page_size,
+            kv_cache_dtype=job.kv_cache_dtype,
             speculative_config=job.speculative,
             # FlashInfer's kernel for linear attention would be compiled at the first prompt.
             additional_config={"afbs": job.settings, "gdn_prefill_backend": "triton"},
