@@ -3,8 +3,10 @@
     python -m benchmarks.hybrid_gpu --output results.csv
 
 The models of ``hybrid_models`` have random weights, so that one tau for all heads sets the density
-of the layers with full attention; see ``serving_gpu``. All other layers are vLLM's own. What share
-of the time those layers take is worked out from one such layer's dense attention, timed alone.
+of the layers with full attention; see ``serving_gpu``. All other layers are vLLM's own.
+
+One layer with full attention is also timed alone, dense and sparse. From that follows the share of
+the whole time that such layers take, and what sparse prefill can save of it.
 """
 
 import argparse
@@ -32,12 +34,13 @@ from vllm_afbs.profile.fingerprint import ModelFingerprint
 LENGTHS = (32768, 131072)
 SPARSE = "afbs"
 ENGINES = (*BASELINES, SPARSE)
+KINDS = ("dense", "sparse")
 
 PAGE = 128
 """Prompts are whole pages, for the layer that is timed alone."""
 
-LayerSeconds = dict[int, list[float]]
-"""Samples of one layer's dense attention, by the prompt's length."""
+LayerSeconds = dict[int, dict[str, list[float]]]
+"""Samples of one layer's attention by the prompt's length, dense and sparse."""
 
 
 def jobs(
@@ -67,29 +70,31 @@ def jobs(
     return engines | {SPARSE: job(SPARSE, "AFBS", profile=str(path))}
 
 
-def time_dense_layers(
-    models: Sequence[HybridModel], lengths: Sequence[int], rounds: int
-) -> dict[str, LayerSeconds]:
-    """Times dense attention of one layer with full attention, by the model's name."""
+def time_layer(
+    model: HybridModel, lengths: Sequence[int], rounds: int, density: float
+) -> LayerSeconds:
+    """Times one layer with full attention."""
     from benchmarks.prefill_gpu import Case
     from benchmarks.timing import time_in_turns
 
-    seconds: dict[str, LayerSeconds] = {}
-    for model in models:
-        config = model.config
-        num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        for length in lengths:
-            case = Case(length, num_heads, num_kv_heads, config["head_dim"], structured=False)
-            found = time_in_turns({"dense": case.dense}, rounds)["dense"]
-            seconds.setdefault(model.name, {})[length] = found
-            del case
+    config = model.config
+    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    seconds: LayerSeconds = {}
+    for length in lengths:
+        case = Case(
+            length, num_heads, num_kv_heads, config["head_dim"], structured=False,
+            has_sinks=model.has_sinks,
+        )  # fmt: skip
+        sparse = functools.partial(case.run, case.ways(density)["tiles"], None)
+        seconds[length] = time_in_turns({"dense": case.dense, "sparse": sparse}, rounds)
+        del case, sparse
     return seconds
 
 
 def model_rows(
     model: HybridModel, results: Mapping[str, dict[str, Any]], layer_seconds: LayerSeconds
 ) -> list[Row]:
-    """What one model's engines took, and the share of its layers with full attention.
+    """What one model's engines took, and what part of it its layers with full attention take.
 
     Args:
         model: The model.
@@ -101,14 +106,21 @@ def model_rows(
         num_sparse = float(results[SPARSE]["sparse_layers"])
         rows.append(make_row(f"{SPARSE}: sparse layers", "all", [num_sparse], "layers"))
     baselines = [results[name]["first_token_seconds"] for name in BASELINES if name in results]
-    for length, samples in layer_seconds.items():
+    for length, seconds in layer_seconds.items():
         shape = str(length)
-        rows.append(make_row("dense attention of one full layer", shape, samples, "seconds"))
+        rows += [
+            make_row(f"one full layer: {kind} attention", shape, samples, "seconds")
+            for kind, samples in seconds.items()
+        ]
         if baselines:
             faster = min((each[shape] for each in baselines), key=median)
-            shares = [model.num_full * median(samples) / whole for whole in faster]
-            what = "dense attention of all full layers: share of the faster FLASH_ATTN's time"
+            dense, sparse = (model.num_full * median(seconds[kind]) for kind in KINDS)
+            shares = [dense / whole for whole in faster]
+            expected = [whole / (whole - dense + sparse) for whole in faster]
+            what = "all full layers, dense: share of the faster FLASH_ATTN's time"
             rows.append(make_row(what, shape, shares, "ratio"))
+            what = "all full layers, sparse: speedup over the faster FLASH_ATTN that follows"
+            rows.append(make_row(what, shape, expected, "ratio"))
     return [replace(row, shape=f"{model.shape}, {row.shape}") for row in rows]
 
 
@@ -136,17 +148,20 @@ class Report:
             return None
 
 
+def _in(process: ProcessPoolExecutor, function: Callable[..., Any], *given: Any) -> Any:
+    return process.submit(function, *given).result()
+
+
 def run(args: argparse.Namespace, models: Sequence[HybridModel]) -> list[str]:
     """Measures; returns what failed."""
     report = Report(args.output)
-    spawn = multiprocessing.get_context("spawn")
-
-    def time_layers() -> dict[str, LayerSeconds]:
-        with ProcessPoolExecutor(1, spawn) as process:  # its end frees the GPU
-            pending = process.submit(time_dense_layers, models, args.lengths, args.layer_rounds)
-            return pending.result()
-
-    layer_seconds = report.attempt("dense layers", time_layers) or {}
+    layer_seconds = {}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        # Its end frees the GPU for the engines.
+        for model in models:
+            given = (model, args.lengths, args.layer_rounds, args.density)
+            call = functools.partial(_in, process, time_layer, *given)
+            layer_seconds[model.name] = report.attempt(f"{model.name}, single layer", call) or {}
     for model in models:
         results: dict[str, dict[str, Any]] = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +171,7 @@ def run(args: argparse.Namespace, models: Sequence[HybridModel]) -> list[str]:
                 found = report.attempt(f"{model.name}, {name}", start)
                 if found is not None:
                     results[name] = found
-                rows = model_rows(model, results, layer_seconds.get(model.name, {}))
+                rows = model_rows(model, results, layer_seconds[model.name])
                 report.set_rows(model, rows)
     return report.failures
 

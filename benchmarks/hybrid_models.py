@@ -32,6 +32,11 @@ class HybridModel:
         return self.config.get("num_experts") == 0
 
     @property
+    def has_sinks(self) -> bool:
+        """Whether every head has a sink."""
+        return bool(self.config["model_type"] == "gpt_oss")
+
+    @property
     def kinds(self) -> list[str]:
         """The kind of each layer."""
         return list(self.config["layer_types"])

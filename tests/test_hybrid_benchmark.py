@@ -135,7 +135,10 @@ RESULTS = {
     "FLASH_ATTN, pages of 128": result({"32768": [5.0, 5.0], "131072": [16.0, 16.0]}),
     "afbs": result({"32768": [2.0, 2.0], "131072": [10.0, 10.0]}, 20, 80),
 }
-LAYER_SECONDS = {32768: [0.02], 131072: [0.32]}
+LAYER_SECONDS = {
+    32768: {"dense": [0.02], "sparse": [0.01]},
+    131072: {"dense": [0.32], "sparse": [0.08]},
+}
 
 
 def test_rows_compare_with_the_faster_baseline_of_each_length() -> None:
@@ -143,24 +146,27 @@ def test_rows_compare_with_the_faster_baseline_of_each_length() -> None:
     rows = hybrid_gpu.model_rows(model, RESULTS, LAYER_SECONDS)
     found = {(row.what, row.shape.removeprefix(f"{model.shape}, ")): row.p50 for row in rows}
     speedup = "afbs: time to first token, speedup over the faster FLASH_ATTN"
-    share = "dense attention of all full layers: share of the faster FLASH_ATTN's time"
+    share = "all full layers, dense: share of the faster FLASH_ATTN's time"
+    follows = "all full layers, sparse: speedup over the faster FLASH_ATTN that follows"
     assert found[speedup, "32768"] == 2.0
     assert found[speedup, "131072"] == 1.6
     assert found["afbs: density of long prefills", "all"] == 0.2
     assert found["afbs: sparse layers", "all"] == 10
     assert found[share, "32768"] == pytest.approx(10 * 0.02 / 4.0)
     assert found[share, "131072"] == pytest.approx(10 * 0.32 / 16.0)
+    assert found[follows, "32768"] == pytest.approx(4.0 / (4.0 - 10 * 0.01), abs=1e-6)
+    assert found[follows, "131072"] == pytest.approx(16.0 / (16.0 - 10 * 0.24), abs=1e-6)
 
 
-def layers_timed(models: Any, *_: object) -> dict[str, dict[int, list[float]]]:
-    return {model.name: LAYER_SECONDS for model in models}
+def layer_timed(*_: object) -> hybrid_gpu.LayerSeconds:
+    return LAYER_SECONDS
 
 
-def layers_failed(*_: object) -> None:
+def layer_failed(*_: object) -> None:
     raise ValueError("no kernel for these heads")
 
 
-@pytest.mark.parametrize("failing", ["afbs", "FLASH_ATTN", "dense layers"])
+@pytest.mark.parametrize("failing", ["afbs", "FLASH_ATTN", "single layer"])
 def test_a_failure_is_told_and_loses_no_other_row(
     failing: str,
     tmp_path: Path,
@@ -173,13 +179,13 @@ def test_a_failure_is_told_and_loses_no_other_row(
         return RESULTS[job.name]
 
     monkeypatch.setattr(hybrid_gpu, "run_job", run_job)
-    timed = layers_failed if failing == "dense layers" else layers_timed
-    monkeypatch.setattr(hybrid_gpu, "time_dense_layers", timed)
+    timed = layer_failed if failing == "single layer" else layer_timed
+    monkeypatch.setattr(hybrid_gpu, "time_layer", timed)
     output = tmp_path / "rows.csv"
     names = ["gemma-3-27b", "gpt-oss-120b"]
     with pytest.raises(SystemExit) as ended:
         hybrid_gpu.main(["--models", *names, "--output", str(output)])
-    why = "no kernel for these heads" if failing == "dense layers" else "CUDA out of memory"
+    why = "no kernel for these heads" if failing == "single layer" else "CUDA out of memory"
     assert failing in str(ended.value)
     assert why in str(ended.value)
     assert why in capsys.readouterr().err
@@ -190,14 +196,14 @@ def test_a_failure_is_told_and_loses_no_other_row(
         for engine_name in set(RESULTS) - {failing}:
             assert f"{engine_name}: time to first token" in kept
         assert f"{failing}: time to first token" not in kept
-        assert ("dense attention of one full layer" in kept) == (failing != "dense layers")
+        assert ("one full layer: dense attention" in kept) == (failing != "single layer")
 
 
 def test_nothing_fails_where_every_engine_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hybrid_gpu, "run_job", lambda job: RESULTS[job.name])
-    monkeypatch.setattr(hybrid_gpu, "time_dense_layers", layers_timed)
+    monkeypatch.setattr(hybrid_gpu, "time_layer", layer_timed)
     options = {"output": None, "lengths": LENGTHS, "rounds": 1, "layer_rounds": 1, "density": 0.2}
     args = Namespace(**options, engines=["afbs"])
     assert hybrid_gpu.run(args, [MODELS["gemma-3-27b"]]) == []
