@@ -7,6 +7,9 @@ of the layers with full attention; see ``serving_gpu``. All other layers are vLL
 
 One layer with full attention is also timed alone, dense and sparse. From that follows the share of
 the whole time that such layers take, and what sparse prefill can save of it.
+
+In qwen3.5-27b, vLLM enlarges pages until a linear layer's state fits into one: FLASH_ATTN's pages
+of 128 become a multiple of 128. afbs splits its own again.
 """
 
 import argparse
@@ -27,6 +30,8 @@ from benchmarks.engine import Job, run_job
 from benchmarks.hybrid_models import MODELS, HybridModel
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import BASELINES, SPARSE_FROM, random_prompts, rows_of
+from vllm_afbs.backends.cuda.card import Card
+from vllm_afbs.backends.cuda.dispatch import fastest_kernel, variant_name
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
@@ -73,7 +78,7 @@ def jobs(
 def time_layer(
     model: HybridModel, lengths: Sequence[int], rounds: int, density: float
 ) -> LayerSeconds:
-    """Times one layer with full attention."""
+    """Times one layer with full attention; the sparse one with the kernel that a server takes."""
     from benchmarks.prefill_gpu import Case
     from benchmarks.timing import time_in_turns
 
@@ -85,7 +90,13 @@ def time_layer(
             length, num_heads, num_kv_heads, config["head_dim"], structured=False,
             has_sinks=model.has_sinks,
         )  # fmt: skip
-        sparse = functools.partial(case.run, case.ways(density)["tiles"], None)
+        kernel = fastest_kernel(
+            Card.of_worker(case.version).name, config["head_dim"], length, density,
+            num_heads * case.geometry.num_scores, variant_name(False, model.has_sinks),
+        )  # fmt: skip
+        sparse = case.dense
+        if kernel != "dense":
+            sparse = functools.partial(case.run, case.ways(density)[kernel], None)
         seconds[length] = time_in_turns({"dense": case.dense, "sparse": sparse}, rounds)
         del case, sparse
     return seconds
