@@ -84,7 +84,8 @@ def _run(options: argparse.Namespace, serve: Sequence[str]) -> int:
 
 def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "Profile":
     """Does the whole job; returns what was written."""
-    threading.Thread(target=_import_ahead).start()
+    # Ax takes seconds to import, and so does vLLM, in its own process.
+    threading.Thread(target=importlib.import_module, args=["vllm_afbs.tuning.run"]).start()
     from vllm_afbs.engine.opening import opened, say_engine
     from vllm_afbs.files import write_atomically
     from vllm_afbs.tuning.console import ProgressBar
@@ -108,12 +109,6 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
     write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
     write_atomically(options.output, profile.to_json())
     return profile
-
-
-def _import_ahead() -> None:
-    """Imports what takes seconds, while vLLM's own process imports vLLM."""
-    for module in ("vllm_afbs.tuning.run", "transformers.models.auto.tokenization_auto"):
-        importlib.import_module(module)
 
 
 def _goal(options: argparse.Namespace) -> "Goal | None":
