@@ -319,7 +319,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
 
     def _dense_seconds(self, blocks: QueryBlocks) -> float:
         """Estimates what dense attention of the long prefills would take."""
-        kv_len, num_scores = blocks.requests[0].geometry.kv_len, self.num_heads * blocks.num_scores
+        kv_len = blocks.requests[0].geometry.kv_len
+        num_scores = self.num_heads * blocks.num_scores
         return dense_seconds(self.card.name, self.head_size, kv_len, num_scores, self.variant)
 
     def _choose_prefill(
