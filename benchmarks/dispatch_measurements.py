@@ -16,8 +16,16 @@ def write_measurements(path: Path, measurements: Mapping[str, Measurements]) -> 
 
 
 def _text(measurements: Measurements) -> str:
-    rows = ",\n  ".join(json.dumps(asdict(row)) for row in measurements.rows)
+    rows = ",\n  ".join(json.dumps(_row(row)) for row in measurements.rows)
     return f'{{"host_seconds": {json.dumps(measurements.host_seconds)},\n "rows": [\n  {rows}]}}'
+
+
+def _row(measurement: Measurement) -> dict[str, object]:
+    """A row without blocks of 128, which is how all rows were written before there were others."""
+    row: dict[str, object] = asdict(measurement)
+    if (measurement.block_q, measurement.block_k) == (128, 128):
+        del row["block_q"], row["block_k"]
+    return row
 
 
 def update_measurements(
@@ -25,14 +33,16 @@ def update_measurements(
     host_seconds: Mapping[KernelChoice, float],
     rows: Sequence[Measurement],
 ) -> Measurements:
-    """Replaces the host's part, and all rows of the head sizes that were measured anew.
+    """Replaces the host's part, and all rows of the shapes of tiles that were measured anew.
 
     Args:
         known: The measurements of this kind of card so far; None if there are none.
         host_seconds: What issuing a layer's prefill takes the host, by kernel.
         rows: The new rows.
     """
-    sizes = {row.head_dim for row in rows}
-    rows_so_far = () if known is None else known.rows
-    kept = (row for row in rows_so_far if row.head_dim not in sizes)
-    return Measurements(dict(host_seconds), (*kept, *rows))
+    tiles = {row.tile for row in rows}
+    if known is None:
+        return Measurements(dict(host_seconds), tuple(rows))
+    kept = (row for row in known.rows if row.tile not in tiles)
+    # Pages that tiles cannot use leave the host's time for tiles as it was.
+    return Measurements(known.host_seconds | dict(host_seconds), (*kept, *rows))

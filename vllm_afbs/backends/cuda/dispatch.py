@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -30,7 +31,7 @@ _ESTIMATED_BY = "sm90-fa3"
 
 @dataclass(frozen=True)
 class Measurement:
-    """What each kernel takes the device for one head size, context length and density.
+    """What each kernel takes the device for one shape of tiles, context length and density.
 
     Attributes:
         head_dim: Size of a head.
@@ -38,6 +39,8 @@ class Measurement:
         kv_len: Tokens of the prompt.
         density: Share of the causal block products that is computed.
         seconds: Median by kernel.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
     """
 
     head_dim: int
@@ -45,6 +48,36 @@ class Measurement:
     kv_len: int
     density: float
     seconds: dict[KernelChoice, float]
+    block_q: int = 128
+    block_k: int = 128
+
+    @property
+    def tile(self) -> "Tile":
+        """Its shape of tiles."""
+        return Tile(self.head_dim, self.block_q, self.block_k)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A shape of tiles, by which measurements are chosen.
+
+    Attributes:
+        head_dim: Size of a head.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+    """
+
+    head_dim: int
+    block_q: int = 128
+    block_k: int = 128
+
+    def distance(self, other: "Tile") -> tuple[float, float]:
+        """How far another shape is, in octaves: its heads, and then its blocks."""
+        blocks = (self.block_q / other.block_q, self.block_k / other.block_k)
+        return (
+            abs(math.log2(self.head_dim / other.head_dim)),
+            sum(abs(math.log2(ratio)) for ratio in blocks),
+        )
 
 
 @dataclass(frozen=True)
@@ -90,23 +123,30 @@ def is_measured(card: str) -> bool:
 
 
 def fastest_kernel(
-    card: str, head_dim: int, kv_len: int, density: float, num_scores: int
+    card: str,
+    tile: Tile,
+    kv_len: int,
+    density: float,
+    num_scores: int,
+    kernels: Collection[KernelChoice] = KERNEL_CHOICES,
 ) -> KernelChoice:
     """Names the fastest kernel by the nearest measurements.
 
-    Takes the measured head size and context length that are nearest in proportion, interpolates
-    between their densities, and scales the device's part with the number of scores.
+    Takes the measured head size, blocks and context length that are nearest in proportion,
+    interpolates between their densities, and scales the device's part with the number of scores.
 
     Args:
         card: The kind of card, which was measured.
-        head_dim: Size of a head.
+        tile: The layer's shape of tiles.
         kv_len: Keys of the longest context of the step.
         density: Share of the causal block products expected to be computed, in (0, 1].
         num_scores: Scores that dense causal attention computes, over all heads.
+        kernels: Kernels to choose among; those that were not measured are left out.
     """
-    device = _seconds_per_score(card, head_dim, _half_octaves(kv_len), round(density, 2))
+    device = _seconds_per_score(card, tile, _half_octaves(kv_len), round(density, 2))
     host = measurements()[card].host_seconds
-    return min(host, key=lambda kernel: device[kernel] * num_scores + host[kernel])
+    measured = (kernel for kernel in KERNEL_CHOICES if kernel in kernels and kernel in device)
+    return min(measured, key=lambda kernel: device[kernel] * num_scores + host[kernel])
 
 
 def dense_seconds(card: str, head_dim: int, kv_len: int, num_scores: int) -> float:
@@ -122,7 +162,8 @@ def dense_seconds(card: str, head_dim: int, kv_len: int, num_scores: int) -> flo
         num_scores: Scores that dense causal attention computes, over all heads.
     """
     measured = card if card in measurements() else _ESTIMATED_BY
-    return _seconds_per_score(measured, head_dim, _half_octaves(kv_len), 1.0)["dense"] * num_scores
+    by_kernel = _seconds_per_score(measured, Tile(head_dim), _half_octaves(kv_len), 1.0)
+    return by_kernel["dense"] * num_scores
 
 
 def _half_octaves(kv_len: int) -> int:
@@ -132,11 +173,11 @@ def _half_octaves(kv_len: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _seconds_per_score(
-    card: str, head_dim: int, half_octaves: int, density: float
+    card: str, tile: Tile, half_octaves: int, density: float
 ) -> dict[KernelChoice, float]:
     rows = measurements()[card].rows
-    size = min({row.head_dim for row in rows}, key=lambda each: abs(math.log(each / head_dim)))
-    rows = tuple(row for row in rows if row.head_dim == size)
+    nearest = min((row.tile for row in rows), key=tile.distance)
+    rows = tuple(row for row in rows if row.tile == nearest)
     lengths = {row.kv_len for row in rows}
     length = min(lengths, key=lambda each: abs(math.log2(each) - half_octaves / 2))
     curve = sorted((r for r in rows if r.kv_len == length), key=lambda row: row.density)
