@@ -203,7 +203,7 @@ def _walk(
     # A step takes a part of a block, a block, or two blocks of the list.
     IN_PAIRS: tl.constexpr = BLOCK_N > BLOCK_K
     PARTS: tl.constexpr = 1 if IN_PAIRS else BLOCK_K // BLOCK_N
-    ON_ONE_PAGE: tl.constexpr = PAGE_SIZE % min(BLOCK_N, BLOCK_K) == 0
+    ON_ONE_PAGE: tl.constexpr = PAGE_SIZE % (BLOCK_K if IN_PAIRS else BLOCK_N) == 0
     column = tl.arange(0, BLOCK_N)
     for step in tl.range(start * PARTS, stop * PARTS, 2 if IN_PAIRS else 1):
         first = tl.load(block_list + step // PARTS) * BLOCK_K + (step % PARTS) * BLOCK_N
