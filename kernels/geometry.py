@@ -114,9 +114,10 @@ class BlockGeometry:
     def local_keys(self) -> int:
         """Keys before a query block's first row that are always kept, rounded up to blocks.
 
-        ``LOCAL_KEYS``, but at most two query blocks: blocks of less than 64 are for short prompts.
+        ``LOCAL_KEYS``, or as many as a query block has rows if it has fewer than half of them:
+        such blocks are for short prompts.
         """
-        return min(LOCAL_KEYS, 2 * self.block_q)
+        return LOCAL_KEYS if 2 * self.block_q >= LOCAL_KEYS else self.block_q
 
     def local(self, reach: int) -> torch.Tensor:
         """Blocks that end within a reach of keys before a query block's first row, or after it.

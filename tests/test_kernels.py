@@ -175,7 +175,7 @@ def test_what_is_always_kept_is_the_sink_and_what_is_near(
     q_len: int, before: int, block_q: int, block_k: int
 ) -> None:
     geometry = BlockGeometry(q_len, before + q_len, block_q, block_k)
-    near = 128 if block_q >= 64 else 2 * block_q
+    near = 128 if block_q >= 64 else block_q
     for i, first in enumerate(geometry.first_positions.tolist()):
         last = int(geometry.last_positions[i])
         # The row itself, and those that it and the rows after it see within reach of the first.
