@@ -190,9 +190,9 @@ def test_masked_steps_are_counted_as_dense(monkeypatch: pytest.MonkeyPatch) -> N
     from vllm_afbs.backends.shared import StepSorter
 
     builder: Any = object.__new__(backend.AfbsCUDAMetadataBuilder)
-    config: Any = SimpleNamespace(lora_config=None, speculative_config=None)
+    config: Any = SimpleNamespace(lora_config=None, speculative_config=None, additional_config={})
     builder._sorter = StepSorter(config, uniform_profile())
-    builder._plans = [Mock(dense_reason=None)] * 3
+    builder._plans = [[Mock(dense_reason=None)]] * 3
     counted = Mock()
     monkeypatch.setattr(backend.fallbacks, "count", counted)
     monkeypatch.setattr(backend.metrics, "count_tokens", Mock())

@@ -99,7 +99,7 @@ def make_layer(slot: int) -> Any:
 def attend(layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, **ours: Any) -> torch.Tensor:
     """Runs a step in a layer, all of whose pages are one. Rows that nothing writes are NaN."""
     block_table = torch.zeros(2, LONG.num_k_blocks, dtype=torch.int32, device=query.device)
-    metadata: Any = SimpleNamespace(block_table=block_table, **ours)
+    metadata: Any = SimpleNamespace(block_table=block_table, level=0, **ours)
     output = torch.full_like(query, torch.nan)
     layer._attend_prefills(None, query, None, None, kv_cache, metadata, output)
     return output

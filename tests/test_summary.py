@@ -50,7 +50,7 @@ def build(config: Any, *layers: int | str) -> None:
     """What a metadata builder does for its layers, given by index or by name."""
     names = [name_of(layer) if isinstance(layer, int) else layer for layer in layers]
     profile = admission.admitted_profile(config)
-    final = [plan for _, plan in plan_layers(config, profile, names, PAGE_SIZE)]
+    final = [plan for _, (plan,) in plan_layers(config, profile, names, PAGE_SIZE)]
     report(config, profile, names, final)
 
 

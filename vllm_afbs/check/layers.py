@@ -181,8 +181,9 @@ def _plan_layers(
                 spec = specs[layers[name].kv_sharing_target_layer_name or name]
                 _build(vllm_config, layers[name], name, spec.copy_with_new_block_size(page_size))
         else:
-            planned = [plan for _, plan in plan_layers(vllm_config, profile, names, page_size)]
-            summary.report(vllm_config, profile, names, planned)
+            start = admission.start_level(vllm_config, profile)
+            planned = plan_layers(vllm_config, profile, names, page_size)
+            summary.report(vllm_config, profile, names, [plans[start] for _, plans in planned])
     return summary.plans(vllm_config)
 
 
@@ -201,8 +202,8 @@ def _plan_by_configuration(
     if profile is None:
         return {}
     unsupported = eligibility.first_true(eligibility.server_obstacles(vllm_config))
-    num_heads = profile.model.num_heads
+    num_heads, start = profile.model.num_heads, admission.start_level(vllm_config, profile)
     return {
-        f"layers.{index}": plan_layer(profile, index, num_heads, 0, unsupported)
+        f"layers.{index}": plan_layer(profile, index, num_heads, 0, unsupported, start)
         for index in profile.full_layers
     }

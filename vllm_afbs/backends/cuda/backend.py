@@ -32,7 +32,7 @@ from vllm_afbs.kernels import QueryBlocks, cut_query_blocks
 from vllm_afbs.observability import fallbacks, metrics
 from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import eligibility, summary
+from vllm_afbs.serving import admission, eligibility, summary
 from vllm_afbs.serving.batch import DenseRequests, Step, restrict
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
@@ -89,24 +89,31 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         """See ``shared.Builder``."""
         vllm_config, device = self.vllm_config, self.device
         page_size = self.kv_cache_spec.block_size
-        self._sorter.profile = profile
+        self._sorter.serve(profile)
+        start = admission.start_level(vllm_config, profile)
         planned = list(plan_layers(vllm_config, profile, self.layer_names, page_size))
-        summary.report(vllm_config, profile, self.layer_names, [plan for _, plan in planned])
-        for impl, plan in planned:
-            if plan.is_local:
+        final = [plans[start] for _, plans in planned]
+        summary.report(vllm_config, profile, self.layer_names, final)
+        for impl, plans in planned:
+            if plans[start].is_local:
                 impl.step_aside()
-        layers = [(impl, plan) for impl, plan in planned if not plan.is_local]
-        self._plans = [plan for _, plan in layers]
+        layers = [(impl, plans) for impl, plans in planned if not plans[start].is_local]
+        self._plans = [plans for _, plans in layers]
         # Without such layers, every step has FlashAttention's own metadata: its answer holds again.
         self.supports_update_block_table = not layers and super().supports_update_block_table
-        self._meter = DeviceMeter(self._plans, read_settings(vllm_config), device)
-        for slot, (impl, plan) in enumerate(layers):
+        counted = [plans[start] for plans in self._plans]  # the same counters at every level
+        self._meter = DeviceMeter(counted, read_settings(vllm_config), device)
+        for slot, (impl, plans) in enumerate(layers):
             if profile is None:
                 impl.step_aside()
                 continue
-            prefills = impl.sparse_prefills(plan, device)
-            impl.serve(ServedLayer(plan, slot, prefills, always_sparse))
-            if prefills:
+            # The thresholds of all levels stay on the device, so a step in flight keeps its own.
+            served = [
+                ServedLayer(plan, slot, impl.sparse_prefills(plan, device), always_sparse)
+                for plan in plans
+            ]
+            impl.serve(*served)
+            if prefills := next((each.prefills for each in served if each.prefills), None):
                 model_config = vllm_config.model_config
                 shape = LayerShape.of(impl, profile, model_config, page_size)
                 longest = min(profile.max_seq_len, model_config.max_model_len)
@@ -138,7 +145,9 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         if not step.long_prefills:
             return whole
         blocks = cut_query_blocks(step.long_prefills, self.device)
-        metadata = extend_metadata(AfbsCUDAMetadata, whole, blocks=blocks, meter=self._meter)
+        metadata = extend_metadata(
+            AfbsCUDAMetadata, whole, blocks=blocks, meter=self._meter, level=step.level
+        )
         if step.dense_indices:
             rows, common = restrict(common_attn_metadata, step.dense_indices)
             dense = super().build(0, common, fast_build=True)
@@ -165,9 +174,9 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         num_layers, num_long = len(self._plans), len(step.long_prefills)
         counts = Counter({why: n * num_layers for why, n in step.dense_reasons.items()})
         if num_long:
-            for plan in self._plans:
-                if plan.dense_reason is not None:
-                    counts[plan.dense_reason] += num_long
+            for plans in self._plans:
+                if (reason := plans[step.level].dense_reason) is not None:
+                    counts[reason] += num_long
         fallbacks.count(counts)
         metrics.count_tokens("dense", step.num_dense_tokens * num_layers)
 
@@ -175,7 +184,7 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
 class AfbsCUDAImpl(FlashAttentionImpl):
     """One layer's attention."""
 
-    _served: ServedLayer | None = None
+    _served: tuple[ServedLayer, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Notes which arguments we do not know; arguments are vLLM's."""
@@ -210,8 +219,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
         return make_prefills(layer, self.card.flash_attention_version)
 
-    def serve(self, served: ServedLayer) -> None:
-        """Takes what the layer serves; the metadata builder calls this before the first step."""
+    def serve(self, *served: ServedLayer) -> None:
+        """Takes what the layer serves at each level; the metadata builder calls this first."""
         vars(self).pop("forward", None)  # it may have stepped aside
         self._served = served
 
@@ -237,7 +246,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         **unknown: Any,
     ) -> torch.Tensor:
         """Attends; shapes and arguments are vLLM's, those of a later version included."""
-        if attn_metadata is None and self._served is None:
+        if attn_metadata is None and not self._served:
             # vLLM measures memory. Later calls without metadata only warm up.
             show_workspace(self, self._vllm_config, query.device)
         elif isinstance(attn_metadata, AfbsCUDAMetadata):
@@ -265,8 +274,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         **unknown: Any,
     ) -> None:
         """Attends in a step that has long prefills, and reports the work; see ``forward``."""
-        served, blocks, meter = self._served, metadata.blocks, metadata.meter
-        assert served is not None
+        blocks, meter = metadata.blocks, metadata.meter
+        served = self._served[metadata.level]
         prefill, dense_reason = None, None
         if served.prefills:  # otherwise the builder has counted the layer's reason
             prefill, dense_reason = self._choose_prefill(served, blocks, query, kv_cache, unknown)
