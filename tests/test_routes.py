@@ -289,9 +289,10 @@ def test_heads_are_not_told_unless_they_are_counted(tmp_path: Path) -> None:
 def test_routes_are_documented(tmp_path: Path) -> None:
     paths = client_of(make_app(tmp_path)).get("/openapi.json").json()["paths"]
     assert set(paths) == {
-        f"/afbs/{name}" for name in ("", "profile", "status", "layers", "disable", "enable")
+        f"/afbs/{name}"
+        for name in ("", "profile", "status", "layers", "disable", "enable", "level")
     }
-    for name in ("disable", "enable"):
+    for name in ("disable", "enable", "level"):
         operation = paths[f"/afbs/{name}"]["post"]
         assert {"200", "401", "403"} <= set(operation["responses"])
         assert operation["security"]

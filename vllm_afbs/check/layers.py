@@ -34,12 +34,14 @@ class Answer:
         summary: Counts of layers and the lengths, as the server logs them.
         plans: The plan of each layer, by the layer's name.
         profile: The profile that the server would serve, if any.
+        level: The level of it that the server would serve at start.
         notes: What the reader has to know about the answer, one line each.
     """
 
     summary: Summary
     plans: dict[str, LayerPlan]
     profile: Profile | None
+    level: str | None
     notes: list[str]
 
 
@@ -123,7 +125,11 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
             plans = _plan_by_configuration(vllm_config, profile)
         else:
             plans = _plan_layers(vllm_config, profile, ranks)
-    return Answer(Summary.of(vllm_config, profile, plans.values()), plans, profile, notes)
+    level = None
+    if profile is not None:
+        level = profile.levels[admission.start_level(vllm_config, profile)].name
+    summed = Summary.of(vllm_config, profile, plans.values())
+    return Answer(summed, plans, profile, level, notes)
 
 
 def notes_on(vllm_config: "VllmConfig", ranks: Mapping[str, int]) -> list[str]:
