@@ -20,7 +20,7 @@ from tests.test_routes import (
     make_app,
     serving,
 )
-from vllm_afbs.observability import routes, served_level, server_file
+from vllm_afbs.observability import routes, server_file
 from vllm_afbs.observability.served_level import Levels
 from vllm_afbs.profile.schema import LengthEstimate, Profile
 from vllm_afbs.profile.tuner_run import WholeModel
@@ -172,7 +172,7 @@ def test_a_buttons_click_serves_its_level(
             ],
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
-    assert served_level.level_file().read_text() == served
+    assert LEVELS.read() == served
     rows = re.findall(r"<tr class=\"(served)?\">(.*?)</tr>", done.stdout)
     cells = [re.findall(r"<td>(.*?)</td>", row) for _, row in rows]
     assert [bool(mark) for mark, _ in rows] == [served == "exact", served == "fast"]
