@@ -16,8 +16,18 @@ def write_measurements(path: Path, measurements: Mapping[str, Measurements]) -> 
 
 
 def _text(measurements: Measurements) -> str:
-    rows = ",\n  ".join(json.dumps(asdict(row)) for row in measurements.rows)
+    rows = ",\n  ".join(json.dumps(_row(row)) for row in measurements.rows)
     return f'{{"host_seconds": {json.dumps(measurements.host_seconds)},\n "rows": [\n  {rows}]}}'
+
+
+def _row(measurement: Measurement) -> dict[str, object]:
+    """A row without what goes without saying: blocks of 128, and nothing that changes times."""
+    row: dict[str, object] = asdict(measurement)
+    if (measurement.block_q, measurement.block_k) == (128, 128):
+        del row["block_q"], row["block_k"]
+    if not measurement.variant:
+        del row["variant"]
+    return row
 
 
 def update_measurements(
@@ -25,14 +35,20 @@ def update_measurements(
     host_seconds: Mapping[KernelChoice, float],
     rows: Sequence[Measurement],
 ) -> Measurements:
-    """Replaces the host's part, and all rows of the head sizes that were measured anew.
+    """Replaces the host's part, and all rows of the kinds of layers that were measured anew.
+
+    The host's part is that of plain layers, or of the first variant that was measured.
 
     Args:
         known: The measurements of this kind of card so far; None if there are none.
         host_seconds: What issuing a layer's prefill takes the host, by kernel.
         rows: The new rows.
     """
-    sizes = {row.head_dim for row in rows}
-    rows_so_far = () if known is None else known.rows
-    kept = (row for row in rows_so_far if row.head_dim not in sizes)
-    return Measurements(dict(host_seconds), (*kept, *rows))
+    if known is None:
+        return Measurements(dict(host_seconds), tuple(rows))
+    kinds = {row.kind for row in rows}
+    kept = (row for row in known.rows if row.kind not in kinds)
+    is_plain = any(not row.variant for row in rows)
+    # Pages that tiles cannot use leave the host's time for tiles as it was.
+    host = known.host_seconds | (dict(host_seconds) if is_plain else {})
+    return Measurements(host, (*kept, *rows))

@@ -1,5 +1,6 @@
 """What the CPU and the CUDA backend do alike around vLLM's own classes."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -8,11 +9,12 @@ from weakref import WeakSet
 import torch
 
 from vllm_afbs.backends import adapters
-from vllm_afbs.observability import served_level
+from vllm_afbs.observability import fallbacks, metrics, served_level
 from vllm_afbs.observability.kill_switch import KillSwitch
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import configuration
 from vllm_afbs.serving.batch import DenseRequests, Step, sort_requests
+from vllm_afbs.serving.plan import LayerPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -122,6 +124,25 @@ class StepSorter:
             may_have_adapter=self._tells_adapters_apart and adapters.may_be_active(),
             num_decode_rows=self._num_decode_rows,
         )
+
+
+def count_dense(step: Step, plans: Sequence[LayerPlan]) -> None:
+    """Counts a step's prefills that run dense, once for each layer.
+
+    It leaves out those that the dispatcher leaves dense, which layers count themselves.
+
+    Args:
+        step: The step.
+        plans: The layers' plans at the step's level.
+    """
+    num_long = len(step.long_prefills)
+    counts = Counter({why: count * len(plans) for why, count in step.dense_reasons.items()})
+    if num_long:
+        for plan in plans:
+            if plan.dense_reason is not None:
+                counts[plan.dense_reason] += num_long
+    fallbacks.count(counts)
+    metrics.count_tokens("dense", step.num_dense_tokens * len(plans))
 
 
 def extend_metadata(kind: type[_Metadata], metadata: Any, **added: Any) -> _Metadata:

@@ -1,6 +1,5 @@
 """The attention backend on CUDA: long prefills run sparse, the rest in vLLM's FlashAttention."""
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,18 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from vllm_afbs import compat
 from vllm_afbs.backends.cuda.card import Card
-from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
+from vllm_afbs.backends.cuda.dispatch import (
+    KernelChoice,
+    LayerKind,
+    dense_seconds,
+    fastest_kernel,
+    variant_name,
+)
 from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
 from vllm_afbs.backends.cuda.kv_cache import FP8_DTYPES, is_readable, step_inputs
 from vllm_afbs.backends.cuda.metadata import AfbsCUDAMetadata, ServedLayer
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
-from vllm_afbs.backends.cuda.pages import SplitsBlocks
+from vllm_afbs.backends.cuda.pages import SplitsBlocks, are_readable
 from vllm_afbs.backends.cuda.sparse import Layer, SparsePrefill, make_prefills
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 from vllm_afbs.backends.cuda.workspace import show_workspace
@@ -26,14 +31,15 @@ from vllm_afbs.backends.shared import (
     StepSorter,
     add_builder,
     attend_dense_requests,
+    count_dense,
     extend_metadata,
 )
 from vllm_afbs.kernels import QueryBlocks, cut_query_blocks
-from vllm_afbs.observability import fallbacks, metrics
+from vllm_afbs.observability import fallbacks
 from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import admission, eligibility, summary
-from vllm_afbs.serving.batch import DenseRequests, Step, restrict
+from vllm_afbs.serving.batch import DenseRequests, restrict
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
 from vllm_afbs.serving.settings import read_settings
@@ -108,8 +114,9 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
                 impl.step_aside()
                 continue
             # The thresholds of all levels stay on the device, so a step in flight keeps its own.
+            given = device, page_size, profile.block_k
             served = [
-                ServedLayer(plan, slot, impl.sparse_prefills(plan, device), always_sparse)
+                ServedLayer(plan, slot, impl.sparse_prefills(plan, *given), always_sparse)
                 for plan in plans
             ]
             impl.serve(*served)
@@ -141,7 +148,7 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         seq_lens = compat.host_seq_lens(common_attn_metadata)
         plain_causal = compat.is_plain_causal(whole)
         step = self._sorter.sort(common_attn_metadata, seq_lens, plain_causal)
-        self._count_dense(step)
+        count_dense(step, [plans[step.level] for plans in self._plans])
         if not step.long_prefills:
             return whole
         blocks = cut_query_blocks(step.long_prefills, self.device)
@@ -158,27 +165,14 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         """Counts a step that another backend runs because its mask is not causal."""
         if self._plans and common.max_query_len > 1:
             seq_lens = compat.host_seq_lens(common)
-            self._count_dense(self._sorter.sort(common, seq_lens, plain_causal=False))
+            step = self._sorter.sort(common, seq_lens, plain_causal=False)
+            count_dense(step, [plans[step.level] for plans in self._plans])
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> FlashAttentionMetadata:
         """Builds FlashAttention's own metadata: captured graphs replay only dense attention."""
         return super().build(0, common_attn_metadata)
-
-    def _count_dense(self, step: Step) -> None:
-        """Counts the prefills that run dense, once for each layer.
-
-        The layers themselves count only prefills that the dispatcher leaves dense.
-        """
-        num_layers, num_long = len(self._plans), len(step.long_prefills)
-        counts = Counter({why: n * num_layers for why, n in step.dense_reasons.items()})
-        if num_long:
-            for plans in self._plans:
-                if (reason := plans[step.level].dense_reason) is not None:
-                    counts[reason] += num_long
-        fallbacks.count(counts)
-        metrics.count_tokens("dense", step.num_dense_tokens * num_layers)
 
 
 class AfbsCUDAImpl(FlashAttentionImpl):
@@ -203,6 +197,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         return eligibility.first_true(
             eligibility.layer_obstacles(self, page_size, profile)
             | {
+                "page_size": profile is not None and not are_readable(page_size, profile.block_k),
                 "local_attention": eligibility.window_hides_keys(self.window, profile),
                 "kv_cache_dtype": self.kv_cache_dtype
                 not in (*eligibility.PLAIN_CACHE_DTYPES, *FP8_DTYPES),
@@ -211,13 +206,13 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         )
 
     def sparse_prefills(
-        self, plan: LayerPlan, device: torch.device
+        self, plan: LayerPlan, device: torch.device, page_size: int, block_k: int
     ) -> dict[KernelChoice, SparsePrefill]:
         """Prepares this layer's sparse prefill with each kernel; empty if its plan is dense."""
         if plan.thresholds is None:
             return {}
         layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
-        return make_prefills(layer, self.card.flash_attention_version)
+        return make_prefills(layer, self.card.flash_attention_version, page_size, block_k)
 
     def serve(self, *served: ServedLayer) -> None:
         """Takes what the layer serves at each level; the metadata builder calls this first."""
@@ -319,9 +314,13 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     def _dense_seconds(self, blocks: QueryBlocks) -> float:
         """Estimates what dense attention of the long prefills would take."""
         kv_len = blocks.requests[0].geometry.kv_len
-        return dense_seconds(
-            self.card.name, self.head_size, kv_len, self.num_heads * blocks.num_scores
-        )
+        num_scores = self.num_heads * blocks.num_scores
+        return dense_seconds(self.card.name, self._kind(blocks), kv_len, num_scores)
+
+    def _kind(self, blocks: QueryBlocks) -> LayerKind:
+        """What the layer's times depend on, as in ``measured.json``."""
+        variant = variant_name(self.kv_cache_dtype in FP8_DTYPES, self.sinks is not None)
+        return LayerKind(self.head_size, blocks.block_q, blocks.block_k, variant)
 
     def _choose_prefill(
         self,
@@ -339,9 +338,9 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - served.plan.expected_sparsity(kv_len)
         num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
-        kernel = fastest_kernel(self.card.name, self.head_size, kv_len, density, num_scores)
-        if kernel == "dense":
-            if not served.always_sparse:
-                return None, "dense_is_faster"
-            kernel = "tiles"
-        return served.prefills[kernel], None
+        kernels: tuple[KernelChoice, ...] = tuple(served.prefills)
+        if not served.always_sparse:
+            kernels = ("dense", *kernels)
+        kind = self._kind(blocks)
+        kernel = fastest_kernel(self.card.name, kind, kv_len, density, num_scores, kernels)
+        return (None, "dense_is_faster") if kernel == "dense" else (served.prefills[kernel], None)
