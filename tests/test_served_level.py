@@ -64,6 +64,7 @@ def test_all_workers_follow_and_acknowledge(tmp_path: Path) -> None:
         served_level.set_level("exact")
         # Idle workers, which have no steps, acknowledge too.
         assert eventually(lambda: served_level.count_acknowledged("exact") == 2)
+        assert shown() == {"exact": 1, "middle": 0, "fast": 0}
         with workers(1, LEVELS) as later:  # one that starts again serves what the others do
             assert later[0].level() == 0
 

@@ -176,8 +176,8 @@ class Follower(ABC):
         if followed == self._followed:
             return
         before, self._followed = self._followed, followed
-        self._acknowledge()
         self.changed(before, followed, is_there)
+        self._acknowledge()  # last, so that metrics show by then what is acknowledged
 
     def _acknowledge(self, only_if_gone: bool = False) -> None:
         assert self._followed is not None
