@@ -155,7 +155,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", keep_arguments)
     profile = uniform_profile()
     monkeypatch.setattr(backend, "join_server", lambda _: profile)
-    plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "alibi"))]
+    plans = [[plan_layer(profile, index, 4, 0, why)] for index, why in enumerate((None, "alibi"))]
     impls = [make_impl("cuda") for _ in plans]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: zip(impls, plans, strict=True))
     monkeypatch.setattr(backend.summary, "report", lambda *_: None)
@@ -188,7 +188,7 @@ def test_without_a_profile_attention_is_flash_attentions_own(
     monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", keep_arguments)
     impl = make_impl("cuda")
     assert impl.forward.__func__ is backend.AfbsCUDAImpl.forward
-    plans = [(impl, plan_layer(None, 0, 4, 0, None))]
+    plans = [(impl, [plan_layer(None, 0, 4, 0, None)])]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: iter(plans))
     monkeypatch.setattr(backend.summary, "report", lambda *_: None)
     config: Any = SimpleNamespace(

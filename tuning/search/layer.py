@@ -17,7 +17,7 @@ import torch
 
 from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile.schema import LayerProfile
+from vllm_afbs.profile.schema import LayerLevel
 from vllm_afbs.tuning.journal import Steps
 from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS, Explorer
 from vllm_afbs.tuning.search.refine import REFINE_Q_BLOCKS, expected, refine, refine_tau
@@ -62,7 +62,7 @@ class LayerSearch:
         self._journal = journal
         self._on_progress = on_progress
 
-    def run(self, tolerance: float | None = None) -> LayerProfile:
+    def run(self, tolerance: float | None = None) -> LayerLevel:
         """Runs or replays the three stages.
 
         Args:
@@ -83,7 +83,7 @@ class LayerSearch:
             f"validate{suffix}", Validated, lambda: self._validate(refined, settings)
         )
         self._on_progress(_VALIDATE_SHARE)
-        return LayerProfile(heads=list(validated.heads), tolerance=tolerance)
+        return LayerLevel(heads=list(validated.heads), tolerance=tolerance)
 
     def sparsities(self, tolerances: Sequence[float]) -> Sequence[float]:
         """What a layer that was run would skip at other tolerances, by the slopes of stage 2.
