@@ -25,7 +25,7 @@ from vllm_afbs.profile.tuner_run import WholeModel
 OLDER = Path(__file__).parent / "older_profiles"
 """Written by the last commit that wrote each version."""
 
-OLDER_IDS = {2: "05251a605be9", 3: "eebff54dd763"}
+OLDER_IDS = {2: "05cccff65738", 3: "978558efd39a"}
 """As that commit computed them."""
 
 NUM_HEADS = SMALL_MODEL.num_heads
@@ -36,7 +36,6 @@ HEADS = st.builds(
     HeadProfile,
     tau=st.floats(0.01, 1),
     theta=st.floats(-1, 1),
-    lambda_=st.none() | st.floats(-20, 0),
     calibration=SHARES.map(lambda each: [Measurement(length=8192, error=0.05, sparsity=each)]),
     validation=st.none(),
 )
@@ -217,3 +216,14 @@ def test_an_older_profile_is_refused_in_its_own_terms(
     data["layers"][layer] = value
     with pytest.raises(ProfileError, match=named):
         parse_profile(json.dumps(data).encode(), "p.json")
+
+
+def test_a_lambda_is_refused_in_every_version() -> None:
+    """Nothing serves it: it would save next to nothing (``benchmarks.lambda_savings``)."""
+    for text in (OLDER / "version_3.json").read_text(), uniform_profile(tau=0.5).to_json():
+        data = json.loads(text)
+        first = data["layers"][0]
+        heads = first["levels"][0]["heads"] if "levels" in first else first["heads"]
+        heads[0]["lambda_"] = -4.0
+        with pytest.raises(ProfileError, match=r"layers\.0\..*heads\.0\.lambda_: .*null"):
+            parse_profile(json.dumps(data).encode(), "profile.json")

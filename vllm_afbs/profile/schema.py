@@ -38,8 +38,8 @@ class HeadProfile(Record):
 
     tau: Annotated[float, Field(gt=0, le=1)] = Field(description="1 keeps every block: dense.")
     theta: Annotated[float, Field(ge=-1, le=1)]
-    lambda_: Annotated[float, Field(le=0)] | None = Field(
-        default=None, description="Log-space bound under which P.V is skipped; null: never."
+    lambda_: None = Field(
+        default=None, exclude=True, description="Of older versions, which have null here."
     )
     calibration: list[Measurement] = Field(default=[], description="One entry per length.")
     validation: Measurement | None = Field(
@@ -276,6 +276,11 @@ class Profile(ProfileHeader):
         data["schema_version"] = self.upgraded_from
         no_heads: list[dict[str, Any]] = [{"heads": [], "tolerance": None}]
         data["layers"] = [(layer["levels"] or no_heads)[0] for layer in data["layers"]]
+        for layer in data["layers"]:
+            layer["heads"] = [
+                {name: head.get(name) for name in HeadProfile.model_fields}
+                for head in layer["heads"]
+            ]
         return to_json(data, indent=1).decode() + "\n"
 
     def check_model(self, model: ModelFingerprint, source: str) -> None:
