@@ -20,7 +20,7 @@ from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.source import open_model
-from vllm_afbs.profile.schema import WholeModel
+from vllm_afbs.profile.tuner_run import WholeModel
 from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.capture import capture

@@ -178,7 +178,7 @@ def _all_sparse(text: Any) -> Profile:
     profile = uniform_profile(fingerprint, tau=0.9, sparsity=0.5, lengths=[1024, longest])
     full = set(full_layers(text))
     layers = [
-        layer if index in full else LayerProfile(heads=[])
+        layer if index in full else LayerProfile(levels=[])
         for index, layer in enumerate(profile.layers)
     ]
     return profile.model_copy(update={"layers": layers})

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_afbs.profile.fingerprint import ModelFingerprint
-from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, Profile, TunerRun
+from vllm_afbs.profile.schema import (
+    HeadProfile,
+    LayerLevel,
+    LayerProfile,
+    Level,
+    Measurement,
+    Profile,
+)
+from vllm_afbs.profile.tuner_run import TunerRun
 
 
 def uniform_profile(
@@ -37,6 +45,8 @@ def uniform_profile(
         cost=0.0,
         wall_seconds=0.0,
     )
+    layer = LayerLevel(heads=[head] * model.num_heads)
+    level = Level.of_run(run, [layer])
     values: dict[str, Any] = {
         "model_name": "made up",
         "model": model,
@@ -44,7 +54,9 @@ def uniform_profile(
         "block_k": 128,
         "min_seq_len": lengths[0],
         "max_seq_len": lengths[-1],
-        "layers": [LayerProfile(heads=[head] * model.num_heads)] * model.num_layers,
+        "levels": [level],
+        "default_level": level.name,
+        "layers": [LayerProfile(levels=[layer])] * model.num_layers,
         "tuner": run,
     }
     return Profile(**(values | fields))

@@ -1,10 +1,11 @@
 """Profiles for tests."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import profiles
 from vllm_afbs.profile.fingerprint import ModelFingerprint
-from vllm_afbs.profile.schema import Profile
+from vllm_afbs.profile.schema import HeadProfile, LayerLevel, LayerProfile, Profile
 
 SMALL_MODEL = ModelFingerprint(
     architecture="LlamaForCausalLM",
@@ -22,3 +23,8 @@ def uniform_profile(
     """One setting for every head of a small model, for contexts from 1024 to 8192."""
     values = {"min_seq_len": 1024} | fields
     return profiles.uniform_profile(model, tau, sparsity, [8192], **values)
+
+
+def one_level(heads: Sequence[HeadProfile], tolerance: float | None = None) -> LayerProfile:
+    """A layer of a profile with a single level."""
+    return LayerProfile(levels=[LayerLevel(heads=list(heads), tolerance=tolerance)])

@@ -33,7 +33,7 @@ def test_layers_without_full_attention_count_as_others_without_the_models_class(
     config = llama_config()
     config.save_pretrained(tmp_path)
     profile = uniform_profile(ModelFingerprint.from_config(config))
-    chosen = [*profile.layers[:3], LayerProfile(heads=[])]
+    chosen = [*profile.layers[:3], LayerProfile(levels=[])]
     hybrid = profile.model_copy(update={"layers": chosen})
     write_atomically(tmp_path / "profile.json", hybrid.to_json())
     given = ("--model", tmp_path, "--profile", tmp_path / "profile.json", OURS)

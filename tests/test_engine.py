@@ -219,7 +219,7 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
     assert tuned.tuned_on is not None
     assert tuned.tuned_on.quantization == "compressed-tensors"
     assert tuned.tuned_on.engine.startswith("vllm ")
-    assert any(layer.is_sparse for layer in tuned.layers)
+    assert any(layer.levels[0].is_sparse for layer in tuned.layers)
     given = ["--profile", str(output), "--output", str(tmp_path / "q.json"), "--text", str(TEXT)]
     given += ["--tests", "perplexity", "prefixes", "--prefixes", "4", "--windows", "2"]
     assert evaluate.main([str(checkpoint), *given, *serve]) == 0
@@ -246,8 +246,7 @@ def test_an_interrupted_job_goes_on(model: Path, tmp_path: Path, profile: Path) 
     assert tune.main([*arguments, "--resume"]) == 0
     assert not work.exists()
     found, expected = (
-        [head.tau for layer in load_profile(each).layers for head in layer.heads]
-        for each in (output, profile)
+        [head.tau for head in load_profile(each).heads_of(0)] for each in (output, profile)
     )
     assert found == pytest.approx(expected, abs=0.02)
 

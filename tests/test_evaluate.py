@@ -29,7 +29,8 @@ from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.models.in_process.engine import EndToEnd
 from vllm_afbs.models.in_process.masked import masked_attention
 from vllm_afbs.models.in_process.source import open_model
-from vllm_afbs.profile.schema import Profile, TextSource
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.profile.tuner_run import TextSource
 from vllm_afbs.tuning.texts import Text
 
 BLOCK = 16
@@ -131,7 +132,9 @@ def test_a_profile_runs_as_the_server_plans_it(
     method = of_profile("tuned", profile)
     sparse = InProcess(runner, Selection(method, 0.0))
     losses = sparse.losses(TOKENS)
-    heads = {1: HeadThresholds.of(profile.layers[1].heads)}  # layer 0 is too dense to be served
+    heads = {
+        1: HeadThresholds.of(profile.layers[1].levels[0].heads)
+    }  # layer 0 is too dense to be served
     expected = EndToEnd(open_model(str(tiny_model)), BLOCK, BLOCK).predict(TOKENS, heads)
     targets = expected.log_probs.gather(1, expected.targets[:, None])[:, 0]
     torch.testing.assert_close(losses, -targets, atol=1e-4, rtol=1e-4)

@@ -9,9 +9,10 @@ from transformers import AutoConfig
 
 from tests import hybrids
 from tests.hybrid_engines import Run, engine, run_engines
-from tests.profiles import uniform_profile
+from tests.profiles import one_level, uniform_profile
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
+from vllm_afbs.profile.schema import LayerProfile
 from vllm_afbs.serving.reasons import Reason
 
 STOCK, OURS = {"backend": "CPU_ATTN"}, {"backend": "AFBS"}
@@ -34,9 +35,9 @@ def save_profile(name: str, model: Path, theta: float, path: Path) -> Path:
         ModelFingerprint.from_config(AutoConfig.from_pretrained(model)), tau=0.5, min_seq_len=256
     )
     (layer, *_), full = profile.layers, hybrids.full_layers(name)
-    heads = [head.model_copy(update={"theta": theta}) for head in layer.heads]
+    heads = [head.model_copy(update={"theta": theta}) for head in layer.levels[0].heads]
     layers = [
-        layer.model_copy(update={"heads": heads if index in full else []})
+        one_level(heads) if index in full else LayerProfile(levels=[])
         for index in range(profile.model.num_layers)
     ]
     write_atomically(path, profile.model_copy(update={"layers": layers}).to_json())

@@ -38,17 +38,22 @@ def _set(path: list[Any], value: Any) -> Any:
     return change
 
 
-HEAD = json.loads(uniform_profile().to_json())["layers"][0]["heads"][0]
+LEVEL = json.loads(uniform_profile().to_json())["layers"][0]["levels"][0]
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (_set(["schema_version"], 1), "schema_version: 2 or 3 expected, got 1"),
-        (_set(["layers", 0, "heads", 1, "tau"], float("nan")), "layers.0.heads.1.tau"),
-        (_set(["layers", 0, "heads", 1, "tau"], 0.0), "layers.0.heads.1.tau"),
-        (_set(["layers", 1, "heads"], [HEAD]), "layers.1.heads: 4 expected"),
-        (_set(["layers"], [{"heads": []}] * 2), "layers: heads expected in one of them"),
+        (_set(["schema_version"], 1), "schema_version: 2, 3 or 4 expected, got 1"),
+        (_set(["schema_version"], 5), "schema_version: 2, 3 or 4 expected, got 5"),
+        (
+            _set(["layers", 0, "levels", 0, "heads", 1, "tau"], float("nan")),
+            "layers.0.levels.0.heads.1.tau",
+        ),
+        (_set(["layers", 0, "levels", 0, "heads", 1, "tau"], 0.0), "layers.0.levels.0.heads.1.tau"),
+        (_set(["layers", 1, "levels", 0, "heads"], LEVEL["heads"][:1]), "heads: 4 expected by"),
+        (_set(["layers"], [{"levels": []}] * 2), "layers: levels expected in one of them"),
+        (_set(["layers", 1, "levels"], [LEVEL] * 2), "layers.1.levels: 1 expected, one for each"),
         (_set(["layers"], []), "layers: 2 expected"),
         (_set(["model", "head_dim"], "wide"), "model.head_dim"),
         (_set(["thresholds"], 1), "thresholds"),
@@ -86,26 +91,13 @@ def test_fingerprint_of_a_hugging_face_config() -> None:
     assert ModelFingerprint.from_config(config) == SMALL_MODEL
 
 
-def test_profiles_of_version_2_are_read_and_keep_their_ids(stored: Path) -> None:
-    data = json.loads(stored.read_text())
-    text = json.dumps(data | {"schema_version": 2}, indent=1) + "\n"
-    stored.write_text(text)
-    older = load_profile(stored)
-    assert older.schema_version == 2
-    assert json.loads(older.to_json()) == json.loads(text)
-    data["layers"][1]["heads"] = []
-    stored.write_text(json.dumps(data | {"schema_version": 2}))
-    with pytest.raises(ProfileError, match=r"layers\.1\.heads: 4 expected"):
-        load_profile(stored)
-
-
 def test_layers_without_full_attention_have_no_heads(stored: Path) -> None:
     data = json.loads(stored.read_text())
-    data["layers"][1]["heads"] = []
+    data["layers"][1]["levels"] = []
     stored.write_text(json.dumps(data))
     profile = load_profile(stored)
     assert profile.full_layers == [0]
-    assert not profile.layers[1].is_sparse
+    assert len(profile.heads_of(0)) == profile.num_tuned_heads == 4
 
 
 SHAPES = {"gemma-4": (4, 1, 64), "qwen-3-next": (4, 2, 64)}

@@ -147,7 +147,7 @@ def in_field(path: list[Any], value: str) -> bytes:
     return json.dumps(data).replace('"MARK"', value).encode()
 
 
-TAU = ["layers", 0, "heads", 0, "tau"]
+TAU = ["layers", 0, "levels", 0, "heads", 0, "tau"]
 ROPE = ["model", "rope", "rope_theta"]
 
 
@@ -161,15 +161,15 @@ ROPE = ["model", "rope", "rope_theta"]
         (in_field(ROPE, "[" * 500 + "]" * 500), "recursion limit"),
         (in_field(ROPE, "NaN"), "model.rope or tuner.settings: NaN or Infinity"),
         (in_field(["tuner", "settings"], '{"a": [Infinity]}'), "tuner.settings: NaN"),
-        (in_field(TAU, "NaN"), "layers.0.heads.0.tau: "),
-        (in_field(TAU, "1e999"), "layers.0.heads.0.tau: "),
-        (in_field(TAU, '"0.5"'), "layers.0.heads.0.tau: "),
-        (in_field(TAU, "true"), "layers.0.heads.0.tau: "),
+        (in_field(TAU, "NaN"), "layers.0.levels.0.heads.0.tau: "),
+        (in_field(TAU, "1e999"), "layers.0.levels.0.heads.0.tau: "),
+        (in_field(TAU, '"0.5"'), "layers.0.levels.0.heads.0.tau: "),
+        (in_field(TAU, "true"), "layers.0.levels.0.heads.0.tau: "),
         (in_field(TAU, '0.5, "tau": 0.9'), "'tau' appears twice in one object"),
-        (in_field(TAU, '0.5, "a\\nb": 0.9'), r"layers.0.heads.0.a\nb: "),
-        (in_field(["schema_version"], '"1\\n2"'), "schema_version: 2 or 3 expected, got "),
+        (in_field(TAU, '0.5, "a\\nb": 0.9'), r"layers.0.levels.0.heads.0.a\nb: "),
+        (in_field(["schema_version"], '"1\\n2"'), "schema_version: 2, 3 or 4 expected, got "),
         (in_field(["min_seq_len"], "9" * 5000), "not valid JSON"),
-        (in_field(["model", "num_heads"], "5"), "layers.0.heads: 5 expected by model.num_heads"),
+        (in_field(["model", "num_heads"], "5"), "layers.0.levels.0.heads: 5 expected by model"),
         (in_field(["model_name"], r'"\ud800"'), "Invalid JSON"),
     ],
     ids=lambda value: str(value)[:30],
@@ -180,9 +180,9 @@ def test_what_is_wrong_is_named(content: bytes, named: str) -> None:
 
 def test_a_length_that_was_calibrated_twice_is_refused() -> None:
     data = uniform_profile().model_dump()
-    head = data["layers"][1]["heads"][2]
+    head = data["layers"][1]["levels"][0]["heads"][2]
     head["calibration"] *= 2
-    assert "layers.1.heads.2: " in str(refusal(json.dumps(data).encode()))
+    assert "layers.1.levels.0.heads.2: " in str(refusal(json.dumps(data).encode()))
 
 
 def _directory(path: Path) -> None:

@@ -25,7 +25,7 @@ from vllm_afbs.demo.server import HOST, free_port
 from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import fallbacks, kill_switch, metrics, routes
 from vllm_afbs.observability.routes import RoutesPlugin
-from vllm_afbs.profile.schema import Profile
+from vllm_afbs.profile.schema import LayerProfile, Profile
 from vllm_afbs.serving import configuration
 
 CHROMIUM = shutil.which("chromium")
@@ -255,7 +255,7 @@ def test_routes_tell_what_workers_counted(tmp_path: Path) -> None:
 
 def test_layers_without_full_attention_are_counted_and_not_shown(tmp_path: Path) -> None:
     profile = uniform_profile()
-    no_heads = profile.layers[0].model_copy(update={"heads": []})
+    no_heads = LayerProfile(levels=[])
     hybrid = profile.model_copy(update={"layers": [no_heads, profile.layers[1]]})
     client = client_of(make_app(tmp_path, hybrid))
     status = client.get("/afbs/status").json()

@@ -18,7 +18,8 @@ from tests.test_routes import client_of, make_app
 from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import metrics
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.profile.schema import Profile, TextSource
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.profile.tuner_run import TextSource
 from vllm_afbs.tuning.console import print_summary
 from vllm_afbs.tuning.report import write_report
 

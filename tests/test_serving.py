@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.profiles import uniform_profile
+from tests.profiles import one_level, uniform_profile
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.schema import Profile
@@ -76,9 +76,9 @@ def test_a_rank_takes_its_heads() -> None:
     profile = uniform_profile()
     heads = [
         head.model_copy(update={"theta": index / 10})
-        for index, head in enumerate(profile.layers[0].heads)
+        for index, head in enumerate(profile.layers[0].levels[0].heads)
     ]
-    layers = [profile.layers[0].model_copy(update={"heads": heads}), profile.layers[1]]
+    layers = [one_level(heads), profile.layers[1]]
     profile = profile.model_copy(update={"layers": layers})
     plan = plan_layer(profile, 0, 2, 1, None)
     assert plan.thresholds is not None

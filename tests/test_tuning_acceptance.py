@@ -22,15 +22,8 @@ from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.models.in_process.engine import EndToEnd, Predictions
 from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.profile.schema import (
-    Acceptance,
-    BudgetRun,
-    HeadProfile,
-    LayerProfile,
-    Measurement,
-    TextPart,
-    WholeModel,
-)
+from vllm_afbs.profile.schema import HeadProfile, LayerLevel, Measurement
+from vllm_afbs.profile.tuner_run import Acceptance, BudgetRun, TextPart, WholeModel
 from vllm_afbs.tuning.allocation.acceptance import CANDIDATES, AcceptanceTest, increase_of
 from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
@@ -170,15 +163,15 @@ class Swinging:
 class Layers:
     """A ``Search`` that finds for a tolerance what ``Swinging`` reads."""
 
-    def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerProfile]:
+    def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerLevel]:
         return {layer: self._layer(tolerances.get(layer, 0.05)) for layer in range(2)}
 
-    def _layer(self, tolerance: float) -> LayerProfile:
+    def _layer(self, tolerance: float) -> LayerLevel:
         measured = Measurement(length=64, error=tolerance, sparsity=min(0.9, 0.2 + tolerance))
         head = HeadProfile(
             tau=1 - tolerance, theta=-1.0, calibration=[measured], validation=measured
         )
-        return LayerProfile(heads=[head], tolerance=tolerance)
+        return LayerLevel(heads=[head], tolerance=tolerance)
 
     def of_layer(self, layer: int) -> Any:
         thresholds = HeadThresholds(torch.tensor([0.95]), torch.tensor([-1.0]))
@@ -302,9 +295,9 @@ def test_a_job_says_what_was_accepted_where(
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     runner = EndToEnd(open_model(str(tiny_model)), profile.block_q, profile.block_k)
     thresholds = {
-        index: HeadThresholds.of(layer.heads)
+        index: HeadThresholds.of(layer.levels[0].heads)
         for index, layer in enumerate(profile.layers)
-        if layer.is_sparse
+        if layer.levels[0].is_sparse
     }
     assert thresholds
     per_window = accepted.num_blocks // len(accepted.windows)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.profiles import SMALL_MODEL, uniform_profile
+from tests.profiles import SMALL_MODEL, one_level, uniform_profile
 from tests.tuning_jobs import command, start, wait_for
 from vllm_afbs import tune
 from vllm_afbs.kernels import THETA_OFF, BlockGeometry, HeadThresholds
@@ -19,7 +19,8 @@ from vllm_afbs.kernels.reference import reference_attention, reference_select
 from vllm_afbs.models.in_process.engine import EndToEnd, Predictions
 from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, WholeModel
+from vllm_afbs.profile.schema import HeadProfile, LayerLevel, Measurement
+from vllm_afbs.profile.tuner_run import WholeModel
 from vllm_afbs.serving.plan import plan_layer
 from vllm_afbs.tuning.allocation.budget import _mean_sparsity, _thresholds
 from vllm_afbs.tuning.allocation.goal import Goal
@@ -143,9 +144,11 @@ def test_layers_that_the_server_leaves_dense_count_as_dense() -> None:
     sparse, dense = (Measurement(length=128, error=0.01, sparsity=each) for each in (0.6, 0.0))
     lone = [HeadProfile(tau=0.5, theta=-1.0, calibration=[sparse], validation=sparse)]
     lone += [HeadProfile(tau=1.0, theta=-1.0, calibration=[dense], validation=dense)] * 7
-    layers = {0: LayerProfile(heads=lone), 1: LayerProfile(heads=lone[:1] * 8)}
+    layers = {0: LayerLevel(heads=lone), 1: LayerLevel(heads=lone[:1] * 8)}
     model = SMALL_MODEL.model_copy(update={"num_heads": 8})
-    profile = uniform_profile(model).model_copy(update={"layers": list(layers.values())})
+    profile = uniform_profile(model).model_copy(
+        update={"layers": [one_level(each.heads) for each in layers.values()]}
+    )
     served = {
         index: plan.thresholds
         for index in layers
@@ -186,15 +189,15 @@ def test_a_goal_divides_the_error_among_layers(
     budget = profile.tuner.budget
     assert budget is not None
     assert (budget.goal, budget.target) == ("sparsity", 0.25)
-    held_out = [head.validation for layer in profile.layers for head in layer.heads]
+    held_out = [head.validation for head in profile.heads_of(0)]
     mean = sum(each.sparsity for each in held_out if each is not None) / len(held_out)
     assert mean == pytest.approx(budget.allocated.sparsity)
     assert budget.allocated.sparsity >= 0.25
     assert budget.allocated.kl > 0.0
     for index, layer in enumerate(profile.layers):
-        assert layer.tolerance == profile.tolerance_of(index)
-        for head in layer.heads:
-            assert head.calibration[-1].error <= profile.tolerance_of(index)
+        assert layer.levels[0].tolerance == profile.tolerance_of(index, 0)
+        for head in layer.levels[0].heads:
+            assert head.calibration[-1].error <= profile.tolerance_of(index, 0)
     assert "Budget by layer" in output.with_suffix(".html").read_text(encoding="utf-8")
 
 

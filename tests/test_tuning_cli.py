@@ -109,7 +109,7 @@ def test_profile_says_what_was_measured(
     (source,) = profile.calibration_texts
     # The calibration window and two held-out ones, of 256 each.
     assert (source.name, source.num_tokens) == (str(text), 3 * 256)
-    heads = [head for layer in profile.layers for head in layer.heads]
+    heads = profile.heads_of(0)
     assert any(head.tau < 1 for head in heads)
     for head in heads:
         assert [measured.length for measured in head.calibration] == [128, 256]
@@ -133,7 +133,7 @@ def test_every_text_is_in_the_profile(tiny_model: Path, tmp_path: Path) -> None:
         (path, 128 + 256) for path in paths
     ]
     assert len({text.sha256 for text in profile.calibration_texts}) == 2
-    for head in [head for layer in profile.layers for head in layer.heads]:
+    for head in profile.heads_of(0):
         assert head.validation is not None
         assert head.validation.error <= 1.2 * 0.2
 
@@ -170,9 +170,9 @@ def test_layers_left_out_are_dense(
 
     assert tune.main([*chosen, "--resume"]) == 0
     profile = load_profile(output)
-    for head in profile.layers[0].heads:
+    for head in profile.layers[0].levels[0].heads:
         assert (head.tau, head.theta, head.calibration, head.validation) == (1.0, -1.0, [], None)
-    assert any(head.tau < 1.0 for head in profile.layers[1].heads)
+    assert any(head.tau < 1.0 for head in profile.layers[1].levels[0].heads)
     assert profile.tuner.settings["layers"] == [1]
     assert f"({profile.tuner.evaluations / 4:.1f} a head)" in capsys.readouterr().out
 

@@ -72,11 +72,17 @@ def test_a_hybrid_is_tuned_in_its_full_layers(
     job = command(directory, output, "--tolerance", "0.3")
     assert tune.main(job) == 0
     profile = load_profile(output)
-    assert profile.schema_version == 3
+    assert profile.schema_version == 4
     assert profile.full_layers == [2, 4]
-    assert [len(layer.heads) for layer in profile.layers] == [0, 0, 4, 0, 4]
+    assert [sum(len(level.heads) for level in layer.levels) for layer in profile.layers] == [
+        0,
+        0,
+        4,
+        0,
+        4,
+    ]
     assert profile.num_tuned_heads == 8
-    assert any(head.tau < 1 for head in profile.layers[2].heads)
+    assert any(head.tau < 1 for head in profile.layers[2].levels[0].heads)
     printed = capsys.readouterr().out
     assert "2 of 5 layers have full attention" in printed
     report = output.with_suffix(".html").read_text(encoding="utf-8")
@@ -102,7 +108,7 @@ def test_vllm_tunes_a_hybrid_whose_last_layers_share_keys(
     assert profile.full_layers == [1, 3, 5]
     assert (profile.model.num_kv_heads, profile.model.head_dim) == (1, 64)
     assert profile.num_tuned_heads == 8
-    assert not profile.layers[5].heads[0].calibration
+    assert not profile.layers[5].levels[0].heads[0].calibration
 
 
 def test_what_transformers_cannot_evaluate_is_refused(models: Mapping[str, Path]) -> None:

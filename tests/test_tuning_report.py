@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.profiles import uniform_profile
-from vllm_afbs.profile.schema import Acceptance, BudgetRun, Measurement, TextPart, WholeModel
+from tests.profiles import one_level, uniform_profile
+from vllm_afbs.profile.schema import Measurement
+from vllm_afbs.profile.tuner_run import Acceptance, BudgetRun, TextPart, WholeModel
 from vllm_afbs.tuning.allocation.budget import Damage
 from vllm_afbs.tuning.journal import Entry
 from vllm_afbs.tuning.report import _convergence, write_report
@@ -54,12 +55,11 @@ def steps() -> list[Entry]:
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     profile = uniform_profile(model_name="<b>model</b>")
-    heads = list(profile.layers[1].heads)
+    heads = list(profile.layers[1].levels[0].heads)
     measured = Measurement(length=8192, error=0.0575, sparsity=0.625)
     heads[2] = heads[2].model_copy(update={"validation": measured})
-    layers = [profile.layers[0], profile.layers[1].model_copy(update={"heads": heads})]
+    layers = [one_level(profile.layers[0].levels[0].heads, tolerance=0.025), one_level(heads)]
     path = tmp_path / "profile.html"
-    layers[0] = layers[0].model_copy(update={"tolerance": 0.025})
     whole = WholeModel(sparsity=0.4, kl=0.01, perplexity=9.5, dense_perplexity=9.0)
     windows = [TextPart(text="<i>a.txt", start=9 * i, num_tokens=8) for i in range(4)]
     acceptance = Acceptance(

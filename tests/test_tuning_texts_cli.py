@@ -12,7 +12,8 @@ from vllm_afbs import tune
 from vllm_afbs.evaluate.__main__ import main as evaluate
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.profile.schema import Profile, TextSource
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.profile.tuner_run import TextSource
 from vllm_afbs.tuning.texts import Text
 
 CHATS = [

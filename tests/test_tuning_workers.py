@@ -23,7 +23,7 @@ from vllm_afbs.errors import InputError
 from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.profile.schema import LayerProfile, Profile
+from vllm_afbs.profile.schema import LayerLevel, Profile
 from vllm_afbs.tuning import workers
 from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.run import tune as tune_model
@@ -62,7 +62,7 @@ def test_a_worker_tunes_to_the_layers_own_tolerance(tmp_path: Path) -> None:
     assert [each.step for each in done] == [f"layer 0 {n} within 0.2" for n in STAGES]
     here = LayerSearch(settings, 0, taken, steps, lambda _: None).run(0.2)
     found = done[-1].read(Validated).heads
-    assert LayerProfile(heads=list(found), tolerance=0.2) == here
+    assert LayerLevel(heads=list(found), tolerance=0.2) == here
 
 
 def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
@@ -85,7 +85,7 @@ def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
             pool.search(settings, [0], {}, nothing, journal, lambda _: None)
     assert set(psutil.Process().children(recursive=True)) <= set(before)
 
-    assert any(head.tau < 1.0 for layer in found.layers for head in layer.heads)
+    assert any(head.tau < 1.0 for head in found.heads_of(0))
     assert result(found) == result(tiny_profile)
     assert progress.stages == pytest.approx({"Capturing": 0.0, "Tuning": 0.0})
     assert str(refused.value).startswith(f"{tmp_path}/none/layer-000.calibration.safetensors: ")

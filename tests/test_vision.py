@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from tests import wrappers
 from tests.hybrid_engines import Run, engine, run_engines
 from tests.hybrids import LENGTH
-from tests.profiles import uniform_profile
+from tests.profiles import one_level, uniform_profile
 from tests.tuning_jobs import LENGTHS, where
 from vllm_afbs import tune
 from vllm_afbs.check.__main__ import EXIT_ON
@@ -40,9 +40,7 @@ def save_profile(model: Path, theta: float, path: Path) -> Path:
     assert fingerprint.num_layers == wrappers.NUM_LAYERS
     profile = uniform_profile(fingerprint, tau=0.5, min_seq_len=256)
     layers = [
-        layer.model_copy(
-            update={"heads": [head.model_copy(update={"theta": theta}) for head in layer.heads]}
-        )
+        one_level([head.model_copy(update={"theta": theta}) for head in layer.levels[0].heads])
         for layer in profile.layers
     ]
     write_atomically(path, profile.model_copy(update={"layers": layers}).to_json())
@@ -119,8 +117,8 @@ def test_vllm_tunes_and_evaluates_it(
     job += ["--lengths", *LENGTHS, "--block-q", "32", "--block-k", "32", "--tolerance", "0.3"]
     assert tune.main([*job, "--dtype", "float32", "--block-size", "32"]) == 0
     profile = load_profile(output)
-    assert [len(layer.heads) for layer in profile.layers] == [4, 4]
-    assert any(head.tau < 1 for layer in profile.layers for head in layer.heads)
+    assert [len(layer.levels[0].heads) for layer in profile.layers] == [4, 4]
+    assert any(head.tau < 1 for head in profile.heads_of(0))
     assert profile.tuned_on is not None
     assert profile.tuned_on.engine.startswith("vllm ")
     given = ["--profile", str(output), "--output", str(tmp_path / "q.json"), "--text", __file__]

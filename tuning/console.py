@@ -68,10 +68,11 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
     table = Table(title=title)
     for column in ("layer", "sparse", "tau", "theta", "error", "held-out", "sparsity", "held-out"):
         table.add_column(column, justify="right")
+    level = profile.level_index()
     for index in profile.full_layers:
-        table.add_row(str(index), *_cells(profile.layers[index].heads))
+        table.add_row(str(index), *_cells(profile.layers[index].levels[level].heads))
     table.add_section()
-    table.add_row("all", *_cells([head for layer in profile.layers for head in layer.heads]))
+    table.add_row("all", *_cells(profile.heads_of(level)))
     console = Console()
     console.print(table)
     if described := describe_layers(profile):

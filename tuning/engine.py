@@ -14,7 +14,7 @@ import torch
 from vllm_afbs.captures import Capture
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.fingerprint import ModelFingerprint
-from vllm_afbs.profile.schema import TunedOn
+from vllm_afbs.profile.tuner_run import TunedOn
 
 
 class Model(Protocol):

@@ -117,13 +117,21 @@ def _error(head: HeadProfile) -> float:
     return head.validation.error if head.validation is not None else 0.0
 
 
+def _heads(profile: Profile, layer: int) -> list[HeadProfile]:
+    return profile.layers[layer].levels[profile.level_index()].heads
+
+
+def _tolerance(profile: Profile, layer: int) -> float:
+    return profile.tolerance_of(layer, profile.level_index())
+
+
 def _matrix(profile: Profile, value: Any) -> Matrix:
-    return [[value(head) for head in profile.layers[index].heads] for index in profile.full_layers]
+    return [[value(head) for head in _heads(profile, index)] for index in profile.full_layers]
 
 
 def _over_tolerance(profile: Profile) -> Matrix:
     return [
-        [_error(head) / profile.tolerance_of(index) for head in profile.layers[index].heads]
+        [_error(head) / _tolerance(profile, index) for head in _heads(profile, index)]
         for index in profile.full_layers
     ]
 
@@ -131,9 +139,9 @@ def _over_tolerance(profile: Profile) -> Matrix:
 def _budget(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
     layers = profile.full_layers
     figure = go.Figure(
-        go.Bar(x=layers, y=[profile.tolerance_of(layer) for layer in layers], name="tolerance")
+        go.Bar(x=layers, y=[_tolerance(profile, layer) for layer in layers], name="tolerance")
     )
-    heads = [profile.layers[layer].heads for layer in layers]
+    heads = [_heads(profile, layer) for layer in layers]
     means = [sum(map(_sparsity, each)) / len(each) for each in heads]
     figure.add_scatter(x=layers, y=means, yaxis="y2", name="sparsity", mode="lines+markers")
     kls = {
@@ -178,9 +186,9 @@ def _heat_map(
 def _validated(profile: Profile) -> list[tuple[str, HeadProfile, float]]:
     """Sparse heads with their names and tolerances."""
     return [
-        (f"layer {i}, head {j}", head, profile.tolerance_of(i))
-        for i, layer in enumerate(profile.layers)
-        for j, head in enumerate(layer.heads)
+        (f"layer {i}, head {j}", head, _tolerance(profile, i))
+        for i in profile.full_layers
+        for j, head in enumerate(_heads(profile, i))
         if head.validation is not None and head.tau < 1.0
     ]
 
@@ -214,10 +222,9 @@ def _pareto(profile: Profile) -> go.Figure:
 
 def _by_length(profile: Profile) -> go.Figure:
     samples: dict[int, list[float]] = defaultdict(list)
-    for layer in profile.layers:
-        for head in layer.heads:
-            for measured in head.calibration:
-                samples[measured.length].append(measured.sparsity)
+    for head in profile.heads_of(profile.level_index()):
+        for measured in head.calibration:
+            samples[measured.length].append(measured.sparsity)
     lengths = sorted(samples)
     means = [sum(samples[length]) / len(samples[length]) for length in lengths]
     figure = go.Figure(go.Bar(x=[str(length) for length in lengths], y=means))
@@ -288,7 +295,7 @@ def _cost(steps: Sequence[Entry]) -> go.Figure:
 
 
 def _totals(profile: Profile) -> dict[str, str]:
-    heads = [head for layer in profile.layers for head in layer.heads]
+    heads = profile.heads_of(profile.level_index())
     sparse = [head for head in heads if head.tau < 1.0]
     run, tuned = profile.tuner, profile.num_tuned_heads
     return {

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING
 
 from vllm_afbs.captures import Capture
 from vllm_afbs.kernels import THETA_OFF
-from vllm_afbs.profile.schema import (
-    BudgetRun,
-    HeadProfile,
-    LayerProfile,
-    Profile,
-    TextSource,
-    TunedOn,
-    TunerRun,
-)
+from vllm_afbs.profile.schema import HeadProfile, LayerLevel, LayerProfile, Level, Profile
+from vllm_afbs.profile.tuner_run import BudgetRun, TextSource, TunedOn, TunerRun
 from vllm_afbs.tuning.allocation.acceptance import AcceptanceTest
 from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
@@ -140,7 +133,7 @@ class LayerSearches:
     progress: Progress
     pool: "LayerPool | None" = None
 
-    def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerProfile]:
+    def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerLevel]:
         """Tunes all layers; see ``budget.Search``."""
         advance: Callable[[float], None] = self.progress.advance
         if self.pool is not None:
@@ -171,12 +164,31 @@ def _profile(
     settings: SearchSettings,
     journal: Journal,
     captured: Captured,
-    tuned: dict[int, LayerProfile],
+    tuned: dict[int, LayerLevel],
     budget: BudgetRun | None,
 ) -> Profile:
     shape = model.fingerprint
-    dense = LayerProfile(heads=[HeadProfile(tau=1.0, theta=THETA_OFF)] * shape.num_heads)
-    full = set(model.full_layers)
+    dense = LayerLevel(heads=[HeadProfile(tau=1.0, theta=THETA_OFF)] * shape.num_heads)
+    full = {layer: tuned.get(layer, dense) for layer in model.full_layers}
+    run = TunerRun(
+        version=version("vllm-afbs"),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        seed=settings.seed,
+        tolerance=settings.tolerance,
+        lengths=settings.lengths,
+        budget=budget,
+        settings={
+            "held_out_slack": HELD_OUT_SLACK,
+            "min_sparsity": MIN_SPARSITY,
+            "explore_q_blocks": EXPLORE_Q_BLOCKS,
+            "refine_q_blocks": REFINE_Q_BLOCKS,
+            "layers": list(tuned),
+        },
+        evaluations=int(journal.total("evaluations")),
+        cost=journal.total("cost"),
+        wall_seconds=journal.total("seconds") + captured.seconds,
+    )
+    level = Level.of_run(run, list(full.values()))
     return Profile(
         model_name=model.name,
         model=shape,
@@ -186,27 +198,12 @@ def _profile(
         block_k=settings.block_k,
         min_seq_len=settings.lengths[0],
         max_seq_len=settings.lengths[-1],
+        levels=[level],
+        default_level=level.name,
         layers=[
-            tuned.get(layer, dense) if layer in full else LayerProfile(heads=[])
+            LayerProfile(levels=[full[layer]] if layer in full else [])
             for layer in range(shape.num_layers)
         ],
         calibration_texts=sources,
-        tuner=TunerRun(
-            version=version("vllm-afbs"),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            seed=settings.seed,
-            tolerance=settings.tolerance,
-            lengths=settings.lengths,
-            budget=budget,
-            settings={
-                "held_out_slack": HELD_OUT_SLACK,
-                "min_sparsity": MIN_SPARSITY,
-                "explore_q_blocks": EXPLORE_Q_BLOCKS,
-                "refine_q_blocks": REFINE_Q_BLOCKS,
-                "layers": list(tuned),
-            },
-            evaluations=int(journal.total("evaluations")),
-            cost=journal.total("cost"),
-            wall_seconds=journal.total("seconds") + captured.seconds,
-        ),
+        tuner=run,
     )

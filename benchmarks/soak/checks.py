@@ -42,7 +42,8 @@ class Expected:
 def expect(lengths: Iterable[int], profile: Profile) -> Expected:
     """Adds up what a server must count for prompts of these lengths, in shared steps or not."""
     num_layers = len(profile.layers)
-    num_sparse = sum(layer.is_sparse for layer in profile.layers)
+    level = profile.level_index()
+    num_sparse = sum(profile.layers[index].levels[level].is_sparse for index in profile.full_layers)
     tokens = long_tokens = blocks = 0
     fallbacks: Counter[str] = Counter()
     for length in lengths:
@@ -60,7 +61,9 @@ def expect(lengths: Iterable[int], profile: Profile) -> Expected:
             long_tokens += length * num_sparse
             blocks += visible_blocks(length, profile.block_q, profile.block_k)
     # Each block is a product QK^T and a product PV.
-    products = tuple(2 * len(layer.heads) * blocks for layer in profile.layers)
+    products = tuple(
+        2 * profile.model.num_heads * blocks if layer.levels else 0 for layer in profile.layers
+    )
     return Expected(tokens, long_tokens, products, +fallbacks)
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile.schema import Acceptance, TextPart
+from vllm_afbs.profile.tuner_run import Acceptance, TextPart
 from vllm_afbs.tuning.allocation.student import t_quantile
 from vllm_afbs.tuning.engine import SparseModel
 from vllm_afbs.tuning.journal import Journal, Result

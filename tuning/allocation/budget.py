@@ -27,7 +27,8 @@ import torch
 from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.errors import InputError
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile.schema import Acceptance, BudgetRun, LayerProfile, WholeModel
+from vllm_afbs.profile.schema import LayerLevel
+from vllm_afbs.profile.tuner_run import Acceptance, BudgetRun, WholeModel
 from vllm_afbs.tuning.allocation.acceptance import (
     BACK_OFF,
     CANDIDATES,
@@ -48,7 +49,7 @@ on SmolLM2-135M at lengths of 1024 and 2048."""
 ATTEMPTS = 4
 """Most divisions that the search measures; each tunes all layers again. Chosen on SmolLM2-135M."""
 
-Layers = dict[int, LayerProfile]
+Layers = dict[int, LayerLevel]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from vllm_afbs.profile.schema import WholeModel
+from vllm_afbs.profile.tuner_run import WholeModel
 from vllm_afbs.tuning.allocation.acceptance import CONFIDENCE, Increase
 from vllm_afbs.tuning.allocation.levels import Levels
 

@@ -20,7 +20,8 @@ from vllm_afbs.errors import InputError
 from vllm_afbs.models.hub import Checkpoint, find_checkpoint
 from vllm_afbs.models.tokenizer import load_tokenizer
 from vllm_afbs.profile.fingerprint import ModelFingerprint
-from vllm_afbs.profile.schema import Profile, TunedOn
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.profile.tuner_run import TunedOn
 from vllm_afbs.profile.weights import weights_sha256
 
 BESIDE_THE_SEARCH = 0.5

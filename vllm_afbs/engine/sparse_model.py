@@ -8,7 +8,15 @@ import torch
 
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.fingerprint import ModelFingerprint
-from vllm_afbs.profile.schema import HeadProfile, LayerProfile, Measurement, Profile, TunerRun
+from vllm_afbs.profile.schema import (
+    HeadProfile,
+    LayerLevel,
+    LayerProfile,
+    Level,
+    Measurement,
+    Profile,
+)
+from vllm_afbs.profile.tuner_run import TunerRun
 from vllm_afbs.tuning.engine import Compared, compared_positions
 
 if TYPE_CHECKING:
@@ -37,11 +45,11 @@ def candidate(
     # layer without one counts as not tuned.
     expected = [Measurement(length=longest, error=0.0, sparsity=0.5)]
 
-    def layer(index: int) -> LayerProfile:
+    def layer(index: int) -> LayerLevel:
         if index not in thresholds:
-            return LayerProfile(heads=[_DENSE] * model.num_heads)
+            return LayerLevel(heads=[_DENSE] * model.num_heads)
         own = thresholds[index]
-        return LayerProfile(
+        return LayerLevel(
             heads=[
                 HeadProfile(tau=tau, theta=theta, calibration=expected)
                 for tau, theta in zip(own.tau.tolist(), own.theta.tolist(), strict=True)
@@ -52,6 +60,8 @@ def candidate(
         version="candidate", created_at="", seed=0, tolerance=0.05, lengths=[longest],
         evaluations=0, cost=0.0, wall_seconds=0.0,
     )  # fmt: skip
+    layers = [layer(index) for index in range(model.num_layers)]
+    level = Level.of_run(run, layers)
     return Profile(
         model_name="candidate",
         model=model,
@@ -59,7 +69,9 @@ def candidate(
         block_k=block_k,
         min_seq_len=1,
         max_seq_len=longest,
-        layers=[layer(index) for index in range(model.num_layers)],
+        levels=[level],
+        default_level=level.name,
+        layers=[LayerProfile(levels=[each]) for each in layers],
         tuner=run,
     )
 

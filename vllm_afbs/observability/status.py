@@ -221,16 +221,17 @@ def read_layers(profile: Profile, per_head: bool) -> list[Layer]:
         per_head: Whether block products are also counted for each head.
     """
     counters = Counters(metric_files.read())
+    level = profile.level_index()
     layers = []
     for index in profile.full_layers:
-        tuned = profile.layers[index]
+        tuned = profile.layers[index].levels[level]
         name, layer = metrics.SAMPLED_ERROR.name, str(index)
         samples = counters.value(f"{name}_count", layer=layer)
         layers.append(
             Layer(
                 layer=index,
                 sparse=tuned.is_sparse,
-                tolerance=profile.tolerance_of(index),
+                tolerance=profile.tolerance_of(index, level),
                 calibrated_sparsity=_calibrated(tuned.heads),
                 live=counters.products(metrics.BLOCK_PRODUCTS, layer=layer),
                 samples=round(samples),

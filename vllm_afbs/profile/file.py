@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_afbs.profile.errors import ProfileError
-from vllm_afbs.profile.schema import READ_VERSIONS, Profile
+from vllm_afbs.profile.older import OLDER_VERSIONS, OlderProfile
+from vllm_afbs.profile.schema import SCHEMA_VERSION, Profile
 
 MAX_BYTES = 64 * 2**20
 """Largest file that is read. The profile of a 70B model has about 3 MB."""
@@ -60,12 +61,17 @@ def parse_profile(content: bytes, source: str) -> Profile:
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{source}: not valid JSON: {error}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version not in READ_VERSIONS:
-        expected = " or ".join(map(str, READ_VERSIONS))
-        raise ProfileError(f"{source}: schema_version: {expected} expected, got {version!r}")
+    if version not in (*OLDER_VERSIONS, SCHEMA_VERSION):
+        older = ", ".join(map(str, OLDER_VERSIONS))
+        raise ProfileError(
+            f"{source}: schema_version: {older} or {SCHEMA_VERSION} expected, got {version!r}"
+        )
     try:
         # Strict: "1" is not a number, and true is not 1.
-        profile = Profile.model_validate_json(text, strict=True)
+        if version == SCHEMA_VERSION:
+            profile = Profile.model_validate_json(text, strict=True)
+        else:
+            profile = OlderProfile.model_validate_json(text, strict=True).upgraded()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -6,20 +6,18 @@ model is refused with a message that names the field that differs.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic_core import to_json
 
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.record import Record
+from vllm_afbs.profile.tuner_run import TextSource, TunedOn, TunerRun, WholeModel
 
-SCHEMA_VERSION = 3
-"""In version 3, layers without full attention have no heads, and the fingerprint is that of the
-layers with it. Version 2 has heads in every layer. Thresholds mean the same in both; in version 1
-they were for a selector that did not score single keys."""
-
-READ_VERSIONS = (2, SCHEMA_VERSION)
+SCHEMA_VERSION = 4
+"""In version 4, a profile has levels. ``profile/older.py`` reads the versions before it."""
 
 MIN_LAYER_SPARSITY = 0.1
 """Layers tuned to a lower sparsity run dense: selection would cost more than it saves."""
@@ -67,14 +65,12 @@ def mean_calibration(heads: Sequence[HeadProfile]) -> tuple[tuple[int, float], .
     return tuple((length, total / len(heads)) for length, total in sorted(by_length.items()))
 
 
-class LayerProfile(Record):
-    """The query heads of one layer, in the model's order."""
+class LayerLevel(Record):
+    """The query heads of one layer at one level, in the model's order."""
 
-    heads: list[HeadProfile] = Field(
-        description="Empty: the model's layer is no full attention over the whole context."
-    )
+    heads: list[HeadProfile]
     tolerance: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Relative L1 allowed per head; null: the tuner's for all layers."
+        default=None, description="Relative L1 allowed per head; null: the level's in all layers."
     )
 
     @property
@@ -84,112 +80,67 @@ class LayerProfile(Record):
         return bool(calibration) and calibration[-1][1] >= MIN_LAYER_SPARSITY
 
 
-class TextSource(Record):
-    """A text that the thresholds were tuned or validated on."""
+class LayerProfile(Record):
+    """One layer at each of the profile's levels, in their order."""
 
-    name: str
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = Field(
-        description="Of the text that was read, in UTF-8."
+    levels: list[LayerLevel] = Field(
+        description="Empty: the model's layer is no full attention over the whole context."
     )
-    num_tokens: Annotated[int, Field(gt=0)]
-    coverage: str | None = Field(
+
+
+class LengthEstimate(Record):
+    """What a level is expected to save at one prompt length."""
+
+    length: Annotated[int, Field(gt=0)]
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="Mean of all heads with full attention."
+    )
+    attention_time_ratio: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        # Profiles of whole files stay as they were before this field, and so do their ids.
-        exclude_if=lambda value: value is None,
-        description="What was read of it: which part, column and rows. Left out: the whole file.",
+        description="Predicted time of prefill attention over that of dense; null: unknown.",
     )
 
 
-class TunedOn(Record):
-    """What ran the model while its layers were captured."""
+class Level(Record):
+    """One setting of the dial: thresholds for every head, and what they cost and gain."""
 
-    engine: str = Field(description="Its name and version.")
-    quantization: str | None = Field(
-        default=None, description="How the weights are quantised; null: they are not."
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,31}$")]
+    tolerance: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Relative L1 per head that the level began from."
     )
-    kv_cache_dtype: str = Field(
-        default="auto", description="Of the keys and values that the engine kept."
-    )
+    whole_model: WholeModel | None = None
+    by_length: list[LengthEstimate] = Field(default=[], description="Shortest first.")
+
+    @model_validator(mode="after")
+    def _lengths_ascend(self) -> "Level":
+        lengths = [each.length for each in self.by_length]
+        if lengths != sorted(set(lengths)):
+            raise ValueError("by_length: each length once expected, shortest first")
+        return self
+
+    @classmethod
+    def of_run(cls, run: TunerRun, layers: Sequence[LayerLevel]) -> "Level":
+        """The only level of a tuner that makes one.
+
+        Args:
+            run: The tuner's run.
+            layers: The layers with full attention.
+        """
+        calibration = mean_calibration([head for layer in layers for head in layer.heads])
+        return cls(
+            name="tuned",
+            tolerance=run.tolerance,
+            whole_model=run.budget.allocated if run.budget is not None else None,
+            by_length=[
+                LengthEstimate(length=length, sparsity=sparsity) for length, sparsity in calibration
+            ],
+        )
 
 
-class WholeModel(Record):
-    """The whole model, sparse against dense, on held-out text at the longest length."""
+class ProfileHeader(Record):
+    """What a profile of any version says before its layers."""
 
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(description="Mean over heads.")
-    kl: Annotated[float, Field(ge=0)] = Field(
-        description="Mean divergence of its next-token distributions from the dense ones, nats."
-    )
-    perplexity: Annotated[float, Field(ge=1)]
-    dense_perplexity: Annotated[float, Field(ge=1)]
-
-
-class TextPart(Record):
-    """A part of a calibration text, in tokens."""
-
-    text: str = Field(description="Name of the text.")
-    start: Annotated[int, Field(ge=0)]
-    num_tokens: Annotated[int, Field(gt=0)]
-
-
-class Acceptance(Record):
-    """How a promise about perplexity was checked on windows that the search had not seen."""
-
-    increase: float = Field(description="Measured increase of perplexity, as a ratio.")
-    bound: float = Field(description="Upper confidence bound of the increase; at most the target.")
-    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(
-        description="Of the bound, all candidates that may be tried taken together."
-    )
-    candidate: Annotated[int, Field(gt=0)] = Field(
-        description="Which candidate it is: those before it missed the target."
-    )
-    num_blocks: Annotated[int, Field(gt=1)] = Field(
-        description="Equal parts of the windows, the bound's independent samples."
-    )
-    windows: Annotated[list[TextPart], Field(min_length=1)]
-
-
-class BudgetRun(Record):
-    """How tolerances were divided among layers to reach a goal for the whole model."""
-
-    goal: Literal["sparsity", "perplexity"]
-    target: Annotated[float, Field(gt=0)] = Field(
-        description="Least sparsity, or largest increase of perplexity, as a ratio."
-    )
-    uniform: WholeModel = Field(description="With the tuner's tolerance in every layer.")
-    allocated: WholeModel = Field(description="With each layer's own.")
-    acceptance: Acceptance | None = Field(
-        default=None,
-        # Profiles without it keep their identity.
-        exclude_if=lambda value: value is None,
-        description="Of a perplexity; null in profiles that were made without.",
-    )
-
-
-class TunerRun(Record):
-    """How the profile was made, and what it cost."""
-
-    version: str
-    created_at: str = Field(description="UTC, ISO 8601.")
-    seed: int
-    tolerance: Annotated[float, Field(gt=0)] = Field(description="Relative L1 allowed per head.")
-    lengths: Annotated[list[int], Field(min_length=1)]
-    budget: BudgetRun | None = None
-    settings: dict[str, Any] = Field(default={})
-    evaluations: Annotated[int, Field(ge=0)] = Field(
-        description="(head, thresholds, length, rows) scored against dense, cached or not."
-    )
-    cost: Annotated[float, Field(ge=0)] = Field(
-        description="Evaluations weighted by (length / longest)^2 x share of the rows."
-    )
-    wall_seconds: Annotated[float, Field(ge=0)] = Field(
-        description="Of all steps added up; those of several workers overlap."
-    )
-
-
-class Profile(Record):
-    """Thresholds for every layer and head of one model."""
-
-    schema_version: Literal[2, 3] = 3
+    schema_version: int
     model_name: str
     model: ModelFingerprint
     model_weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
@@ -211,52 +162,121 @@ class Profile(Record):
     max_seq_len: Annotated[int, Field(gt=0)] = Field(
         description="Longest calibrated context; longer ones run dense."
     )
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        if self.min_seq_len > self.max_seq_len:
+            raise ValueError("min_seq_len: at most max_seq_len expected")
+        return self
+
+
+class Profile(ProfileHeader):
+    """Thresholds for every layer and head of one model, at one level or several."""
+
+    schema_version: Literal[4] = 4
+    upgraded_from: Literal[2, 3] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Version of the file that this was read from first, which still gives the id.",
+    )
+    levels: Annotated[list[Level], Field(min_length=1)] = Field(
+        description="From nearly lossless to fast."
+    )
+    default_level: str = Field(description="Name of the level that is served unless asked.")
     layers: list[LayerProfile]
     calibration_texts: list[TextSource] = Field(default=[])
     tuner: TunerRun
 
     @model_validator(mode="after")
-    def _counts_agree(self) -> "Profile":
-        if len(self.layers) != self.model.num_layers:
+    def _levels_agree(self) -> "Profile":
+        names = [level.name for level in self.levels]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(f"levels.{index}.name: another name expected, {name!r} is taken")
+        if self.default_level not in names:
             raise ValueError(
-                f"layers: {self.model.num_layers} expected by model.num_layers, "
-                f"got {len(self.layers)}"
+                f"default_level: one of {', '.join(names)} expected, got {self.default_level!r}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> "Profile":
+        check_num_layers(self.model, self.layers)
         for index, layer in enumerate(self.layers):
-            may_be_empty = self.schema_version != 2 and not layer.heads
-            if len(layer.heads) != self.model.num_heads and not may_be_empty:
+            if layer.levels and len(layer.levels) != len(self.levels):
                 raise ValueError(
-                    f"layers.{index}.heads: {self.model.num_heads} expected by model.num_heads, "
-                    f"got {len(layer.heads)}"
+                    f"layers.{index}.levels: {len(self.levels)} expected, one for each of levels, "
+                    f"got {len(layer.levels)}"
                 )
+            for number, level in enumerate(layer.levels):
+                check_num_heads(self.model, level, f"layers.{index}.levels.{number}")
         if not self.full_layers:
-            raise ValueError("layers: heads expected in one of them at least")
-        if self.min_seq_len > self.max_seq_len:
-            raise ValueError("min_seq_len: at most max_seq_len expected")
+            raise ValueError("layers: levels expected in one of them at least")
+        if self.upgraded_from is not None and self.levels != [
+            Level.of_run(self.tuner, [self.layers[index].levels[0] for index in self.full_layers])
+        ]:
+            # The id is that of the older file, which says nothing else about levels.
+            raise ValueError("upgraded_from: to be left out where levels are not the older file's")
         return self
 
     @property
     def full_layers(self) -> list[int]:
         """Indices of the layers with full attention."""
-        return [index for index, layer in enumerate(self.layers) if layer.heads]
+        return [index for index, layer in enumerate(self.layers) if layer.levels]
 
     @property
     def num_tuned_heads(self) -> int:
         """Number of heads in tuned layers; heads of other layers were not measured."""
-        return sum(bool(head.calibration) for layer in self.layers for head in layer.heads)
+        return sum(
+            any(head.calibration for head in same_head)
+            for layer in self.layers
+            for same_head in zip(*(level.heads for level in layer.levels), strict=True)
+        )
 
     @property
     def profile_id(self) -> str:
-        """First 12 digits of the sha256 of the profile's canonical JSON."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+        """First 12 digits of the sha256 of the profile's canonical JSON.
 
-    def tolerance_of(self, layer: int) -> float:
-        """Relative L1 error that the tuner allowed for each head of a layer."""
-        return self.layers[layer].tolerance or self.tuner.tolerance
+        A profile that was upgraded keeps the id of the older file.
+        """
+        text = self.to_json() if self.upgraded_from is None else self._to_older_json()
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def level_index(self, name: str | None = None) -> int:
+        """Place of a level in ``levels`` and in each layer's.
+
+        Args:
+            name: The level's name; None for the default level.
+
+        Raises:
+            ProfileError: There is no level of this name; the message lists those there are.
+        """
+        names = [level.name for level in self.levels]
+        if name is not None and name not in names:
+            raise ProfileError(f"level: one of {', '.join(names)} expected, got {name!r}")
+        return names.index(self.default_level if name is None else name)
+
+    def heads_of(self, level: int) -> list[HeadProfile]:
+        """The heads of all layers with full attention at a level, layer by layer."""
+        return [
+            head for index in self.full_layers for head in self.layers[index].levels[level].heads
+        ]
+
+    def tolerance_of(self, layer: int, level: int) -> float:
+        """Relative L1 error that the tuner allowed for each head of a layer at a level."""
+        own = self.layers[layer].levels[level].tolerance
+        return own or self.levels[level].tolerance or self.tuner.tolerance
 
     def to_json(self) -> str:
         """The profile as indented JSON with a closing newline."""
         return self.model_dump_json(indent=1) + "\n"
+
+    def _to_older_json(self) -> str:
+        data = self.model_dump(exclude={"upgraded_from", "levels", "default_level"})
+        data["schema_version"] = self.upgraded_from
+        no_heads: list[dict[str, Any]] = [{"heads": [], "tolerance": None}]
+        data["layers"] = [(layer["levels"] or no_heads)[0] for layer in data["layers"]]
+        return to_json(data, indent=1).decode() + "\n"
 
     def check_model(self, model: ModelFingerprint, source: str) -> None:
         """Refuses a model other than the one that was tuned.
@@ -270,3 +290,19 @@ class Profile(Record):
         """
         if difference := self.model.difference(model):
             raise ProfileError(f"{source}: profile of another model: {difference}")
+
+
+def check_num_layers(model: ModelFingerprint, layers: Sequence[object]) -> None:
+    """Raises ValueError unless there are as many layers as the model has."""
+    if len(layers) != model.num_layers:
+        raise ValueError(
+            f"layers: {model.num_layers} expected by model.num_layers, got {len(layers)}"
+        )
+
+
+def check_num_heads(model: ModelFingerprint, layer: LayerLevel, field: str) -> None:
+    """Raises ValueError unless a layer has as many heads as the model has."""
+    if len(layer.heads) != model.num_heads:
+        raise ValueError(
+            f"{field}.heads: {model.num_heads} expected by model.num_heads, got {len(layer.heads)}"
+        )

@@ -68,10 +68,10 @@ def plan_layer(
         return LayerPlan(layer, heads, None, unsupported)
     if profile is None:
         return LayerPlan(layer, heads, None, "no_profile")
-    tuned = profile.layers[layer]
-    if not tuned.is_sparse:
+    levels = profile.layers[layer].levels
+    if not levels or not levels[profile.level_index()].is_sparse:
         return LayerPlan(layer, heads, None, "profile_dense")
-    own = tuned.heads[heads.start : heads.stop]
+    own = levels[profile.level_index()].heads[heads.start : heads.stop]
     return LayerPlan(layer, heads, HeadThresholds.of(own), None, mean_calibration(own))
 
 

@@ -43,7 +43,9 @@ def largest_step(vllm_config: "VllmConfig", profile: Profile) -> LargestStep | N
     """The largest step that the server may run sparse; None if every context is too short."""
     scheduler = vllm_config.scheduler_config
     longest = min(profile.max_seq_len, int(vllm_config.model_config.max_model_len))
-    if longest < profile.min_seq_len or not any(layer.is_sparse for layer in profile.layers):
+    if longest < profile.min_seq_len or not any(
+        level.is_sparse for layer in profile.layers for level in layer.levels
+    ):
         return None
     return LargestStep(int(scheduler.max_num_batched_tokens), int(scheduler.max_num_seqs), longest)
 

@@ -16,7 +16,7 @@ from vllm_afbs.models.in_process.masked import masked_attention
 from vllm_afbs.models.in_process.recorder import capture_windows
 from vllm_afbs.models.in_process.source import SourceModel
 from vllm_afbs.models.in_process.weights import load_weights
-from vllm_afbs.profile.schema import TunedOn
+from vllm_afbs.profile.tuner_run import TunedOn
 from vllm_afbs.tuning.engine import Compared, compared_positions
 
 _ATTENTION = "afbs_sparse"
