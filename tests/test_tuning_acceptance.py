@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from vllm_afbs.tuning.allocation.budget import BudgetSearch
 
 from tests.tuning_jobs import command
 from vllm_afbs import tune
@@ -25,7 +26,6 @@ from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import HeadProfile, LayerLevel, Measurement
 from vllm_afbs.profile.tuner_run import Acceptance, BudgetRun, TextPart, WholeModel
 from vllm_afbs.tuning.allocation.acceptance import CANDIDATES, AcceptanceTest, increase_of
-from vllm_afbs.tuning.allocation.budget import BudgetSearch
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.student import t_quantile
 from vllm_afbs.tuning.engine import Compared

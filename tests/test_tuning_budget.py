@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm_afbs.tuning.allocation.budget import _mean_sparsity, _thresholds
 
 from tests.profiles import SMALL_MODEL, one_level, uniform_profile
 from tests.tuning_jobs import command, start, wait_for
@@ -22,7 +23,6 @@ from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import HeadProfile, LayerLevel, Measurement
 from vllm_afbs.profile.tuner_run import WholeModel
 from vllm_afbs.serving.plan import plan_layer
-from vllm_afbs.tuning.allocation.budget import _mean_sparsity, _thresholds
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.levels import Levels
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from vllm_afbs.tuning.allocation.budget import Damage
 
 from tests.profiles import one_level, uniform_profile
 from vllm_afbs.profile.schema import Measurement
 from vllm_afbs.profile.tuner_run import Acceptance, BudgetRun, TextPart, WholeModel
-from vllm_afbs.tuning.allocation.budget import Damage
 from vllm_afbs.tuning.journal import Entry
 from vllm_afbs.tuning.report import _convergence, write_report
 from vllm_afbs.tuning.run import Captured

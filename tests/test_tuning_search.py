@@ -10,17 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from vllm_afbs.tuning.search.bayes import LayerOptimizer, Observation
+from vllm_afbs.tuning.search.refine import REFINE_STEPS, expected
 
 from benchmarks.tuner_arms.stages import WithoutBayes
 from vllm_afbs.captures import CALIBRATION, Capture, LayerTensors
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.journal import Journal, Steps
-from vllm_afbs.tuning.search.bayes import LayerOptimizer, Observation
 from vllm_afbs.tuning.search.bracket import MAX_DEPTH, START_SLOPE, TauSearch, depth_of, tau_of
 from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
 from vllm_afbs.tuning.search.explore import HEAD_GAIN, INITIAL_THETA_TRIALS, STEPS, Explorer
 from vllm_afbs.tuning.search.layer import LayerSearch
-from vllm_afbs.tuning.search.refine import REFINE_STEPS, expected
 from vllm_afbs.tuning.search.results import Attempt, Candidate, Explored, Refined, Trial
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.search.validation import HELD_OUT_SLACK, MIN_SPARSITY, validate

@@ -27,9 +27,9 @@ from vllm_afbs.errors import InputError
 from vllm_afbs.profile.schema import SCHEMA_VERSION
 
 FILE_NAME = "journal.jsonl"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever a line of the journal, or a step's result, changes its shape."""
-SEARCH_VERSION = 4
+SEARCH_VERSION = 5
 """Raised whenever the same settings lead the search elsewhere: a job ends as it was begun."""
 
 T = TypeVar("T")

@@ -19,19 +19,9 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_afbs.kernels import HeadThresholds
+from vllm_afbs.tuning.search.depth import MAX_DEPTH, MIN_DEPTH, SLOPES, depth_of, tau_of
 from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
 
-MAX_DEPTH = 9.0
-"""Depth is -log(1 - tau); this one is tau 0.9999, beyond which a head runs dense."""
-MIN_DEPTH = 0.05
-"""tau 0.05, which drops all but what is always kept on any model."""
-START_SLOPE = 0.8
-"""-d log(error) / d depth of a head that was not measured yet: the middle of what SmolLM2-135M's
-heads have at lengths to 8192, 0.5 to 1.2. It is only where the search begins: each head's own slope
-replaces it after two scores."""
-_SLOPES = (0.25, 2.5)
-"""Bounds of a measured slope, since a line through two close points can have any: about half and
-twice the range of SmolLM2-135M's heads."""
 _MAX_STEP = 2.0
 """Longest step outward in depth; chosen on SmolLM2-135M. A step that is too short is doubled."""
 _FIRST_REACH = 0.1
@@ -46,16 +36,6 @@ _AIM = 0.5 * math.log(_CLOSE)
 step that aimed at the tolerance would often land just above it and be lost."""
 _RAISE_STEPS = 8
 """Halvings of a depth when tau is raised; each needs only a selection."""
-
-
-def depth_of(tau: torch.Tensor) -> torch.Tensor:
-    """The scale that tau is searched on, on which log error is close to a line."""
-    return -torch.log1p(-tau.clamp_max(1 - 1e-6))
-
-
-def tau_of(depth: torch.Tensor) -> torch.Tensor:
-    """Inverse of ``depth_of``."""
-    return -torch.expm1(-depth)
 
 
 class AtTheta:
@@ -217,7 +197,7 @@ class TauSearch:
     def _learn_slope(self, log_error: torch.Tensor) -> None:
         measured = (self._last_error - log_error) / (self._depth - self._last)
         known = self._active & measured.isfinite()
-        self._slope = torch.where(known, measured.clamp(*_SLOPES), self._slope)
+        self._slope = torch.where(known, measured.clamp(*SLOPES), self._slope)
         # If no block came or went in between, the step goes farther, but no slope was learnt.
         self.slope = torch.where(known & (measured != 0.0), self._slope, self.slope)
         self._last = torch.where(self._active, self._depth, self._last)

@@ -22,21 +22,15 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
+from benchmarks.theta_tuner.bracket import AtTheta, TauSearch
+from benchmarks.theta_tuner.results import Attempt, Candidate, Explored, ThetaTrial, Trial
 from vllm_afbs.captures import CALIBRATION
-from vllm_afbs.tuning.search.bracket import (
-    MIN_DEPTH,
-    START_SLOPE,
-    AtTheta,
-    TauSearch,
-    depth_of,
-    tau_of,
-)
+from vllm_afbs.tuning.search.depth import MIN_DEPTH, START_SLOPE, depth_of, tau_of
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
-from vllm_afbs.tuning.search.results import Attempt, Candidate, Explored, ThetaTrial, Trial
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 
 if TYPE_CHECKING:
-    from vllm_afbs.tuning.search.bayes import LayerOptimizer
+    from benchmarks.theta_tuner.bayes import LayerOptimizer
 
 EXPLORE_Q_BLOCKS = 16
 """Query blocks scored while exploring, at every length: the number of rows is a fidelity, too.
@@ -182,7 +176,7 @@ class Explorer:
 
     def _optimizer(self) -> "LayerOptimizer":
         # Imported here: Ax takes seconds, and a job that is replayed may not need it.
-        from vllm_afbs.tuning.search.bayes import LayerOptimizer, Observation
+        from benchmarks.theta_tuner.bayes import LayerOptimizer, Observation
 
         without = [
             Observation(0.0, length, float(trial.sparsity.mean()))

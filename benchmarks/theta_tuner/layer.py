@@ -9,27 +9,21 @@
    off and, if that does not help, run dense; so do heads that would skip less than a tenth.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
-from vllm_afbs.captures import CALIBRATION, Capture
-from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.profile.schema import LayerProfile
-from vllm_afbs.tuning.journal import Steps
-from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS, Explorer
-from vllm_afbs.tuning.search.refine import REFINE_Q_BLOCKS, expected, refine, refine_tau
-from vllm_afbs.tuning.search.results import (
+from benchmarks.theta_tuner.explore import EXPLORE_Q_BLOCKS, Explorer
+from benchmarks.theta_tuner.refine import REFINE_Q_BLOCKS, refine
+from benchmarks.theta_tuner.results import (
     Explored,
-    LevelSparsities,
     Refined,
-    ShortestErrors,
     Validated,
 )
+from benchmarks.theta_tuner.validation import validate
+from vllm_afbs.captures import Capture
+from vllm_afbs.profile.schema import LayerLevel
+from vllm_afbs.tuning.journal import Steps
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.search.validation import validate
 
 # Shares of a layer's time, for the progress bar only.
 _EXPLORE_SHARE, _REFINE_SHARE, _VALIDATE_SHARE = 0.4, 0.2, 0.4
@@ -62,73 +56,15 @@ class LayerSearch:
         self._journal = journal
         self._on_progress = on_progress
 
-    def run(self, tolerance: float | None = None) -> LayerProfile:
-        """Runs or replays the three stages.
-
-        Args:
-            tolerance: The layer's own tolerance; None for the job's. With its own, stages 2 and 3
-                run again from where stage 2 ended with the job's.
-        """
-        explored = self._explore()
-        refined = self._refined(explored)
-        settings, suffix = self._settings, ""
-        if tolerance is not None:
-            settings, suffix = replace(settings, tolerance=tolerance), f" within {tolerance!r}"
-            start = expected(self._settings, self._scorer, explored, refined, tolerance)
-            refined = self._step(
-                f"refine{suffix}", Refined, lambda: refine_tau(settings, self._scorer, start)
-            )
+    def run(self) -> LayerLevel:
+        """Runs or replays the three stages."""
+        refined = self._refined(self._explore())
         self._on_progress(_REFINE_SHARE)
         validated = self._step(
-            f"validate{suffix}", Validated, lambda: self._validate(refined, settings)
+            "validate", Validated, lambda: self._validate(refined, self._settings)
         )
         self._on_progress(_VALIDATE_SHARE)
-        return LayerProfile(heads=list(validated.heads), tolerance=tolerance)
-
-    def sparsities(self, tolerances: Sequence[float]) -> Sequence[float]:
-        """What a layer that was run would skip at other tolerances, by the slopes of stage 2.
-
-        This reads selections and scores nothing.
-
-        Args:
-            tolerances: Relative L1 errors.
-
-        Returns:
-            Mean sparsity of the heads for each, at the longest length.
-        """
-        explored = self._explore()
-        refined = self._refined(explored)
-
-        def levels() -> LevelSparsities:
-            starts = [
-                expected(self._settings, self._scorer, explored, refined, tolerance)
-                for tolerance in tolerances
-            ]
-            return LevelSparsities(tuple(float(each.sparsity.mean()) for each in starts))
-
-        return self._step("levels", LevelSparsities, levels).sparsities
-
-    def at_shortest(self) -> tuple[HeadThresholds, torch.Tensor]:
-        """Thresholds near the tolerance at the shortest length, and what error they make there.
-
-        The final thresholds would not do: made for the longest length, they may drop nothing at a
-        short one.
-
-        Returns:
-            Thresholds without theta, from stage 1, and the error of each head, ``[num_heads]``.
-        """
-        length = self._settings.lengths[0]
-        explorer = self._explorer()
-        explorer.run()
-        thresholds = explorer.without_theta(length).thresholds
-        sparse = thresholds.tau < 1.0
-
-        def measure() -> ShortestErrors:
-            evaluator = self._scorer.evaluator(CALIBRATION, length, None)
-            scores = self._scorer.score(evaluator, thresholds, sparse)
-            return ShortestErrors(torch.where(sparse, scores.error, 0.0).float())
-
-        return thresholds, self._step("shortest", ShortestErrors, measure).error
+        return LayerLevel(heads=list(validated.heads))
 
     def _step(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
         return self._journal.step(f"layer {self._layer} {name}", kind, compute, self._scorer)

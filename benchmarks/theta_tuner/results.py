@@ -100,25 +100,3 @@ class Validated(Result):
     """
 
     heads: tuple[HeadProfile, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class LevelSparsities(Result):
-    """What a layer is expected to skip at several tolerances.
-
-    Attributes:
-        sparsities: Mean over heads, for each tolerance.
-    """
-
-    sparsities: tuple[float, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class ShortestErrors(Result):
-    """What the trial without theta does at the shortest length.
-
-    Attributes:
-        error: Relative L1, ``[num_heads]``, fp32; 0 where dense.
-    """
-
-    error: Float32

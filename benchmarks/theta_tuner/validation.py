@@ -6,22 +6,20 @@ the mean over the text's held-out windows, and each window has an equal part of 
 
 import torch
 
+from benchmarks.theta_tuner.results import Refined, Validated
 from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile, Measurement
-from vllm_afbs.tuning.search.bracket import depth_of, tau_of
+from vllm_afbs.tuning.search.bracket import MIN_SPARSITY
+from vllm_afbs.tuning.search.depth import depth_of, tau_of
 from vllm_afbs.tuning.search.evaluator import HeadScores
-from vllm_afbs.tuning.search.results import Refined, Validated
+from vllm_afbs.tuning.search.results import HELD_OUT_SLACK
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 from vllm_afbs.tuning.windows import by_text
 
-HELD_OUT_SLACK = 1.2
-"""Accepted held-out error, in units of the tolerance: a promise, not fitted to any model."""
 HELD_OUT_Q_BLOCKS = 32
 """Query blocks of a text that are scored, spread over its windows: as many as ``REFINE_Q_BLOCKS``,
 which was chosen on SmolLM2-135M, however long the context is."""
-MIN_SPARSITY = 0.1
-"""Heads that would skip less run dense: selection would cost more than it saves, on any model."""
 _BACK_OFFS = 4
 """Attempts to bring a head's held-out error down before it runs dense. On 135 heads of SmolLM2-135M
 and three tolerances, no head backed off too far."""

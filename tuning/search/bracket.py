@@ -192,4 +192,3 @@ def raised(evaluator: LayerEvaluator, depth: torch.Tensor) -> torch.Tensor:
 
 def _thresholds(tau: torch.Tensor) -> HeadThresholds:
     return HeadThresholds(tau, torch.full_like(tau, THETA_OFF))
-

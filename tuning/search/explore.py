@@ -53,9 +53,7 @@ def explore(
     """
     evaluator = scorer.evaluator(CALIBRATION, length, EXPLORE_Q_BLOCKS)
     start, slope = begin(settings, evaluator.num_heads, length, shorter)
-    search = CurveSearch(
-        [settings.tolerance], start, slope, most_sparsity(evaluator), _NEARNESS
-    )
+    search = CurveSearch([settings.tolerance], start, slope, most_sparsity(evaluator), _NEARNESS)
     curve = search.run(lambda tau: score_at(evaluator, tau), 1 if shorter else STEPS)
     scorer.count(evaluator, search.evaluations)
     return curve
@@ -77,7 +75,8 @@ def begin(
         return depth_of(tau), torch.full_like(tau, START_SLOPE)
     lengths = list(shorter)
     depths = [
-        curve.estimate(settings.tolerance).clamp(MIN_DEPTH, _HARD_DEPTH) for curve in shorter.values()
+        curve.estimate(settings.tolerance).clamp(MIN_DEPTH, _HARD_DEPTH)
+        for curve in shorter.values()
     ]
     slope = shorter[lengths[0]].slope()
     if len(lengths) == 1:

@@ -11,6 +11,7 @@ its sparsities are computed, which takes selections and no attention (``LayerSea
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -79,7 +80,7 @@ class LayerSearch:
             lengths[length] = self._step(
                 f"explore {length}",
                 Curve,
-                lambda length=length: explore(self._settings, self._scorer, length, lengths),
+                partial(explore, self._settings, self._scorer, length, dict(lengths)),
             )
         self._on_progress(_EXPLORE_SHARE)
         longest = self._step("curve", Curve, lambda: self._draw(lengths))
@@ -91,10 +92,14 @@ class LayerSearch:
         self._on_progress(_VALIDATE_SHARE)
         return LayerCurves(lengths, held_out, self._settings.tolerance)
 
-    def settled(self, tolerances: Sequence[float]) -> Settled:
+    def settled(self, tolerances: Sequence[float]) -> dict[float, tuple[HeadProfile, ...]]:
         """The heads' entries in the profile at some tolerances."""
-        name = "settle " + " ".join(repr(tolerance) for tolerance in tolerances)
-        return self._step(name, Settled, lambda: self._settle(tolerances))
+        curves = self.curves()
+        found = {}
+        for tolerance in tolerances:
+            settle = partial(self._settle, curves, tolerance)
+            found[tolerance] = self._step(f"settle {tolerance!r}", Settled, settle).heads
+        return found
 
     def _step(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
         return self._journal.step(f"layer {self._layer} {name}", kind, compute, self._scorer)
@@ -115,11 +120,7 @@ class LayerSearch:
         depths = tuple(raised(evaluator, depth) for depth in curve.depths)
         return Curve(depths, curve.errors, curve.sparsities)
 
-    def _settle(self, tolerances: Sequence[float]) -> Settled:
-        curves = self.curves()
-        return Settled(tuple(self._heads(curves, tolerance) for tolerance in tolerances))
-
-    def _heads(self, curves: LayerCurves, tolerance: float) -> tuple[HeadProfile, ...]:
+    def _settle(self, curves: LayerCurves, tolerance: float) -> Settled:
         depth = curves.depth(tolerance)
         errors = [curve.error_at(depth) for curve in curves.lengths.values()]
         # Measured points were raised when they were measured.
@@ -138,7 +139,7 @@ class LayerSearch:
             for window in windows
         ]
         validation = curves.held_out.error_at(depth), torch.stack(held_out).mean(dim=0)
-        return tuple(
+        heads = tuple(
             HeadProfile(
                 tau=float(tau[head]),
                 theta=THETA_OFF,
@@ -150,6 +151,7 @@ class LayerSearch:
             )
             for head in range(len(tau))
         )
+        return Settled(heads)
 
     def _longest(self) -> LayerEvaluator:
         return self._scorer.evaluator(CALIBRATION, self._settings.longest, CURVE_Q_BLOCKS)

@@ -67,9 +67,7 @@ class LayerCurves:
             deeper = text.measured(accepts) if is_measured else text.read(accepts)
             above = text.error_at(depth) > accepts
             depth = torch.where(above, torch.maximum(depth, deeper), depth)
-        least = torch.minimum(
-            self.longest.sparsity_at(depth), self.held_out.sparsity_at(depth)
-        )
+        least = torch.minimum(self.longest.sparsity_at(depth), self.held_out.sparsity_at(depth))
         # In fp32: a tenth is 1 - 0.9, which is less than 0.1 in fp64.
         return torch.where(least.float() >= MIN_SPARSITY, depth, torch.inf)
 
@@ -97,13 +95,13 @@ class LayerCurves:
 
 @dataclass(frozen=True, eq=False)
 class Settled(Result):
-    """A layer's heads at several tolerances, as the profile has them.
+    """A layer's heads at one tolerance.
 
     Attributes:
-        levels: The heads at each tolerance.
+        heads: Their entries in the profile.
     """
 
-    levels: tuple[tuple[HeadProfile, ...], ...]
+    heads: tuple[HeadProfile, ...]
 
 
 def _thresholds(depth: torch.Tensor) -> HeadThresholds:

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -107,6 +108,23 @@ def fastest_kernel(
     device = _seconds_per_score(card, head_dim, _half_octaves(kv_len), round(density, 2))
     host = measurements()[card].host_seconds
     return min(host, key=lambda kernel: device[kernel] * num_scores + host[kernel])
+
+
+def prefill_seconds(card: str, head_dim: int, num_heads: int, kv_len: int, density: float) -> float:
+    """Predicts what one layer's prefill of a whole prompt takes the fastest kernel, host included.
+
+    Args:
+        card: The kind of card, which was measured.
+        head_dim: Size of a head.
+        num_heads: Query heads.
+        kv_len: Tokens of the prompt.
+        density: Share of the causal block products that is computed, in (0, 1]; 1 is dense.
+    """
+    num_scores = num_heads * kv_len * (kv_len + 1) / 2
+    device = _seconds_per_score(card, head_dim, _half_octaves(kv_len), round(density, 3))
+    host = measurements()[card].host_seconds
+    kernels: Sequence[KernelChoice] = ["dense"] if density >= 1.0 else list(host)
+    return min(device[kernel] * num_scores + host[kernel] for kernel in kernels)
 
 
 def dense_seconds(card: str, head_dim: int, kv_len: int, num_scores: int) -> float:
