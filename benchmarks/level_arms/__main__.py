@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         str(args.model or assets.model_dir),
         sorted(args.lengths),
         args.tolerance,
+        args.block,
         args.unseen,
         max(args.seeds) + 1,
     )
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in args.seeds:
             for domain in read_domains(args.texts, assets):
                 taken.append(sample(plan, domain, seed, names, work))
-                rows = rows_of(taken, f"{len(taken)} samples-L{plan.lengths[-1]}")
+                rows = rows_of(
+                    taken, f"{len(taken)} samples-L{plan.lengths[-1]}-blocks of {plan.block}"
+                )
                 if args.output:
                     write_rows(args.output, rows)
     print_summary(taken)
@@ -103,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="a checkpoint (default: the demo's)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--block", type=int, default=128, help="rows and keys of a block")
     parser.add_argument("--unseen", type=int, default=3, help="windows that no arm has seen")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add_texts(parser)

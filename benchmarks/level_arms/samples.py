@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.domains import Domain
 from benchmarks.level_arms.arms import ARMS, USES_DAMAGE, ArmLevel, Job
-from benchmarks.tuner_arms.samples import BLOCK, begun_at
+from benchmarks.tuner_arms.samples import begun_at
 from vllm_afbs.cost_models import CpuCost
 from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.source import open_model
@@ -42,6 +42,7 @@ class Plan:
         model: The model's directory.
         lengths: As in ``SearchSettings``.
         tolerance: Likewise.
+        block: Sides of a block.
         unseen: Windows of the measured text.
         seeds: Samples of each text.
     """
@@ -49,6 +50,7 @@ class Plan:
     model: str
     lengths: list[int]
     tolerance: float
+    block: int
     unseen: int
     seeds: int
 
@@ -85,7 +87,7 @@ def sample(
         names: The arms; *one tolerance* sets the reference and has to be the first.
         work: Folder of the journal and the captures.
     """
-    settings = SearchSettings(plan.lengths, plan.tolerance, BLOCK, BLOCK, seed)
+    settings = SearchSettings(plan.lengths, plan.tolerance, plan.block, plan.block, seed)
     folder = work / f"{domain.name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     header = {**asdict(plan), "texts": [domain.calibration.name, domain.measured.name]}
@@ -101,7 +103,7 @@ def sample(
     shape, figures = model.fingerprint, {}
     with torch.inference_mode():
         curves = LayerSearches(settings, layers, taken, journal, _Silent()).curves()
-        sparse_model = engine.sparse_model(BLOCK, BLOCK)
+        sparse_model = engine.sparse_model(plan.block, plan.block)
         runs = CountedRuns(lambda: sparse_model, windows, journal, lambda: None)
         runs.asked = set()
         damage = measured_damage(runs, curves, settings.lengths[0])

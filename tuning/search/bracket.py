@@ -33,9 +33,9 @@ _FIRST_REACH = 0.1
 """Shortest first step outward in depth: where error is flat in depth, the secant creeps."""
 _RAISE_STEPS = 8
 """Halvings of a depth when tau is raised; each needs only a selection."""
-_NEAR = 0.6
+_NEAR = 0.5
 """``CLOSE`` of all tolerances but the first: the line between points reads what is nearer. Chosen
-on SmolLM2-135M: with ``CLOSE``, a head takes four more scores."""
+on SmolLM2-135M: with ``CLOSE``, a head takes five more scores."""
 MIN_SPARSITY = 0.1
 """Heads that would skip less run dense: selection would cost more than it saves, on any model."""
 

@@ -40,8 +40,9 @@ FACTORS = (1.0, 2.0, 4.0, 0.5, 0.25)
 begins beside one that was searched before."""
 CURVE_Q_BLOCKS = 32
 """Query blocks scored at the longest length; chosen on SmolLM2-135M at lengths to 8192."""
-CURVE_STEPS = 12
-"""Scores of a head at most; heads whose error falls in steps need most of them."""
+CURVE_STEPS = 9
+"""Scores of a head at most, so that a head takes 16 evaluations in all; heads whose error falls in
+steps need most of them, and may end without the tightest tolerances."""
 # Shares of a layer's time, for the progress bar only.
 _EXPLORE_SHARE, _CURVE_SHARE, _VALIDATE_SHARE = 0.2, 0.4, 0.4
 
@@ -90,7 +91,9 @@ class LayerSearch:
         validation = Validation(self._settings, self._scorer, longest)
         held_out = self._step("held out", HeldOut, lambda: validation.run(ends))
         self._on_progress(_VALIDATE_SHARE)
-        return LayerCurves(lengths, held_out, self._settings.tolerance)
+        tolerance = self._settings.tolerance
+        searched = tuple(tolerance * factor for factor in FACTORS)
+        return LayerCurves(lengths, held_out, tolerance, searched)
 
     def settled(self, tolerances: Sequence[float]) -> dict[float, tuple[HeadProfile, ...]]:
         """The heads' entries in the profile at some tolerances."""

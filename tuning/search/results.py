@@ -41,12 +41,14 @@ class LayerCurves:
     Attributes:
         lengths: The calibration text's curve at each length, shortest first.
         held_out: Those of held-out text.
-        tolerance: The job's: the one that every head was measured at on held-out text, too.
+        tolerance: The job's: the one that every head was settled at on held-out text, too.
+        searched: The tolerances that the calibration text's curve was searched for.
     """
 
     lengths: dict[int, Curve]
     held_out: HeldOut
     tolerance: float
+    searched: tuple[float, ...]
 
     @property
     def longest(self) -> Curve:
@@ -57,14 +59,15 @@ class LayerCurves:
         """Each head's depth at a tolerance, ``[num_heads]``; infinite where it runs dense.
 
         Within the tolerance on the calibration text, and within ``HELD_OUT_SLACK`` times as much on
-        every held-out text. At the job's tolerance both were measured; at others they are read off
-        the curves.
+        every held-out text. At a tolerance that was searched for, the former was measured, and at
+        the job's the latter, too. All else is read off the curves.
         """
         accepts = HELD_OUT_SLACK * tolerance
-        is_measured = tolerance == self.tolerance
-        depth = self.longest.measured(tolerance) if is_measured else self.longest.read(tolerance)
+        was_searched, was_settled = tolerance in self.searched, tolerance == self.tolerance
+        longest = self.longest
+        depth = longest.measured(tolerance) if was_searched else longest.read(tolerance)
         for text in self.held_out.texts:
-            deeper = text.measured(accepts) if is_measured else text.read(accepts)
+            deeper = text.measured(accepts) if was_settled else text.read(accepts)
             above = text.error_at(depth) > accepts
             depth = torch.where(above, torch.maximum(depth, deeper), depth)
         least = torch.minimum(self.longest.sparsity_at(depth), self.held_out.sparsity_at(depth))
