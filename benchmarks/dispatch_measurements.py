@@ -25,14 +25,18 @@ def update_measurements(
     host_seconds: Mapping[KernelChoice, float],
     rows: Sequence[Measurement],
 ) -> Measurements:
-    """Replaces the host's part, and all rows of the head sizes that were measured anew.
+    """Replaces all rows of the head sizes and variants that were measured anew.
+
+    The host's part is that of the plain layer, or of the first variant that was measured.
 
     Args:
         known: The measurements of this kind of card so far; None if there are none.
         host_seconds: What issuing a layer's prefill takes the host, by kernel.
         rows: The new rows.
     """
-    sizes = {row.head_dim for row in rows}
-    rows_so_far = () if known is None else known.rows
-    kept = (row for row in rows_so_far if row.head_dim not in sizes)
-    return Measurements(dict(host_seconds), (*kept, *rows))
+    if known is None:
+        return Measurements(dict(host_seconds), tuple(rows))
+    kinds = {(row.head_dim, row.variant) for row in rows}
+    kept = (row for row in known.rows if (row.head_dim, row.variant) not in kinds)
+    is_plain = any(not row.variant for row in rows)
+    return Measurements(dict(host_seconds) if is_plain else known.host_seconds, (*kept, *rows))

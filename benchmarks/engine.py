@@ -61,6 +61,8 @@ class Job:
         settings: Settings of afbs in ``additional_config``.
         speculative: vLLM's ``speculative_config``; None to decode token by token.
         page_size: Tokens of a page of the KV cache; the backend's own default if None.
+        kv_cache_dtype: Type of the KV cache, as vLLM names it.
+        without_experts: Whether the model has Qwen3-Next's class and no experts, as Qwen3.5 has.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     speculative: dict[str, Any] | None = None
     page_size: int | None = None
+    kv_cache_dtype: str = "auto"
+    without_experts: bool = False
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -85,7 +89,8 @@ def run_job(job: Job) -> dict[str, Any]:
     Returns:
         ``first_token_seconds``: per prompt length, the samples; ``decode_seconds``: per decode,
         seconds per token; ``answers``: per prompt, ``token_ids`` and ``next_token``, the
-        likeliest first tokens' probabilities; ``block_products``: ``computed`` and ``skipped``.
+        likeliest first tokens' probabilities; ``block_products``: ``computed`` and ``skipped``;
+        ``sparse_layers``: how many layers skipped some.
 
     Raises:
         RuntimeError: The engine failed; the message ends with its log.
@@ -121,7 +126,10 @@ class Engine:
         self._job = job
         if job.way is not None:
             _dispatch_to(job.way)
+        if job.without_experts:
+            allow_no_experts()
         decode_sizes = sorted({each.batch for each in job.decodes}) or [1]
+        decodes = bool(job.decodes or job.num_answer_tokens)
         drafts = job.speculative["num_speculative_tokens"] if job.speculative else 0
         self.llm = LLM(
             model=job.model,
@@ -134,12 +142,14 @@ class Engine:
             enable_prefix_caching=False,
             attention_config={"backend": job.backend},
             block_size=job.page_size,
+            kv_cache_dtype=job.kv_cache_dtype,
             speculative_config=job.speculative,
-            additional_config={"afbs": job.settings} if job.settings else {},
+            # FlashInfer's kernel for linear attention would be compiled at the first prompt.
+            additional_config={"afbs": job.settings, "gdn_prefill_backend": "triton"},
             # Prefills run eagerly, decodes from graphs; nothing waits for a compiler.
             compilation_config={
                 "mode": 0,
-                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_mode": "FULL_DECODE_ONLY" if decodes else "NONE",
                 "cudagraph_capture_sizes": [size * (1 + drafts) for size in decode_sizes],
             },
         )
@@ -216,28 +226,53 @@ def _dispatch_to(way: str) -> None:
     vars(backend)["fastest_kernel"] = lambda *_: way
 
 
+def allow_no_experts() -> None:
+    """Lets vLLM's class of Qwen3-Next have no layer with experts."""
+    from vllm.model_executor.models import qwen3_next
+
+    vars(qwen3_next)["Qwen3NextForCausalLM"].set_moe_parameters = _nothing
+
+
+def _nothing(_: object) -> None:
+    """Replaces a method."""
+
+
+FLAT = 2.0**-7
+"""Scale of normalised queries. It makes all scores nearly equal, whatever tokens have in common."""
+
+
 def _draw_weights(model: Any) -> None:
     """Draws weights that give a trained model's activations; dummy weights make all scores zero."""
     import torch
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.fill_(1.0)
-        else:
-            parameter.data.normal_(0.0, 0.02, generator=generator)
+    generators: dict[Any, torch.Generator] = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        for parameter in module.parameters(recurse=False):
+            device = parameter.device
+            generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
+            if "Norm" in kind:
+                scale = FLAT if name.endswith("q_norm") else 1.0
+                # Gemma's norms, which Qwen3-Next has as well, scale by 1 + weight.
+                parameter.data.fill_(scale - 1.0 if kind.startswith("Gemma") else scale)
+            else:
+                parameter.data.normal_(0.0, 0.02, generator=generator)
 
 
-def _block_products() -> dict[str, float]:
+def _products() -> dict[str, Any]:
+    """The block products so far, and how many layers skipped some."""
     from prometheus_client import REGISTRY
 
     time.sleep(1.0)  # the reporting thread follows the device
     totals = {"computed": 0.0, "skipped": 0.0}
+    layers = set()
     for metric in REGISTRY.collect():
         for sample in metric.samples:
             if sample.name == "vllm_afbs_block_products_total":
                 totals[sample.labels["outcome"]] += sample.value
-    return totals
+                if sample.labels["outcome"] == "skipped" and sample.value:
+                    layers.add(sample.labels["layer"])
+    return {"block_products": totals, "sparse_layers": len(layers)}
 
 
 def main() -> None:
@@ -249,7 +284,7 @@ def main() -> None:
     engine = Engine(job)
     result = {
         "first_token_seconds": engine.first_token_seconds(),
-        "block_products": _block_products(),
+        **_products(),
         "decode_seconds": engine.decode_seconds(),
         "answers": engine.answers(),
     }

@@ -31,6 +31,7 @@ from vllm_afbs.backends.cuda.dispatch import (
     KernelChoice,
     Measurement,
     Measurements,
+    variant_name,
 )
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
@@ -54,7 +55,11 @@ DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 SELECTED_DENSITIES = (0.2, 0.1)
 PAGE_SIZE = BLOCK = 128
 HOST_CALLS = 20
-MAX_RELATIVE_L1 = 5e-3  # twice what either kernel shows against fp64 in bf16
+MAX_RELATIVE_L1 = {"auto": 5e-3, "fp8": 0.0625}
+"""By the type of the cache: twice what either kernel shows against fp64 in bf16, and half of FP8's
+own precision, to which FlashAttention rounds probabilities."""
+FP8_SCALE = 1 / 32
+"""What FP8 queries, keys and values are multiplied by; the largest of them stay below 448."""
 
 
 class Case:
@@ -72,9 +77,12 @@ class Case:
         head_dim: int,
         structured: bool,
         version: int = 3,
+        kv_cache_dtype: str = "auto",
+        has_sinks: bool = False,
     ) -> None:
         """Fills a cache of vLLM's default layout; ``version`` is FlashAttention's."""
         self.version = version
+        self.kv_cache_dtype = kv_cache_dtype
         num_pages = length // PAGE_SIZE
         shape = (num_pages, PAGE_SIZE, num_kv_heads, 2 * head_dim)
         cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
@@ -90,10 +98,16 @@ class Case:
         self.scale = head_dim**-0.5
         self.geometry = BlockGeometry(length, length, BLOCK, BLOCK)
         blocks = cut_query_blocks([PrefillRequest(0, 0, self.geometry)], torch.device("cuda"))
-        key, value = cache.split(head_dim, dim=-1)
-        self.step = StepInputs(query, key, value, self.pages[None], blocks)
-        self.starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
         self.output = torch.empty_like(query)
+        scales = None
+        if kv_cache_dtype == "fp8":
+            # vLLM gives FlashAttention 3 queries in FP8 as well.
+            query, cache = ((x / FP8_SCALE).to(torch.float8_e4m3fn) for x in (query, cache))
+            scales = torch.full((3, num_kv_heads), FP8_SCALE, device="cuda")
+        sinks = torch.randn(num_heads, device="cuda").bfloat16() if has_sinks else None
+        key, value = cache.split(head_dim, dim=-1)
+        self.step = StepInputs(query, key, value, self.pages[None], blocks, sinks, scales)
+        self.starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
         self.num_kept = torch.zeros(num_heads, dtype=torch.int64, device="cuda")
         self.num_blocks = num_heads * blocks.num_visible
 
@@ -111,11 +125,17 @@ class Case:
     def dense(self) -> None:
         """Runs FlashAttention on the whole prompt, as vLLM's FLASH_ATTN does."""
         length, starts = len(self.step.query), self.starts
+        more: dict[str, torch.Tensor] = {}
+        if self.step.sinks is not None:
+            more["s_aux"] = self.step.sinks
+        if self.step.scales is not None:
+            names = ("q_descale", "k_descale", "v_descale")
+            more |= {name: scale[None] for name, scale in zip(names, self.step.scales, strict=True)}
         self._flash_attention(
             self.step.query, self.step.key_cache, self.step.value_cache, out=self.output,
             cu_seqlens_q=starts, max_seqlen_q=length, seqused_k=starts[1:], max_seqlen_k=length,
             softmax_scale=self.scale, causal=True, block_table=self.step.block_table,
-            fa_version=self.version,
+            fa_version=self.version, **more,
         )  # fmt: skip
 
     def run(self, way: SparsePrefill, replaced: Any) -> None:
@@ -226,7 +246,7 @@ def _check_agreement(case: Case, functions: dict[str, Callable[[], object]]) -> 
     case.output.zero_()
     functions["triton"]()
     error = float((case.output - by_tiles).abs().sum() / by_tiles.abs().sum())
-    if not error <= MAX_RELATIVE_L1:
+    if not error <= MAX_RELATIVE_L1[case.kv_cache_dtype]:
         raise RuntimeError(f"FA3 tiles and Triton differ by {error:.2e} (relative L1)")
 
 
@@ -235,29 +255,42 @@ def main() -> None:
     parser = layer_parser(__doc__, 32, 8, 128)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--flash-attention-version", type=int, default=3, help="default: 3")
+    parser.add_argument("--kv-cache-dtype", choices=MAX_RELATIVE_L1, default="auto")
+    parser.add_argument("--sinks", action="store_true", help="give every head a sink")
     parser.add_argument(
-        "--dispatch", type=Path, help="JSON of the dispatcher, whose rows of this head size to set"
+        "--dispatch",
+        type=Path,
+        help="JSON of the dispatcher, whose rows of this head size, cache and sinks to set",
     )
     args = parser.parse_args()
+    variant = variant_name(args.kv_cache_dtype == "fp8", args.sinks)
+    if variant and args.flash_attention_version != 3:
+        parser.error("--kv-cache-dtype fp8 and --sinks: --flash-attention-version 3 expected")
     torch.manual_seed(0)
     rows: list[Row] = []
     measured = []
     for length in args.lengths:
         version = args.flash_attention_version
         shape = f"L{length}-H{args.num_heads}/{args.num_kv_heads}-D{args.head_dim}"
-        arguments = (length, args.num_heads, args.num_kv_heads, args.head_dim)
-        case = Case(*arguments, structured=False, version=version)
+        shape += f"-{variant}" if variant else ""
+        make_case = functools.partial(
+            Case, length, args.num_heads, args.num_kv_heads, args.head_dim,
+            version=version, kv_cache_dtype=args.kv_cache_dtype, has_sinks=args.sinks,
+        )  # fmt: skip
+        case = make_case(structured=False)
         for density in DENSITIES:
             reached, blocks = case.random(density)
             name = f"{shape}-density{reached:.3f}"
             more, medians = measure(case, 0.9, blocks, name, args.rounds)
             rows += more
-            measured.append(Measurement(args.head_dim, args.num_heads, length, reached, medians))
+            measured.append(
+                Measurement(args.head_dim, args.num_heads, length, reached, medians, variant)
+            )
         if length == min(args.lengths):
             more, host_seconds = measure_host(case, args.rounds)
             rows += more
         del case, blocks
-        case = Case(*arguments, structured=True, version=version)
+        case = make_case(structured=True)
         for density in SELECTED_DENSITIES:
             tau = case.tau_for(density)
             name = f"{shape}-density{case.density(tau):.3f}-selected"

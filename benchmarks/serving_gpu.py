@@ -13,6 +13,8 @@ default of afbs and make FLASH_ATTN faster on long prompts. Every speed-up is ov
 import json
 import random
 import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,42 +52,65 @@ BASELINES: dict[str, int | None] = {"FLASH_ATTN": None, "FLASH_ATTN, pages of 12
 DECODES = (Decode(1, 4096), Decode(8, 4096))
 
 
-def jobs(folder: Path, longest: int, rounds: int, densities: list[float]) -> list[Job]:
-    """The engines to compare, the baselines first."""
-    """Makes the jobs of the engines to compare; the first is the baseline."""
+def jobs(
+    folder: Path,
+    lengths: Sequence[int],
+    rounds: int,
+    densities: Sequence[float],
+    kv_cache_dtype: str = "auto",
+    decodes: Sequence[Decode] = DECODES,
+) -> list[Job]:
+    """The engines to compare, the baselines first.
+
+    Args:
+        folder: Where the model's configuration and the profiles are written.
+        lengths: Tokens of the prompts.
+        rounds: Measurements of each prompt.
+        densities: Shares of the blocks that afbs keeps, an engine for each.
+        kv_cache_dtype: Type of the KV cache, of every engine.
+        decodes: Batches whose time per token is measured.
+    """
     from transformers import AutoConfig
 
     (folder / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(folder))
-    draw = random.Random(0)
-    prompts = {
-        length: [draw.randrange(10, LLAMA_8B["vocab_size"]) for _ in range(length)]
-        for length in (*SHORT, *LONG)
-        if length <= longest
-    }
+    longest = max(lengths)
+    prompts = random_prompts(lengths, LLAMA_8B["vocab_size"])
     everything = list(prompts.values())
 
     def job(name: str, backend: str, chosen: list[list[int]], **more: Any) -> Job:
-        return Job(name, backend, str(folder), True, longest + 256, chosen, rounds, **more)
+        max_model_len = max(longest, *(each.prompt_len for each in decodes), 0) + 256
+        return Job(
+            name, backend, str(folder), True, max_model_len, chosen, rounds,
+            kv_cache_dtype=kv_cache_dtype, **more,
+        )  # fmt: skip
 
     short = [prompt for length, prompt in prompts.items() if length < SPARSE_FROM]
     up_to_32k = [prompt for length, prompt in prompts.items() if SPARSE_FROM <= length <= 32768]
     engines = [
-        job(name, "FLASH_ATTN", everything, decodes=list(DECODES), page_size=page_size)
+        job(name, "FLASH_ATTN", everything, decodes=list(decodes), page_size=page_size)
         for name, page_size in BASELINES.items()
     ]
     for density in densities:
         path = folder / f"tau{density}.json"
-        lengths = sorted({SPARSE_FROM, longest})
-        profile = uniform_profile(fingerprint, density, 1 - density, lengths)
+        calibrated = sorted({SPARSE_FROM, longest})
+        profile = uniform_profile(fingerprint, density, 1 - density, calibrated)
         write_atomically(path, profile.to_json())
         name = f"afbs tau={density}"
         engines.append(
-            job(name, "AFBS", everything, decodes=list(DECODES), profile=str(path))
+            job(name, "AFBS", everything, decodes=list(decodes), profile=str(path))
         )  # fmt: skip
-    engines.append(job("afbs, no profile", "AFBS", short, decodes=list(DECODES)))
-    engines.append(job("TRITON_ATTN", "TRITON_ATTN", up_to_32k))
+    if short or decodes:
+        engines.append(job("afbs, no profile", "AFBS", short, decodes=list(decodes)))
+    if up_to_32k:
+        engines.append(job("TRITON_ATTN", "TRITON_ATTN", up_to_32k))
     return engines
+
+
+def random_prompts(lengths: Iterable[int], vocab_size: int) -> dict[int, list[int]]:
+    """A prompt of random tokens for each length; always the same."""
+    draw = random.Random(0)
+    return {length: [draw.randrange(10, vocab_size) for _ in range(length)] for length in lengths}
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
@@ -115,20 +140,28 @@ def main() -> None:
     """Runs the benchmark."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--longest", type=int, default=LONG[-1], help="tokens of the longest prompt"
-    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=(*SHORT, *LONG))
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
     parser.add_argument("--engines", nargs="+", help="run only these engines, by name")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of every engine")
+    parser.add_argument("--prefill-only", action="store_true", help="leave out decodes")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for job in jobs(Path(folder), args.longest, args.rounds, args.densities):
+        decodes = () if args.prefill_only else DECODES
+        engines = jobs(
+            Path(folder), args.lengths, args.rounds, args.densities, args.kv_cache_dtype, decodes
+        )
+        for job in engines:
             if args.engines and job.name not in args.engines:
                 continue
             results[job.name] = run_job(job)
+            rows = rows_of(results)
+            if args.kv_cache_dtype != "auto":
+                cache = f"{args.kv_cache_dtype} KV cache"
+                rows = [replace(row, shape=f"{row.shape}, {cache}") for row in rows]
             # Written after each engine, so that what was measured outlives a failure.
-            report_rows(rows_of(results), args.output)
+            report_rows(rows, args.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Which kernel the dispatcher chooses by the measurements in the repository."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,40 @@ def test_repository_measurements_tell_small_models_from_large(
 ) -> None:
     kernel = fastest_kernel(CARD, head_dim, kv_len, density, num_heads * kv_len**2 // 2)
     assert (kernel == "dense") is dense
+
+
+def test_variants_are_chosen_by_their_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_fp8(density: float, *seconds: float) -> Measurement:
+        return dataclasses.replace(row(128, 8192, density, *seconds), variant="fp8")
+
+    # Dense attention gains more from FP8 than tiles do.
+    rows = (*MADE_UP.rows, in_fp8(1.0, 0.5, 0.9, 2.0), in_fp8(0.1, 0.5, 0.15, 0.4))
+    known = {CARD: Measurements(HOST_SECONDS, rows)}
+    monkeypatch.setattr(dispatch, "measurements", lambda: known)
+    dispatch._seconds_per_score.cache_clear()
+    num_scores = 4 * 8192**2 // 2
+    for variant, kernel in (("", "tiles"), ("fp8", "dense"), ("sinks", "tiles")):
+        assert fastest_kernel(CARD, 128, 8192, 0.6, num_scores, variant) == kernel
+    for variant, seconds in (("", 1.0), ("fp8", 0.5), ("sinks", 1.0)):
+        found = dispatch.dense_seconds(CARD, 128, 8192, num_scores, variant)
+        assert found == pytest.approx(seconds, rel=1e-3)
+    dispatch._seconds_per_score.cache_clear()
+
+
+def test_variants_are_named_by_what_the_layer_has() -> None:
+    names = [dispatch.variant_name(*has) for has in itertools.product([False, True], repeat=2)]
+    assert names == ["", "sinks", "fp8", "fp8-sinks"]
+
+
+def test_updating_a_variant_leaves_the_plain_layer(tmp_path: Path) -> None:
+    new = dataclasses.replace(row(64, 32768, 0.5, 1.0, 2.0, 3.0), variant="sinks")
+    updated = update_measurements(MADE_UP, HOST_SECONDS | {"tiles": 0.4}, [new])
+    assert updated == Measurements(HOST_SECONDS, (*MADE_UP.rows, new))
+    path = tmp_path / "measured.json"
+    write_measurements(path, {CARD: updated})
+    assert Measurements.read(path) == {CARD: updated}
+    again = dataclasses.replace(new, density=0.2)
+    assert update_measurements(updated, HOST_SECONDS, [again]).rows == (*MADE_UP.rows, again)
 
 
 def test_updating_replaces_only_the_measured_head_sizes(tmp_path: Path) -> None:

@@ -280,6 +280,27 @@ def test_arguments_that_mean_nothing_here_are_named(model: Path) -> None:
     assert not arguments.enable_lora
 
 
+def test_steps_are_as_large_as_a_servers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM chooses other sizes for other callers, and small ones where nobody says who calls."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_afbs.check.layers import parse_serve_arguments, server_config
+    from vllm_afbs.engine.host import Host
+
+    serving = UsageContext.OPENAI_API_SERVER
+    monkeypatch.setattr(
+        EngineArgs, "get_batch_defaults", lambda *_: ({serving: 1536}, {serving: 24})
+    )
+    host = Host()
+    host.describe([str(model)])
+    checked = server_config(parse_serve_arguments([str(model), "--attention-backend", "AFBS"]))
+    for config in (host._config, host._arguments, checked):
+        scheduler = getattr(config, "scheduler_config", config)
+        assert scheduler.max_num_batched_tokens == 1536
+        assert scheduler.max_num_seqs == 24
+
+
 def test_a_process_that_dies_is_one_line(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

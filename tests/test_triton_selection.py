@@ -88,7 +88,8 @@ def check_packing(batch: Batch) -> None:
     unpack_output(packed, output, batch.blocks)
     for request in batch.blocks.requests:
         assert torch.equal(output[request.rows], batch.query[request.rows])
-        assert not output[request.first_row - GAP : request.first_row].any()
+        # torch has no ``any`` of FP8 on GPUs.
+        assert not output[request.first_row - GAP : request.first_row].float().any()
 
 
 def check_attention(batch: Batch, thresholds: HeadThresholds) -> None:

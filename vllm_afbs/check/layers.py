@@ -92,11 +92,15 @@ def server_config(options: "Namespace") -> "VllmConfig":
         RefusedError: vLLM or our admission refuses what was given.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
     check_directory(options.model)
     try:
         with refusals_of_vllm():
-            config: VllmConfig = AsyncEngineArgs.from_cli_args(options).create_engine_config()
+            arguments = AsyncEngineArgs.from_cli_args(options)
+            # By this vLLM chooses the sizes of steps that the user did not give.
+            context = UsageContext.OPENAI_API_SERVER
+            config: VllmConfig = arguments.create_engine_config(context)
     except SystemExit as error:  # admission's one line
         raise RefusedError(str(error.code).removeprefix("vllm-afbs: ")) from None
     return config

@@ -1,6 +1,7 @@
 """A model that vLLM runs: the tuner's ``Model`` and ``Engine``."""
 
 import hashlib
+import importlib
 import os
 import sys
 import tempfile
@@ -91,8 +92,11 @@ class VllmEngine:
         os.close(descriptor)
         self._log_file = Path(log_file)
         try:
+            process = self._running()
+            # That takes seconds, in which the process imports vLLM.
+            importlib.import_module("transformers.models.auto.tokenization_auto")
             described = self._described = Description(
-                **self._running().call("describe", arguments=self._arguments)
+                **process.call("describe", arguments=self._arguments)
             )
             self._checkpoint = find_checkpoint(described.model, described.revision)
         except BaseException as error:

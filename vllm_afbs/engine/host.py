@@ -43,10 +43,14 @@ class Host:
         Args:
             arguments: What ``vllm serve`` would be given.
         """
+        from vllm.usage.usage_lib import UsageContext
+
         from vllm_afbs.engine.arguments import parse
 
         self._arguments, unused = parse(arguments)
-        config = self._config = self._arguments.create_engine_config()
+        # vLLM keeps in the arguments what it chooses, such as the size of a step: a server's.
+        context = UsageContext.OPENAI_API_SERVER
+        config = self._config = self._arguments.create_engine_config(context)
         model = config.model_config
         return {
             "unused": unused,

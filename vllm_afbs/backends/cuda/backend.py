@@ -13,7 +13,12 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from vllm_afbs import compat
 from vllm_afbs.backends.cuda.card import Card
-from vllm_afbs.backends.cuda.dispatch import KernelChoice, dense_seconds, fastest_kernel
+from vllm_afbs.backends.cuda.dispatch import (
+    KernelChoice,
+    dense_seconds,
+    fastest_kernel,
+    variant_name,
+)
 from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
 from vllm_afbs.backends.cuda.kv_cache import FP8_DTYPES, is_readable, step_inputs
 from vllm_afbs.backends.cuda.metadata import AfbsCUDAMetadata, ServedLayer
@@ -189,6 +194,11 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         """Keys that a row sees, itself included; below 1 for all."""
         return int(self.sliding_window[0]) + 1  # FlashAttention counts the keys before a row
 
+    @property
+    def variant(self) -> str:
+        """What changes the layer's times besides its shape, as in ``measured.json``."""
+        return variant_name(self.kv_cache_dtype in FP8_DTYPES, self.sinks is not None)
+
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
         """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
@@ -310,9 +320,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
     def _dense_seconds(self, blocks: QueryBlocks) -> float:
         """Estimates what dense attention of the long prefills would take."""
         kv_len = blocks.requests[0].geometry.kv_len
-        return dense_seconds(
-            self.card.name, self.head_size, kv_len, self.num_heads * blocks.num_scores
-        )
+        num_scores = self.num_heads * blocks.num_scores
+        return dense_seconds(self.card.name, self.head_size, kv_len, num_scores, self.variant)
 
     def _choose_prefill(
         self,
@@ -330,7 +339,9 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - served.plan.expected_sparsity(kv_len)
         num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
-        kernel = fastest_kernel(self.card.name, self.head_size, kv_len, density, num_scores)
+        kernel = fastest_kernel(
+            self.card.name, self.head_size, kv_len, density, num_scores, self.variant
+        )
         if kernel == "dense":
             if not served.always_sparse:
                 return None, "dense_is_faster"

@@ -39,6 +39,7 @@ class Measurement:
         kv_len: Tokens of the prompt.
         density: Share of the causal block products that is computed.
         seconds: Median by kernel.
+        variant: What else the layer had; see ``variant_name``.
     """
 
     head_dim: int
@@ -46,6 +47,17 @@ class Measurement:
     kv_len: int
     density: float
     seconds: dict[KernelChoice, float]
+    variant: str = ""
+
+
+def variant_name(is_fp8: bool, has_sinks: bool) -> str:
+    """Names what changes a layer's times besides its shape; empty if nothing does.
+
+    Args:
+        is_fp8: Whether queries, keys and values are in FP8.
+        has_sinks: Whether heads have sinks.
+    """
+    return "-".join(name for name, holds in {"fp8": is_fp8, "sinks": has_sinks}.items() if holds)
 
 
 @dataclass(frozen=True)
@@ -91,12 +103,13 @@ def is_measured(card: str) -> bool:
 
 
 def fastest_kernel(
-    card: str, head_dim: int, kv_len: int, density: float, num_scores: int
+    card: str, head_dim: int, kv_len: int, density: float, num_scores: int, variant: str = ""
 ) -> KernelChoice:
     """Names the fastest kernel by the nearest measurements.
 
     Takes the measured head size and context length that are nearest in proportion, interpolates
-    between their densities, and scales the device's part with the number of scores.
+    between their densities, and scales the device's part with the number of scores. A variant that
+    was not measured is taken for the plain layer.
 
     Args:
         card: The kind of card, which was measured.
@@ -104,30 +117,16 @@ def fastest_kernel(
         kv_len: Keys of the longest context of the step.
         density: Share of the causal block products expected to be computed, in (0, 1].
         num_scores: Scores that dense causal attention computes, over all heads.
+        variant: See ``variant_name``.
     """
-    device = _seconds_per_score(card, head_dim, _half_octaves(kv_len), round(density, 2))
+    device = _seconds_per_score(card, variant, head_dim, _half_octaves(kv_len), round(density, 2))
     host = measurements()[card].host_seconds
     return min(host, key=lambda kernel: device[kernel] * num_scores + host[kernel])
 
 
-def prefill_seconds(card: str, head_dim: int, num_heads: int, kv_len: int, density: float) -> float:
-    """Predicts what one layer's prefill of a whole prompt takes the fastest kernel, host included.
-
-    Args:
-        card: The kind of card, which was measured.
-        head_dim: Size of a head.
-        num_heads: Query heads.
-        kv_len: Tokens of the prompt.
-        density: Share of the causal block products that is computed, in (0, 1]; 1 is dense.
-    """
-    num_scores = num_heads * kv_len * (kv_len + 1) / 2
-    device = _seconds_per_score(card, head_dim, _half_octaves(kv_len), round(density, 3))
-    host = measurements()[card].host_seconds
-    kernels: Sequence[KernelChoice] = ["dense"] if density >= 1.0 else list(host)
-    return min(device[kernel] * num_scores + host[kernel] for kernel in kernels)
-
-
-def dense_seconds(card: str, head_dim: int, kv_len: int, num_scores: int) -> float:
+def dense_seconds(
+    card: str, head_dim: int, kv_len: int, num_scores: int, variant: str = ""
+) -> float:
     """Estimates the device's time for dense attention by the nearest measurements.
 
     On another device than the measured one, the estimate is wrong by the ratio between the two
@@ -138,9 +137,11 @@ def dense_seconds(card: str, head_dim: int, kv_len: int, num_scores: int) -> flo
         head_dim: Size of a head.
         kv_len: Keys of the longest context of the step.
         num_scores: Scores that dense causal attention computes, over all heads.
+        variant: See ``variant_name``.
     """
     measured = card if card in measurements() else _ESTIMATED_BY
-    return _seconds_per_score(measured, head_dim, _half_octaves(kv_len), 1.0)["dense"] * num_scores
+    per_score = _seconds_per_score(measured, variant, head_dim, _half_octaves(kv_len), 1.0)
+    return per_score["dense"] * num_scores
 
 
 def _half_octaves(kv_len: int) -> int:
@@ -150,9 +151,11 @@ def _half_octaves(kv_len: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _seconds_per_score(
-    card: str, head_dim: int, half_octaves: int, density: float
+    card: str, variant: str, head_dim: int, half_octaves: int, density: float
 ) -> dict[KernelChoice, float]:
-    rows = measurements()[card].rows
+    known = measurements()[card].rows
+    rows = tuple(row for row in known if row.variant == variant)
+    rows = rows or tuple(row for row in known if not row.variant)
     size = min({row.head_dim for row in rows}, key=lambda each: abs(math.log(each / head_dim)))
     rows = tuple(row for row in rows if row.head_dim == size)
     lengths = {row.kv_len for row in rows}
@@ -172,3 +175,20 @@ def _interpolate(rows: list[Measurement], kernel: KernelChoice, density: float) 
         if density <= high:
             return below + (above - below) * (density - low) / (high - low)
     return points[-1][1]
+
+
+def prefill_seconds(card: str, head_dim: int, num_heads: int, kv_len: int, density: float) -> float:
+    """Predicts what one layer's prefill of a whole prompt takes the fastest kernel, host included.
+
+    Args:
+        card: The kind of card, which was measured.
+        head_dim: Size of a head.
+        num_heads: Query heads.
+        kv_len: Tokens of the prompt.
+        density: Share of the causal block products that is computed, in (0, 1]; 1 is dense.
+    """
+    num_scores = num_heads * kv_len * (kv_len + 1) / 2
+    device = _seconds_per_score(card, "", head_dim, _half_octaves(kv_len), round(density, 3))
+    host = measurements()[card].host_seconds
+    kernels: Sequence[KernelChoice] = ["dense"] if density >= 1.0 else list(host)
+    return min(device[kernel] * num_scores + host[kernel] for kernel in kernels)
