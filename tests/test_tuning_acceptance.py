@@ -322,7 +322,7 @@ def test_a_job_says_what_was_accepted_where(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     output = tmp_path / "profile.json"
-    more = ["--calibration", str(text), "--max-perplexity-increase", "0.5", "--tolerance", "0.2"]
+    more = ["--calibration", str(text), "--max-perplexity-increase", "0.9", "--tolerance", "0.2"]
     assert tune.main(command(tiny_model, output, *more)) == 0
     profile = load_profile(output)
     assert profile.tuner.budget is not None
@@ -356,7 +356,7 @@ def test_a_job_says_what_was_accepted_where(
         sparse += [float(each.mean()) for each in np.array_split(ours, per_window)]
     assert len(dense) == accepted.num_blocks
     assert accepted.bound == pytest.approx(scipy_bound(dense, sparse), abs=2e-3)
-    assert accepted.bound <= 0.5
+    assert accepted.bound <= 0.9
 
 
 def test_too_short_a_text_is_refused_before_the_model_is_run(

@@ -144,7 +144,9 @@ def tune(
             "layers": list(layers),
             "search": kind,
             "time_from": cost.source,
-            KL_BY_WINDOW: {level.name: level.runs.kls for level in levels},
+            KL_BY_WINDOW: {
+                level.name: level.runs.kls for level in levels if level.runs is not None
+            },
         },
         evaluations=int(journal.total("evaluations")),
         cost=journal.total("cost"),
@@ -241,7 +243,7 @@ def _profile(
             Level(
                 name=level.name,
                 tolerance=level.tolerance,
-                whole_model=level.runs.whole,
+                whole_model=None if level.runs is None else level.runs.whole,
                 by_length=level.by_length,
             )
             for level in levels

@@ -128,8 +128,11 @@ def _goal(options: argparse.Namespace) -> "Goal | None":
     goals = [Goal(kind, given[kind]) for kind in OPTIONS if given[kind] is not None]
     if not goals:
         return None
+    option = OPTIONS[goals[0].kind]
     if options.layers is not None:
-        raise InputError(f"--layers: all layers expected with {OPTIONS[goals[0].kind]}")
+        raise InputError(f"--layers: all layers expected with {option}")
+    if options.search == "one-tolerance":
+        raise InputError(f"--search: analytic or ax expected with {option}, got {options.search}")
     return goals[0]
 
 

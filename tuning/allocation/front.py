@@ -77,8 +77,8 @@ def spread(points: Sequence[Point], count: int) -> list[int]:
     if len(points) <= count:
         return list(range(len(points)))
     logs = [math.log(max(point.kl, 1e-12)) for point in points]
-    chosen: list[int] = []
-    for step in range(count):
+    chosen = [0, len(points) - 1]
+    for step in range(1, count - 1):
         wanted = logs[0] + (logs[-1] - logs[0]) * step / (count - 1)
         free = [index for index in range(len(points)) if index not in chosen]
         chosen.append(min(free, key=lambda index: abs(logs[index] - wanted)))

@@ -39,7 +39,8 @@ DEFAULT = NAMES[OVERALL.index(0.0)]
 """The level at the job's tolerance."""
 GOAL = "goal"
 
-SearchKind = Literal["analytic", "ax"]
+SearchKind = Literal["one-tolerance", "analytic", "ax"]
+"""How the error is divided among layers; the first runs no model, and makes one level."""
 
 
 class Search(Protocol):
@@ -57,19 +58,20 @@ class TunedLevel:
         name: Its name.
         tolerance: The tolerance that it began from.
         layers: The tuned layers, each with its own tolerance.
-        runs: The whole model's runs with them, on held-out text.
+        runs: The whole model's runs with them, on held-out text; None if there were none.
         by_length: What it saves at each calibrated length.
     """
 
     name: str
     tolerance: float
     layers: Layers
-    runs: Runs
+    runs: Runs | None
     by_length: list[LengthEstimate]
 
     @property
     def point(self) -> Point:
-        """Its place on the front."""
+        """Its place on the front, once the model was run with it."""
+        assert self.runs is not None
         return Point(self.by_length[-1].attention_time_ratio or 1.0, self.runs.whole.kl)
 
 
@@ -130,6 +132,14 @@ class LevelSearch:
             InputError: The goal was not reached, or its perplexity not accepted.
         """
         settings = self.settings
+        if kind == "one-tolerance":
+            (layers,) = self.search.settled([dict.fromkeys(self.curves, settings.tolerance)])
+            estimates = self.estimates(layers)
+            return (
+                [TunedLevel(DEFAULT, settings.tolerance, layers, None, estimates)],
+                DEFAULT,
+                None,
+            )
         self.progress.begin("Measuring each layer's damage", len(self.curves))
         damage = measured_damage(self.runs, self.curves, settings.lengths[0])
         analytic = Analytic(settings.tolerance, settings.longest, self.curves, self.time, damage)

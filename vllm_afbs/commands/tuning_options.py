@@ -102,11 +102,12 @@ def tuning_parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--search",
-        choices=("analytic", "ax"),
+        choices=("one-tolerance", "analytic", "ax"),
         default="analytic",
-        help="how levels divide the error among layers: by a law and one run of the model per "
-        "layer, or also by Bayesian optimisation around that (Ax; some 24 more runs, and "
-        "texts as long as for --max-perplexity-increase). Default: %(default)s",
+        help="how levels divide the error among layers: analytic, by a law and one run of the "
+        "model per layer; ax, also by Bayesian optimisation around that (about 24 more runs, and texts "
+        "as long as for --max-perplexity-increase), which was not shown to be better; or "
+        "one-tolerance, which runs no sparse model and makes one level (default: %(default)s)",
     )
     parser.add_argument(
         "--block-q", type=positive, default=128, help="rows of a query block (default: 128)"
