@@ -228,6 +228,7 @@ def found(
         journal,
         Quiet(),
         0,
+        64,
     ).run("analytic", GOAL, test)
     assert default == "goal"
     assert budget is not None

@@ -197,7 +197,7 @@ def killed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a job with a goal that was killed while layers' damage was measured."""
     output = tmp_path_factory.mktemp("killed") / "profile.json"
     job = start(command(tiny_model, output, *GOAL))
-    wait_for(job, output, lambda journal: b"damage of layer 0" in journal)
+    wait_for(job, output, lambda journal: b"damage of layers 0" in journal)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     assert not output.exists()

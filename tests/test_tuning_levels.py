@@ -21,7 +21,12 @@ from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.cost_models import CardCost, CpuCost
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.models.in_process.engine import Predictions
-from vllm_afbs.tuning.allocation.analytic import Analytic, groups_of
+from vllm_afbs.tuning.allocation.analytic import (
+    DAMAGE_RUNS,
+    Analytic,
+    groups_of,
+    measured_damage,
+)
 from vllm_afbs.tuning.allocation.front import Point, ascending, front, hypervolume, spread
 from vllm_afbs.tuning.allocation.front_search import (
     NUM_DESIGN,
@@ -210,6 +215,26 @@ def test_no_division_of_as_much_time_is_predicted_to_do_less() -> None:
     assert chosen[2] < chosen[0]
 
 
+def test_deep_models_share_runs_of_damage(tmp_path: Path) -> None:
+    model = Uneven()
+    journal = Journal(tmp_path / FILE_NAME, {})
+    runs = ModelRuns(lambda: model, WINDOWS, journal, lambda: None)
+    each = measured_damage(runs, CURVES, 32)
+    assert model.runs == 4
+    # Of equal errors, as the weights; and nearly the weights themselves, by the square law.
+    assert (each / each[1]).tolist() == pytest.approx([0.5, 1.0, 5.0, 2.5], rel=0.05)
+    deep = dict.fromkeys(range(32), CURVES[0])
+    assert [len(group) for group in groups_of(list(deep), DAMAGE_RUNS)] == [2] * 16
+    model = Uneven()
+    (tmp_path / "deep").mkdir()
+    journal = Journal(tmp_path / "deep" / FILE_NAME, {})
+    found = measured_damage(ModelRuns(lambda: model, WINDOWS, journal, lambda: None), deep, 32)
+    assert model.runs == 16
+    assert found[0] == found[1]
+    # Two layers of weights 0.2 and 0.4: their mean.
+    assert float(found[0] / each[1]) == pytest.approx(0.75, rel=0.05)
+
+
 def searched(folder: Path, proposer: str, model: Uneven) -> FrontSearch:
     folder.mkdir(exist_ok=True)
     journal = Journal(folder / FILE_NAME, {})
@@ -268,7 +293,16 @@ def level_search(folder: Path, unseen: tuple[str, ...]) -> LevelSearch:
     journal = Journal(folder / FILE_NAME, {})
     runs = ModelRuns(Uneven, WINDOWS, journal, lambda: None)
     return LevelSearch(
-        JOB, runs, Layers(), CURVES, TIME, Windows(("validation-0-0",), unseen), journal, Quiet(), 0
+        JOB,
+        runs,
+        Layers(),
+        CURVES,
+        TIME,
+        Windows(("validation-0-0",), unseen),
+        journal,
+        Quiet(),
+        0,
+        64,
     )
 
 

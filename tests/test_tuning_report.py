@@ -42,7 +42,9 @@ def steps() -> list[Entry]:
         done("layer 0 held out", HeldOut, HeldOut((curve,))),
         done("layer 0 settle 0.05", Settled, Settled(heads)),
         *(
-            Entry.of(f"damage of layer {layer}", Damage, Damage(0.1 + layer), seconds=0.5)
+            Entry.of(
+                f"damage of layers {layer} to {layer}", Damage, Damage(0.1 + layer), seconds=0.5
+            )
             for layer in range(2)
         ),
     ]

@@ -7,6 +7,14 @@ from vllm_afbs.profile.schema import Level, Profile
 KL_BY_WINDOW = "level_kl_by_window"
 """Name in the tuner's settings: by level, the divergence over each window that was measured."""
 
+MEASURED_AT = "levels_measured_at"
+"""Name in the tuner's settings: tokens of these windows."""
+
+
+def measured_at(profile: Profile) -> int:
+    """Tokens of the windows that the whole model was run over."""
+    return int(profile.tuner.settings.get(MEASURED_AT, profile.max_seq_len))
+
 
 def level_rows(profile: Profile) -> list[dict[str, str]]:
     """One row for each level, from nearly lossless to fast; the default one is marked."""

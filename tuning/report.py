@@ -17,12 +17,12 @@ from vllm_afbs.tuning.allocation.acceptance import describe
 from vllm_afbs.tuning.allocation.analytic import FACTORS
 from vllm_afbs.tuning.allocation.model_runs import Damage
 from vllm_afbs.tuning.journal import Entry
-from vllm_afbs.tuning.level_rows import level_rows
+from vllm_afbs.tuning.level_rows import level_rows, measured_at
 from vllm_afbs.tuning.search.curve import Curve
 
 _STEP = re.compile(r"layer (?P<layer>\d+) (?P<stage>[a-z]+)")
 _CURVE = re.compile(r"layer \d+ curve")
-_DAMAGE = re.compile(r"damage of layer (?P<layer>\d+)")
+_DAMAGE = re.compile(r"damage of layers (?P<first>\d+) to (?P<last>\d+)")
 _TEMPLATE = "report.html.j2"
 _WORST = 10
 _SPENT = ("evaluations", "cost", "seconds")
@@ -68,7 +68,7 @@ def _figures(profile: Profile, steps: Sequence[Entry]) -> Iterable[tuple[str, st
     yield (
         "What each level costs and gains",
         "Predicted time of prefill attention over that of dense attention, by prompt length, and "
-        "how far the model's predictions diverge from the dense model's at the longest.",
+        "how far the model's predictions diverge from the dense model's.",
         _levels(profile),
     )
     yield (
@@ -90,8 +90,8 @@ def _figures(profile: Profile, steps: Sequence[Entry]) -> Iterable[tuple[str, st
     yield (
         "Tolerance by layer",
         "Each layer's tolerance at the default level, what it skips with it on held-out text, and "
-        "its share of the damage (KL divergence with that layer alone sparse at the job's "
-        "tolerance, over the sum of all layers).",
+        "its share of the damage (KL divergence with it alone sparse at the job's tolerance, over "
+        "the sum of all layers; of deep models, consecutive layers are measured together).",
         _budget(profile, steps),
     )
     if steps:
@@ -144,9 +144,10 @@ def _budget(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
     means = [sum(map(_sparsity, each)) / len(each) for each in heads]
     figure.add_scatter(x=layers, y=means, yaxis="y2", name="sparsity", mode="lines+markers")
     kls = {
-        int(match["layer"]): step.read(Damage).kl
+        layer: step.read(Damage).kl / (int(match["last"]) + 1 - int(match["first"]))
         for step in steps
         if (match := _DAMAGE.fullmatch(step.step))
+        for layer in range(int(match["first"]), int(match["last"]) + 1)
     }
     total = sum(kls.values()) or 1.0
     shares = [kls[layer] / total for layer in sorted(kls)]
@@ -211,7 +212,7 @@ def _levels(profile: Profile) -> go.Figure:
             name=f"{length} tokens",
         )
     return figure.update_layout(
-        xaxis_title=f"KL divergence at {profile.max_seq_len} tokens, nats",
+        xaxis_title=f"KL divergence at {measured_at(profile)} tokens, nats",
         xaxis_type="log",
         yaxis_title="predicted time over dense",
     )

@@ -1,10 +1,11 @@
-"""The analytic division of the error among layers: a law, one run of the model per layer.
+"""The analytic division of the error among layers: a law, and a few runs of the model.
 
 The layers need not have equal tolerances: in SmolLM2-135M, the same error changes the predictions
 several times as much in one layer as in another. The divergence that a layer causes grows with the
-square of its error, and the divergences of layers add up. So one run with that layer alone sparse,
-at the shortest length, says what its error costs; what its error and its time are at any tolerance
-is read off its curves; and ``division`` finds the least time for a budget of divergence.
+square of its error, and the divergences of layers add up. So one run with that layer alone sparse
+(or a few consecutive ones), at the shortest length, says what its error costs. What its error and
+its time are at any tolerance is read off its curves. ``division`` finds the least time for a budget
+of divergence.
 """
 
 import itertools
@@ -23,6 +24,9 @@ from vllm_afbs.tuning.search.results import LayerCurves
 FACTORS = tuple(2.0 ** (step / 2) for step in range(-4, 5))
 """A layer's tolerance, in units of the job's: as far as curves are drawn."""
 
+DAMAGE_RUNS = 16
+"""Most runs that measure damage: of deeper models, consecutive layers share one and are taken for
+alike. A run per layer would take SmolLM2-135M past five minutes on two cores."""
 Division = dict[int, float]
 """Each layer's tolerance."""
 
@@ -124,7 +128,7 @@ class Analytic:
 def measured_damage(
     runs: ModelRuns, curves: Mapping[int, LayerCurves], length: int
 ) -> torch.Tensor:
-    """Runs the model with one layer sparse at a time; see ``Analytic.damage``.
+    """Runs the model with one group of layers sparse at a time; see ``Analytic.damage``.
 
     Args:
         runs: Runs the model.
@@ -132,10 +136,12 @@ def measured_damage(
         length: The shortest, in tokens.
     """
     damages: list[float] = []
-    for layer, each in curves.items():
-        thresholds, square = each.at_shortest()
-        kl = runs.damage(layer, thresholds, length) if square > 0.0 else math.nan
-        damages.append(kl / square if square > 0.0 else math.nan)
+    for group in groups_of(list(curves), DAMAGE_RUNS):
+        each = {layer: curves[layer].at_shortest() for layer in group}
+        square = sum(square for _, square in each.values())
+        thresholds = {layer: found for layer, (found, square) in each.items() if square > 0.0}
+        kl = runs.damage(group, thresholds, length) if thresholds else math.nan
+        damages += [kl / square if thresholds else math.nan] * len(group)
     damage = torch.tensor(damages, dtype=torch.float64)
     # A layer that drops nothing at the shortest length counts as an average one.
     return torch.where(damage.isnan(), damage.nanmean(), damage).nan_to_num(1.0)

@@ -102,6 +102,7 @@ class LevelSearch:
         journal: Where proposals are kept.
         progress: Is told how far the search is.
         num_dense: Layers with full attention that were not tuned.
+        level_length: Tokens of the windows that levels are measured on.
     """
 
     settings: SearchSettings
@@ -113,6 +114,7 @@ class LevelSearch:
     journal: Steps
     progress: Progress
     num_dense: int
+    level_length: int
 
     def run(
         self, kind: SearchKind, goal: Goal | None, acceptance: AcceptanceTest | None
@@ -217,7 +219,7 @@ class LevelSearch:
         ]
 
     def _runs(self, layers: Layers, windows: Sequence[str]) -> Runs:
-        return self.runs.whole_model(layers, windows, self.settings.longest)
+        return self.runs.whole_model(layers, windows, self.level_length)
 
     def _level(
         self,

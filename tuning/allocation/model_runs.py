@@ -34,7 +34,7 @@ class Reading(Result):
 
 @dataclass(frozen=True, eq=False)
 class Damage(Result):
-    """What one sparse layer does to the predictions on the shortest length.
+    """What a few sparse layers do to the predictions on the shortest length.
 
     Attributes:
         kl: KL divergence from the dense model's predictions, in nats.
@@ -103,15 +103,23 @@ class ModelRuns:
         thresholds = served_thresholds(layers)
         return Runs(layers, [self.reading(thresholds, window, length) for window in windows])
 
-    def damage(self, layer: int, thresholds: HeadThresholds, length: int) -> float:
-        """KL divergence that one sparse layer causes on the calibration window, in nats."""
+    def damage(self, layers: Sequence[int], thresholds: Thresholds, length: int) -> float:
+        """KL divergence that some consecutive layers cause on the calibration window, in nats.
+
+        Args:
+            layers: Their indices.
+            thresholds: Of those that run sparse.
+            length: Tokens of the window to run.
+        """
 
         def measure() -> Damage:
             shortest = self._windows[CALIBRATION][:length]
-            return Damage(max(0.0, self.model.compare(shortest, {layer: thresholds}).kl))
+            return Damage(max(0.0, self.model.compare(shortest, thresholds).kl))
 
-        damage = self._journal.step(f"damage of layer {layer}", Damage, measure).kl
-        self._on_run()
+        name = f"damage of layers {layers[0]} to {layers[-1]}"
+        damage = self._journal.step(name, Damage, measure).kl
+        for _ in layers:
+            self._on_run()
         return damage
 
 

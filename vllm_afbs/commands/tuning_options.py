@@ -104,9 +104,9 @@ def tuning_parser(program: str) -> argparse.ArgumentParser:
         "--search",
         choices=("one-tolerance", "analytic", "ax"),
         default="analytic",
-        help="how levels divide the error among layers: analytic, by a law and one run of the "
-        "model per layer; ax, also by Bayesian optimisation around that (about 24 more runs, and texts "
-        "as long as for --max-perplexity-increase), which was not shown to be better; or "
+        help="how levels divide the error among layers: analytic, by a law and a few runs "
+        "of the model; ax, also by Bayesian optimisation around that (about 24 more runs, and "
+        "texts as long as for --max-perplexity-increase), which was not shown to be better; or "
         "one-tolerance, which runs no sparse model and makes one level (default: %(default)s)",
     )
     parser.add_argument(
