@@ -21,6 +21,7 @@ from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.cost_models import CardCost, CpuCost
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.models.in_process.engine import Predictions
+from vllm_afbs.tuning.allocation import front_search
 from vllm_afbs.tuning.allocation.analytic import (
     DAMAGE_RUNS,
     Analytic,
@@ -29,8 +30,6 @@ from vllm_afbs.tuning.allocation.analytic import (
 )
 from vllm_afbs.tuning.allocation.front import Point, ascending, front, hypervolume, spread
 from vllm_afbs.tuning.allocation.front_search import (
-    NUM_DESIGN,
-    NUM_PROPOSED,
     OVERALL,
     Fidelity,
     FrontSearch,
@@ -246,13 +245,14 @@ def searched(folder: Path, proposer: str, model: Uneven) -> FrontSearch:
 
 @pytest.mark.parametrize("proposer", ["ax", "ax, one objective", "random", "coordinate"])
 def test_a_search_ends_in_measured_divisions_and_resumes_to_the_same(
-    proposer: str, tmp_path: Path
+    proposer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(front_search, "NUM_DESIGN", 2)
+    monkeypatch.setattr(front_search, "NUM_PROPOSED", 2)
     model = Uneven()
     search = searched(tmp_path / "whole", proposer, model)
     found = search.run()
     assert [each.source for each in found[:5]] == ["base"] * 5
-    assert len(found) > 5
     for each in found:
         thresholds = {
             layer: CURVES[layer].thresholds(tolerance) for layer, tolerance in each.division.items()
@@ -262,11 +262,12 @@ def test_a_search_ends_in_measured_divisions_and_resumes_to_the_same(
         assert all(0.05 / 4 <= tolerance <= 0.05 * 4 for tolerance in each.division.values())
     entries = read_entries_of(tmp_path / "whole")
     proposals = [entry for entry in entries if entry.kind == "Proposal"]
-    assert len(proposals) == NUM_DESIGN + NUM_PROPOSED
+    assert len(proposals) == 4
     # Cut off in the middle, as by a kill, and gone on with.
     lines = (tmp_path / "whole" / FILE_NAME).read_text().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / FILE_NAME).write_text("".join(lines[: len(lines) // 2]))
+    last = max(index for index, line in enumerate(lines) if "Proposal" in line)
+    (tmp_path / "cut" / FILE_NAME).write_text("".join(lines[:last]))
     assert searched(tmp_path / "cut", proposer, Uneven()).run() == found
     # Nothing is run again.
     again = Uneven()
@@ -281,8 +282,11 @@ def read_entries_of(folder: Path) -> list[object]:
     return list(read_entries(body))
 
 
-def test_ax_finds_what_the_analytic_law_does_not_know(tmp_path: Path) -> None:
+def test_ax_finds_what_the_analytic_law_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the two layers that share their damage, the cheaper one is free."""
+    monkeypatch.setattr(front_search, "NUM_PROPOSED", 4)
     found = searched(tmp_path / "s", "ax", Uneven()).run()
     reference = Point(1.0, 2 * max(each.point.kl for each in found[:5]))
     base = hypervolume([each.point for each in found[:5]], reference)

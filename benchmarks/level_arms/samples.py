@@ -14,7 +14,7 @@ import torch
 from benchmarks.domains import Domain
 from benchmarks.level_arms.arms import ARMS, USES_DAMAGE, ArmLevel, Job
 from benchmarks.tuner_arms.samples import begun_at
-from vllm_afbs.cost_models import CpuCost
+from vllm_afbs.cost_models import cost_model
 from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.tuning.allocation.analytic import Analytic, measured_damage
@@ -107,7 +107,7 @@ def sample(
         runs = CountedRuns(lambda: sparse_model, windows, journal, lambda: None)
         runs.asked = set()
         damage = measured_damage(runs, curves, settings.lengths[0])
-        attention = AttentionTime(CpuCost(), shape.head_dim, shape.num_heads)
+        attention = AttentionTime(cost_model(), shape.head_dim, shape.num_heads)
         analytic = Analytic(plan.tolerance, settings.longest, curves, attention, damage)
         base: list[Point] = []
         for name in names:
