@@ -16,8 +16,18 @@ def write_measurements(path: Path, measurements: Mapping[str, Measurements]) -> 
 
 
 def _text(measurements: Measurements) -> str:
-    rows = ",\n  ".join(json.dumps(asdict(row)) for row in measurements.rows)
+    rows = ",\n  ".join(json.dumps(_row(row)) for row in measurements.rows)
     return f'{{"host_seconds": {json.dumps(measurements.host_seconds)},\n "rows": [\n  {rows}]}}'
+
+
+def _row(measurement: Measurement) -> dict[str, object]:
+    """A row without what goes without saying: blocks of 128, and nothing that changes times."""
+    row: dict[str, object] = asdict(measurement)
+    if (measurement.block_q, measurement.block_k) == (128, 128):
+        del row["block_q"], row["block_k"]
+    if not measurement.variant:
+        del row["variant"]
+    return row
 
 
 def update_measurements(
@@ -25,9 +35,9 @@ def update_measurements(
     host_seconds: Mapping[KernelChoice, float],
     rows: Sequence[Measurement],
 ) -> Measurements:
-    """Replaces all rows of the head sizes and variants that were measured anew.
+    """Replaces the host's part, and all rows of the kinds of layers that were measured anew.
 
-    The host's part is that of the plain layer, or of the first variant that was measured.
+    The host's part is that of plain layers, or of the first variant that was measured.
 
     Args:
         known: The measurements of this kind of card so far; None if there are none.
@@ -36,7 +46,9 @@ def update_measurements(
     """
     if known is None:
         return Measurements(dict(host_seconds), tuple(rows))
-    kinds = {(row.head_dim, row.variant) for row in rows}
-    kept = (row for row in known.rows if (row.head_dim, row.variant) not in kinds)
+    kinds = {row.kind for row in rows}
+    kept = (row for row in known.rows if row.kind not in kinds)
     is_plain = any(not row.variant for row in rows)
-    return Measurements(dict(host_seconds) if is_plain else known.host_seconds, (*kept, *rows))
+    # Pages that tiles cannot use leave the host's time for tiles as it was.
+    host = known.host_seconds | (dict(host_seconds) if is_plain else {})
+    return Measurements(host, (*kept, *rows))

@@ -31,7 +31,7 @@ from benchmarks.hybrid_models import MODELS, HybridModel
 from benchmarks.profiles import uniform_profile
 from benchmarks.serving_gpu import BASELINES, SPARSE_FROM, random_prompts, rows_of
 from vllm_afbs.backends.cuda.card import Card
-from vllm_afbs.backends.cuda.dispatch import fastest_kernel, variant_name
+from vllm_afbs.backends.cuda.dispatch import fastest_kernel
 from vllm_afbs.commands.results import Row, make_row
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
@@ -79,20 +79,20 @@ def time_layer(
     model: HybridModel, lengths: Sequence[int], rounds: int, density: float
 ) -> LayerSeconds:
     """Times one layer with full attention; the sparse one with the kernel that a server takes."""
-    from benchmarks.prefill_gpu import Case
+    from benchmarks.prefill_gpu import Case, LayerCase
     from benchmarks.timing import time_in_turns
 
     config = model.config
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     seconds: LayerSeconds = {}
     for length in lengths:
-        case = Case(
-            length, num_heads, num_kv_heads, config["head_dim"], structured=False,
-            has_sinks=model.has_sinks,
-        )  # fmt: skip
+        shape = LayerCase(
+            length, num_heads, num_kv_heads, config["head_dim"], has_sinks=model.has_sinks
+        )
+        case = Case(shape, structured=False)
         kernel = fastest_kernel(
-            Card.of_worker(case.version).name, config["head_dim"], length, density,
-            num_heads * case.geometry.num_scores, variant_name(False, model.has_sinks),
+            Card.of_worker(case.version).name, shape.kind, length, density,
+            num_heads * case.geometry.num_scores,
         )  # fmt: skip
         sparse = case.dense
         if kernel != "dense":

@@ -40,15 +40,19 @@ def tile_tables(
     """Turns lists of one request into the block tables that the selector would write.
 
     Args:
-        lists: The tiles' kept blocks, a page each, in the order of ``blocks``.
+        lists: The tiles' kept blocks, in the order of ``blocks``.
         blocks: The request's query blocks.
-        key_cache: ``[num_pages, block_k, num_kv_heads, head_dim]``.
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``; ``page_size`` divides
+            ``block_k``.
         pages: The request's pages, int32.
     """
     num_heads = len(lists.counts) // blocks.num_blocks
     kv_heads = torch.arange(num_heads, device=pages.device) // (num_heads // key_cache.shape[2])
-    by_head = pages[lists.block_lists.long()].view(num_heads, -1) * heads_per_page(key_cache)
-    block_table = (by_head + kv_heads[:, None]).to(torch.int32).view_as(lists.block_lists)
+    parts = blocks.block_k // key_cache.shape[1]
+    index = lists.block_lists.long()[:, :, None] * parts
+    index = (index + torch.arange(parts, device=pages.device)).clamp_max_(len(pages) - 1)
+    by_head = pages[index].view(num_heads, -1) * heads_per_page(key_cache)
+    block_table = (by_head + kv_heads[:, None]).to(torch.int32).view(len(lists.counts), -1)
     _, counts, first_positions, places, _ = blocks.table
     last_positions = first_positions + counts - 1
     dropped = last_positions // blocks.block_k + 1 - lists.counts.view(num_heads, -1)

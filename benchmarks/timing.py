@@ -1,16 +1,19 @@
 """Times functions in turns, so that drift of the machine hits all of them alike."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from vllm_afbs.commands.results import Row, make_row
 
+_Name = TypeVar("_Name", bound=Hashable)
+
 
 def time_in_turns(
-    functions: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, list[float]]:
+    functions: Mapping[_Name, Callable[[], object]], rounds: int
+) -> dict[_Name, list[float]]:
     """Times functions one after another, round by round, so that drift hits all alike.
 
     On a GPU, the device's time between two events is taken, with a cleared cache. The host gets a
@@ -27,7 +30,7 @@ def time_in_turns(
     time_call = _device_seconds if torch.cuda.is_available() else _host_seconds
     for function in functions.values():
         function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[_Name, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             seconds[name].append(time_call(function))

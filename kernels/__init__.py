@@ -14,7 +14,7 @@ from vllm_afbs.kernels.api import (
     select_tiles,
     sparse_prefill,
 )
-from vllm_afbs.kernels.geometry import LOCAL_BLOCKS, BlockGeometry
+from vllm_afbs.kernels.geometry import LOCAL_KEYS, BlockGeometry
 from vllm_afbs.kernels.impl.one_head_view import heads_per_page, one_head_view
 from vllm_afbs.kernels.impl.torch_selection import (
     BlockScores,
@@ -30,7 +30,7 @@ from vllm_afbs.kernels.thresholds import MEAN_KEY_SHARE, THETA_OFF, HeadThreshol
 from vllm_afbs.kernels.tiles import PackedTiles, TileLists, TileTables, build_tile_lists
 
 __all__ = [
-    "LOCAL_BLOCKS",
+    "LOCAL_KEYS",
     "MEAN_KEY_SHARE",
     "THETA_OFF",
     "BlockGeometry",

@@ -5,13 +5,13 @@ from functools import cached_property
 
 import torch
 
-LOCAL_BLOCKS = 2
-"""How much of the context up to a row is always kept, its own block included, in query blocks.
+LOCAL_KEYS = 128
+"""Keys before a query block's first row that are always kept, whatever the size of the blocks.
 
-Chosen on SmolLM2-135M-Instruct at 8K, with query and key blocks of 128: with the diagonal block
-alone, perplexity grew two to four times as much at equal sparsity (docs/benchmarks.md). A block's
-scores tell the mass of what is near, not how much the next word depends on it. Other models were
-not measured.
+Chosen on SmolLM2-135M-Instruct. At 8K with blocks of 128, perplexity without them grew two to four
+times as much at equal sparsity (docs/benchmarks.md). At 2K with blocks of 64, 128 keys were better
+than 0 and than 256 by divergence at equal sparsity. A block's scores tell the mass of what is near,
+not how much the next word depends on it. Other models were not measured.
 """
 
 
@@ -95,8 +95,9 @@ class BlockGeometry:
     def always(self) -> torch.Tensor:
         """Blocks that are never dropped, ``[num_q_blocks, num_k_blocks]``, bool.
 
-        The first one (the attention sink), the diagonal ones, which some row of the query block
-        sees only in part, and the ``local_keys`` before them.
+        The first one (the attention sink: 64 keys in blocks of 64, 128 in blocks of 128), the
+        diagonal ones, which some row of the query block sees only in part, and the ``local_keys``
+        before them.
         """
         keep = self.local(self.local_keys)
         keep[:, 0] = True
@@ -104,8 +105,11 @@ class BlockGeometry:
 
     @property
     def local_keys(self) -> int:
-        """Keys before a query block's first row that are always kept, rounded up to blocks."""
-        return (LOCAL_BLOCKS - 1) * self.block_q
+        """Keys before a query block's first row that are always kept, rounded up to blocks.
+
+        ``LOCAL_KEYS``, but at most two query blocks: blocks of less than 64 are for short prompts.
+        """
+        return min(LOCAL_KEYS, 2 * self.block_q)
 
     def local(self, reach: int) -> torch.Tensor:
         """Blocks that end within a reach of keys before a query block's first row, or after it.

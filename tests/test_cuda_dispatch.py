@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vllm_afbs.backends.cuda.card import Card
 from vllm_afbs.backends.cuda.dispatch import (
     KERNEL_CHOICES,
     KernelChoice,
+    LayerKind,
     Measurement,
     Measurements,
     fastest_kernel,
@@ -67,7 +69,45 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_nearest_measurements_choose(
     head_dim: int, kv_len: int, density: float, kernel: KernelChoice
 ) -> None:
-    assert fastest_kernel(CARD, head_dim, kv_len, density, 4 * kv_len**2 // 2) == kernel
+    assert fastest_kernel(CARD, LayerKind(head_dim), kv_len, density, 4 * kv_len**2 // 2) == kernel
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels", "kernel"),
+    [
+        (LayerKind(128, 64, 64), KERNEL_CHOICES, "triton"),
+        (LayerKind(100, 64, 32), KERNEL_CHOICES, "triton"),  # the nearest head size, then blocks
+        (LayerKind(128, 128, 64), KERNEL_CHOICES, "tiles"),
+        (LayerKind(128, 256, 128), KERNEL_CHOICES, "dense"),  # 128x128 is nearest
+        (LayerKind(64, 64, 64), KERNEL_CHOICES, "triton"),  # heads of 64 have rows of 128x128 alone
+        (LayerKind(128, 64, 64), ("dense", "tiles"), "dense"),
+        (LayerKind(128, 128, 64), ("dense", "triton"), "dense"),
+        (LayerKind(128, 128, 128), ("tiles", "triton"), "triton"),
+    ],
+    ids=str,
+)
+def test_blocks_have_rows_of_their_own(
+    kind: LayerKind,
+    kernels: tuple[KernelChoice, ...],
+    kernel: KernelChoice,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def of_blocks(block_q: int, block_k: int, **seconds: float) -> Measurement:
+        by_kernel = {each: seconds[each] for each in KERNEL_CHOICES if each in seconds}
+        return Measurement(128, 4, 8192, 0.2, by_kernel, block_q, block_k)
+
+    rows = (
+        Measurement(64, 4, 8192, 0.2, {"dense": 1.0, "tiles": 1.1, "triton": 0.1}),
+        of_blocks(128, 128, dense=1.0, tiles=2.1, triton=1.9),
+        of_blocks(128, 64, dense=1.0, tiles=0.1, triton=1.9),
+        of_blocks(64, 64, dense=1.0, triton=0.1),  # on pages that tiles cannot use
+    )
+    host: dict[KernelChoice, float] = dict.fromkeys(KERNEL_CHOICES, 0.1)
+    monkeypatch.setattr(dispatch, "measurements", lambda: {CARD: Measurements(host, rows)})
+    dispatch._seconds_per_score.cache_clear()
+    num_scores = 4 * 8192**2 // 2
+    assert fastest_kernel(CARD, kind, 8192, 0.2, num_scores, kernels) == kernel
+    dispatch._seconds_per_score.cache_clear()
 
 
 @pytest.mark.usefixtures("made_up")
@@ -84,7 +124,10 @@ def test_small_work_is_not_worth_the_host(
     share: float, density: float, kernel: KernelChoice
 ) -> None:
     """A few heads, or a short chunk of a long prompt: the host takes as long as for many."""
-    assert fastest_kernel(CARD, 128, 8192, density, round(share * 4 * 8192**2 / 2)) == kernel
+    assert (
+        fastest_kernel(CARD, LayerKind(128), 8192, density, round(share * 4 * 8192**2 / 2))
+        == kernel
+    )
 
 
 def test_repository_holds_what_the_dispatcher_needs() -> None:
@@ -110,7 +153,7 @@ def test_repository_holds_what_the_dispatcher_needs() -> None:
 def test_repository_measurements_tell_small_models_from_large(
     num_heads: int, head_dim: int, kv_len: int, density: float, dense: bool
 ) -> None:
-    kernel = fastest_kernel(CARD, head_dim, kv_len, density, num_heads * kv_len**2 // 2)
+    kernel = fastest_kernel(CARD, LayerKind(head_dim), kv_len, density, num_heads * kv_len**2 // 2)
     assert (kernel == "dense") is dense
 
 
@@ -125,9 +168,11 @@ def test_variants_are_chosen_by_their_own_rows(monkeypatch: pytest.MonkeyPatch) 
     dispatch._seconds_per_score.cache_clear()
     num_scores = 4 * 8192**2 // 2
     for variant, kernel in (("", "tiles"), ("fp8", "dense"), ("sinks", "tiles")):
-        assert fastest_kernel(CARD, 128, 8192, 0.6, num_scores, variant) == kernel
+        assert (
+            fastest_kernel(CARD, LayerKind(128, variant=variant), 8192, 0.6, num_scores) == kernel
+        )
     for variant, seconds in (("", 1.0), ("fp8", 0.5), ("sinks", 1.0)):
-        found = dispatch.dense_seconds(CARD, 128, 8192, num_scores, variant)
+        found = dispatch.dense_seconds(CARD, LayerKind(128, variant=variant), 8192, num_scores)
         assert found == pytest.approx(seconds, rel=1e-3)
     dispatch._seconds_per_score.cache_clear()
 
@@ -148,7 +193,20 @@ def test_updating_a_variant_leaves_the_plain_layer(tmp_path: Path) -> None:
     assert update_measurements(updated, HOST_SECONDS, [again]).rows == (*MADE_UP.rows, again)
 
 
-def test_updating_replaces_only_the_measured_head_sizes(tmp_path: Path) -> None:
+def test_rows_without_blocks_are_of_128(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(
+        '{"sm90-fa3": {"host_seconds": {"dense": 0.1}, "rows": [{"head_dim": 64, "num_heads": 4, '
+        '"kv_len": 8192, "density": 0.5, "seconds": {"dense": 1.0}}]}}'
+    )
+    (row,) = Measurements.read(path)["sm90-fa3"].rows
+    assert row.kind == LayerKind(64, 128, 128)
+    text = path.read_text()
+    write_measurements(path, Measurements.read(path))
+    assert json.loads(path.read_text()) == json.loads(text)
+
+
+def test_updating_replaces_only_the_measured_shapes(tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
     both = {CARD: MADE_UP, "sm80-fa2": Measurements({"dense": 0.1, "triton": 0.2}, ())}
     write_measurements(path, both)
@@ -157,6 +215,12 @@ def test_updating_replaces_only_the_measured_head_sizes(tmp_path: Path) -> None:
     updated = update_measurements(MADE_UP, HOST_SECONDS | {"tiles": 0.4}, [new])
     assert updated.rows == (*MADE_UP.rows[2:], new)
     assert updated.host_seconds["tiles"] == 0.4
+    smaller = dataclasses.replace(new, block_k=64, seconds={"dense": 1.0, "triton": 2.0})
+    again = update_measurements(updated, {"dense": 0.2, "triton": 0.2}, [smaller])
+    assert again.rows == (*updated.rows, smaller)
+    assert again.host_seconds == {"dense": 0.2, "tiles": 0.4, "triton": 0.2}
+    write_measurements(path, {CARD: again})
+    assert Measurements.read(path) == {CARD: again}
     assert update_measurements(None, HOST_SECONDS, [new]) == Measurements(HOST_SECONDS, (new,))
 
 
@@ -169,13 +233,13 @@ def test_a_card_without_flash_attention_3_chooses_between_what_it_has(
     dispatch._seconds_per_score.cache_clear()
     for share, kernel in ((1.0, "triton"), (0.1, "dense")):  # 0.7 and 1.1, 0.25 and 0.2
         num_scores = round(share * 4 * 8192**2 / 2)
-        assert fastest_kernel("sm80-fa2", 128, 8192, 0.2, num_scores) == kernel
-    assert dispatch.dense_seconds("sm80-fa2", 128, 8192, 4 * 8192**2 // 2) == pytest.approx(
-        1.0, rel=1e-3
-    )
+        assert fastest_kernel("sm80-fa2", LayerKind(128), 8192, 0.2, num_scores) == kernel
+    assert dispatch.dense_seconds(
+        "sm80-fa2", LayerKind(128), 8192, 4 * 8192**2 // 2
+    ) == pytest.approx(1.0, rel=1e-3)
     # A card that nobody measured is taken for an H100, for the estimate alone.
     for card in ("sm89-fa2", CARD):
-        assert dispatch.dense_seconds(card, 64, 8192, 4 * 8192**2 // 2) == pytest.approx(
+        assert dispatch.dense_seconds(card, LayerKind(64), 8192, 4 * 8192**2 // 2) == pytest.approx(
             1.0, rel=1e-3
         )
     dispatch._seconds_per_score.cache_clear()

@@ -12,7 +12,7 @@ import torch
 
 from vllm_afbs.backends.cuda import backend, meter
 from vllm_afbs.backends.cuda.card import Card
-from vllm_afbs.backends.cuda.dispatch import dense_seconds, measurements
+from vllm_afbs.backends.cuda.dispatch import LayerKind, dense_seconds, measurements
 from vllm_afbs.kernels import BlockGeometry
 from vllm_afbs.kernels.query_blocks import PrefillRequest, cut_query_blocks
 from vllm_afbs.observability import metric_files
@@ -178,13 +178,13 @@ def test_layers_report_what_the_device_did(
     if device.type == "cpu":
         # Twice the model's, and the second that the short prompt took beside the first.
         assert estimate == pytest.approx(
-            2 * dense_seconds("sm90-fa3", HEAD_DIM, 9000, num_scores) + 1.0
+            2 * dense_seconds("sm90-fa3", LayerKind(HEAD_DIM), 9000, num_scores) + 1.0
         )
         seconds = counters.by("vllm_afbs_prefill_attention_seconds_sum", "path")
         assert seconds == {"sparse": 3.0 + 2.0, "dense": 2.0}
         assert counters.value("vllm_afbs_selector_seconds_sum") == 2.0
     else:
-        assert estimate > 2 * dense_seconds("sm90-fa3", HEAD_DIM, 9000, num_scores)
+        assert estimate > 2 * dense_seconds("sm90-fa3", LayerKind(HEAD_DIM), 9000, num_scores)
 
 
 def test_steps_are_reported_although_the_last_layer_reports_elsewhere(
@@ -254,7 +254,9 @@ def test_the_dense_estimate_is_the_measurement_itself_where_one_was_made() -> No
         if (row.head_dim, row.kv_len, row.density) == (128, 32768, 1.0)
     )  # fmt: skip
     num_scores = row.num_heads * 32768 * 32769 // 2
-    assert dense_seconds("sm90-fa3", 128, 32768, num_scores) == pytest.approx(row.seconds["dense"])
-    assert dense_seconds("sm90-fa3", 128, 32768, num_scores // 4) == pytest.approx(
+    assert dense_seconds("sm90-fa3", LayerKind(128), 32768, num_scores) == pytest.approx(
+        row.seconds["dense"]
+    )
+    assert dense_seconds("sm90-fa3", LayerKind(128), 32768, num_scores // 4) == pytest.approx(
         row.seconds["dense"] / 4
     )

@@ -227,7 +227,7 @@ def test_queries_of_any_size_may_vote_by_mean_keys_or_every_key(
         near = set(range(max(0, i - 1), i + 1))
         return largest_until((total / total.sum()).tolist(), 0.6) | {0} | near
 
-    method = UniformTau("", BLOCK, BLOCK, query_rows=rows, mean_key_share=share, local_blocks=2)
+    method = UniformTau("", BLOCK, BLOCK, query_rows=rows, mean_key_share=share, local_keys=BLOCK)
     check(method, depth(0.6), problem, expected)
 
 
@@ -238,8 +238,8 @@ def all_methods() -> list[Method]:
         StreamingLLM("window", BLOCK, BLOCK),
         XAttention("xattention", BLOCK, BLOCK),
         VerticalSlash("vertical-slash", BLOCK, BLOCK),
-        UniformTau("tau", BLOCK, BLOCK, local_blocks=1),
-        UniformTau("small blocks", BLOCK, BLOCK // 2, local_blocks=2),
+        UniformTau("tau", BLOCK, BLOCK, local_keys=0),
+        UniformTau("small blocks", BLOCK, BLOCK // 2, local_keys=BLOCK),
     ]
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from tests.problems import SCALE, PagedDense, Problem, make_problem
 from vllm_afbs.kernels import (
-    LOCAL_BLOCKS,
     BlockGeometry,
     HeadThresholds,
     build_tile_lists,
@@ -162,17 +161,35 @@ def test_reference_lambda_skips_products_and_bounds_the_error() -> None:
     assert float((output - dense).abs().max()) <= float(bound * problem.value.abs().max())
 
 
-@settings(max_examples=60, deadline=None)
-@given(problems())
-def test_what_is_always_kept_is_the_sink_and_what_is_near(drawn: tuple[Problem, int]) -> None:
-    geometry = drawn[0].geometry
-    near = (LOCAL_BLOCKS - 1) * geometry.block_q
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 900), st.integers(0, 900),
+    st.sampled_from([8, 16, 24, 64, 128, 256]), st.sampled_from([4, 16, 24, 64, 128]),
+)  # fmt: skip
+def test_what_is_always_kept_is_the_sink_and_what_is_near(
+    q_len: int, before: int, block_q: int, block_k: int
+) -> None:
+    geometry = BlockGeometry(q_len, before + q_len, block_q, block_k)
+    near = 128 if block_q >= 64 else 2 * block_q
     for i, first in enumerate(geometry.first_positions.tolist()):
         last = int(geometry.last_positions[i])
         # The row itself, and those that it and the rows after it see within reach of the first.
-        wanted = {0} | {p // geometry.block_k for p in range(max(0, first - near + 1), last + 1)}
+        wanted = {0} | {p // block_k for p in range(max(0, first - near + 1), last + 1)}
         always = geometry.always[i].nonzero().flatten().tolist()
-        assert set(always) == {j for j in wanted if j * geometry.block_k <= last}
+        assert set(always) == {j for j in wanted if j * block_k <= last}
+
+
+def test_blocks_of_128_keep_what_earlier_profiles_were_tuned_with() -> None:
+    """The first block, the diagonal one and the one before it."""
+    always = BlockGeometry(1024, 1024, 128, 128).always
+    for i, row in enumerate(always):
+        assert set(row.nonzero().flatten().tolist()) == {0, max(0, i - 1), i}
+
+
+def test_blocks_of_64_keep_64_keys_of_sink_and_128_before_the_diagonal() -> None:
+    always = BlockGeometry(1024, 1024, 64, 64).always
+    for i, row in enumerate(always):
+        assert set(row.nonzero().flatten().tolist()) == {0, *range(max(0, i - 2), i + 1)}
 
 
 def test_page_size_must_divide_the_key_block() -> None:

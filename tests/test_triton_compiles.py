@@ -112,6 +112,19 @@ def test_every_kernel_compiles(compiled: dict[str, list[Any]], capability: int) 
     check_compiled(compiled, capability, batch)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("shape", [(128, 64), (64, 128), (64, 64)], ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles_for_every_shape(
+    compiled: dict[str, list[Any]], capability: int, shape: tuple[int, int], head_dim: int
+) -> None:
+    block_q, block_k = shape
+    batch = make_batch(
+        [(300, 640)], block_q, 64, head_dim, torch.bfloat16, "cpu", True, block_k=block_k
+    )
+    check_compiled(compiled, capability, batch)
+
+
 @pytest.mark.parametrize("capability", [each for each in CAPABILITIES if each >= 89])
 def test_every_kernel_compiles_for_fp8(compiled: dict[str, list[Any]], capability: int) -> None:
     """GPUs before 8.9 do not know E4M3."""

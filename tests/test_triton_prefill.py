@@ -24,7 +24,13 @@ from vllm_afbs.kernels import (
     tile_prefill,
 )
 from vllm_afbs.kernels.api import SparsePrefill
-from vllm_afbs.kernels.impl.triton_prefill import LaunchConfig, fastest_config, triton_prefill
+from vllm_afbs.kernels.impl.triton_prefill import (
+    LaunchConfig,
+    TileShape,
+    fastest_config,
+    read_configs,
+    triton_prefill,
+)
 from vllm_afbs.kernels.reference import BlockProducts, reference_attention
 
 PLAIN = PrefillFeatures()
@@ -195,6 +201,18 @@ TRITON_IN_PARTS = pytest.param(
     id="interpreted-triton-in-parts",
     marks=NEEDS_INTERPRETER,
 )
+
+
+def in_pairs(
+    step: StepInputs, lists: TileLists, output: torch.Tensor, softmax_scale: float,
+    features: PrefillFeatures,
+) -> None:  # fmt: skip
+    """Two key blocks at a time."""
+    config = LaunchConfig(2 * step.blocks.block_k, 4, 1)
+    triton_prefill(step, lists, output, softmax_scale, features, config)
+
+
+TRITON_IN_PAIRS = pytest.param(in_pairs, id="interpreted-triton-in-pairs", marks=NEEDS_INTERPRETER)
 REFERENCE = pytest.param(reference_prefill, id="reference")
 TILES = pytest.param(tiles_prefill, id="tiles")
 
@@ -244,10 +262,13 @@ def test_this_module_passes_in_the_interpreter() -> None:
 )
 @pytest.mark.parametrize(
     "shape",
-    [(96, 96, 32, 32, 32, 16), (50, 131, 32, 32, 8, 24), (33, 100, 16, 32, 64, 32)],
+    [
+        (96, 96, 32, 32, 32, 16), (50, 131, 32, 32, 8, 24), (33, 100, 16, 32, 64, 32),
+        (64, 200, 32, 16, 16, 16), (70, 150, 16, 16, 32, 24),
+    ],
     ids=str,
-)
-@pytest.mark.parametrize("prefill", [TRITON_IN_PARTS, REFERENCE])
+)  # fmt: skip
+@pytest.mark.parametrize("prefill", [TRITON_IN_PARTS, TRITON_IN_PAIRS, REFERENCE])
 def test_every_implementation_equals_the_reference(
     prefill: SparsePrefill,
     shape: tuple[int, int, int, int, int, int],
@@ -269,11 +290,28 @@ def test_a_batch_leaves_other_rows_alone(
     check(make_batch(lengths, 32, 16, 24, torch.float32, "cpu", heads_outside), prefill=prefill)
 
 
+SHAPES = [(128, 128), (128, 64), (64, 128), (64, 64)]
+"""Query and key blocks that are tuned and measured."""
+
+
+@pytest.mark.parametrize("page_size", [32, 64, 128])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("prefill", [TRITON, TRITON_IN_PAIRS, REFERENCE])
+def test_every_shape_equals_the_reference(
+    prefill: SparsePrefill, shape: tuple[int, int], page_size: int
+) -> None:
+    """Pages may be larger than key blocks, and smaller."""
+    block_q, block_k = shape
+    lengths = [(200, 200), (130, 333), (1, 290)]
+    batch = make_batch(lengths, block_q, page_size, 16, torch.float32, "cpu", block_k=block_k)
+    check(batch, prefill=prefill)
+
+
 @pytest.mark.parametrize("names", FEATURES)
-@pytest.mark.parametrize("prefill", [TRITON, TRITON_IN_PARTS, REFERENCE])
+@pytest.mark.parametrize("prefill", [TRITON, TRITON_IN_PARTS, TRITON_IN_PAIRS, REFERENCE])
 def test_features_equal_the_reference(prefill: SparsePrefill, names: str) -> None:
-    if "lambda" in names and isinstance(prefill, partial):
-        pytest.skip("lambda takes whole blocks")
+    if "lambda" in names and (isinstance(prefill, partial) or prefill is in_pairs):
+        pytest.skip("lambda takes blocks one by one")
     batch = make_batch([(70, 150), (33, 100)], 32, 16, 16, torch.float32, "cpu")
     lower_odd_blocks(batch)
     batch.sinks = draw_sinks(6, "cpu") if "sinks" in names else None
@@ -300,25 +338,40 @@ def test_fp8_is_read(
     check(batch, "random", make_features(names, 6, 40, "cpu"), prefill)
 
 
-@pytest.mark.parametrize("lambda_", [None, torch.zeros(4)])
-def test_a_part_that_does_not_make_up_a_block_is_refused(lambda_: torch.Tensor | None) -> None:
+@pytest.mark.parametrize(
+    ("block_n", "lambda_"),
+    [(128, None), (24, None), (16, torch.zeros(4)), (64, torch.zeros(4))],
+    ids=str,
+)
+def test_keys_that_are_no_part_and_no_pair_of_blocks_are_refused(
+    block_n: int, lambda_: torch.Tensor | None
+) -> None:
     batch = one_request(32, 32, 32, 32, 32, 16, torch.float32)
     lists = step_lists(batch, [kept_blocks(batch.problems[0], "all")])
     with pytest.raises(ValueError, match="block_n"):
         triton_prefill(
             batch.step, lists, torch.empty_like(batch.query), SCALE,
-            PrefillFeatures(lambda_=lambda_),
-            LaunchConfig(64 if lambda_ is None else 16, 4, 1),
+            PrefillFeatures(lambda_=lambda_), LaunchConfig(block_n, 4, 1),
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("whole_blocks", [False, True])
-@pytest.mark.parametrize("block_k", [32, 64, 128])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_default_parts_make_up_a_block(head_dim: int, block_k: int, whole_blocks: bool) -> None:
-    block_n = fastest_config(head_dim, block_k, whole_blocks).block_n
-    assert block_k % block_n == 0
+@pytest.mark.parametrize("block_k", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("block_q", [16, 64, 128, 512])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_default_parts_make_up_a_block_or_two(
+    head_dim: int, block_q: int, block_k: int, whole_blocks: bool
+) -> None:
+    block_n = fastest_config(TileShape(head_dim, block_q, block_k), whole_blocks).block_n
+    assert block_k % block_n == 0 or block_n == 2 * block_k
     assert block_n == block_k or not whole_blocks
+
+
+def test_measured_shapes_take_their_own_configuration() -> None:
+    configs = read_configs()
+    assert {TileShape(size, *shape) for size in (64, 128) for shape in SHAPES} <= configs.keys()
+    for shape, config in configs.items():
+        assert fastest_config(shape) == config
 
 
 LENGTHS = [(640, 640), (300, 1000), (128, 128)]
@@ -332,6 +385,36 @@ def test_compiled_kernel_equals_the_reference(
     head_dim: int, page_size: int, dtype: torch.dtype
 ) -> None:
     check(make_batch(LENGTHS, 128, page_size, head_dim, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefill", [api_prefill, in_pairs])
+@pytest.mark.parametrize("page_size", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compiled_kernel_equals_the_reference_in_every_shape(
+    shape: tuple[int, int], head_dim: int, page_size: int, prefill: SparsePrefill
+) -> None:
+    block_q, block_k = shape
+    if prefill is in_pairs and block_k == 128:
+        pytest.skip("256 keys at a time do not fit")
+    for kind in ("random", "all", "diagonal"):
+        batch = make_batch(
+            LENGTHS, block_q, page_size, head_dim, torch.bfloat16, "cuda", block_k=block_k
+        )
+        check(batch, kind, prefill=prefill)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("names", FEATURES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compiled_features_equal_the_reference_in_every_shape(
+    shape: tuple[int, int], names: str
+) -> None:
+    batch = make_batch(LENGTHS, shape[0], 64, 128, torch.bfloat16, "cuda", block_k=shape[1])
+    lower_odd_blocks(batch)
+    batch.sinks = draw_sinks(6, "cuda") if "sinks" in names else None
+    check(batch, "random", make_features(names, 6, 200, "cuda"))
 
 
 @pytest.mark.gpu

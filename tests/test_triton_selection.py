@@ -221,6 +221,23 @@ def test_every_implementation_selects_in_fp8(
     check_selection(batch, without_theta(batch), implementation)
 
 
+SHAPES = [(128, 64), (64, 128), (64, 64)]
+
+
+@pytest.mark.parametrize("page_size", [32, 64, 128])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_shape_equals_the_reference(
+    implementation: Implementation, shape: tuple[int, int], page_size: int
+) -> None:
+    """Pages may be larger than key blocks, and smaller."""
+    lengths = [(300, 300), (150, 700), (1, 450)]
+    block_q, block_k = shape
+    batch = make_batch(lengths, block_q, page_size, 16, torch.float16, "cpu", block_k=block_k)
+    check_selection(batch, thresholds_of(batch, None), implementation)
+    check_selection(batch, without_theta(batch), implementation)
+
+
 LARGE = [
     ([(640, 640)], 128),
     ([(300, 1000), (513, 2049), (200, 200)], 16),
@@ -249,6 +266,25 @@ def test_compiled_selection_equals_the_reference(
     for tau in TAUS:
         check_selection(batch, thresholds_of(batch, tau))
     check_selection(batch, without_theta(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compiled_selection_equals_the_reference_in_every_shape(
+    shape: tuple[int, int], head_dim: int, page_size: int
+) -> None:
+    block_q, block_k = shape
+    longest = 6100 if page_size >= 64 else 2100  # the block table has 159 columns
+    for lengths in ([(300, 1000), (513, 2049), (200, 200)], [(longest, longest)]):
+        batch = make_batch(
+            lengths, block_q, page_size, head_dim, torch.bfloat16, "cuda", block_k=block_k
+        )
+        check_pooling(batch)
+        check_packing(batch)
+        check_selection(batch, thresholds_of(batch, None))
+        check_selection(batch, without_theta(batch))
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.level_arms.__main__ import interval, rows_of
 from benchmarks.level_arms.samples import at_kl
 from tests.test_tuning_acceptance import Layers, Quiet, layer_curves
-from vllm_afbs.backends.cuda.dispatch import measurements, prefill_seconds
+from vllm_afbs.backends.cuda.dispatch import LayerKind, measurements, prefill_seconds
 from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.cost_models import CardCost, CpuCost
 from vllm_afbs.kernels import HeadThresholds
@@ -109,21 +109,21 @@ def test_consecutive_layers_are_grouped_evenly() -> None:
 def test_times_are_predicted_from_the_cards_measurements() -> None:
     rows = measurements()["sm90-fa3"].rows
     host = measurements()["sm90-fa3"].host_seconds
-    measured = [r for r in rows if (r.head_dim, r.kv_len) == (128, 32768) and not r.variant]
+    measured = [row for row in rows if (row.kind, row.kv_len) == (LayerKind(128), 32768)]
     for row in measured:
         expected = min(row.seconds[kernel] + host[kernel] for kernel in host)
         if row.density >= 1.0:
             expected = row.seconds["dense"] + host["dense"]
         if abs(row.density - round(row.density, 3)) < 1e-9:
-            found = prefill_seconds("sm90-fa3", 128, row.num_heads, 32768, row.density)
+            found = prefill_seconds("sm90-fa3", LayerKind(128), row.num_heads, 32768, row.density)
             assert found == pytest.approx(expected, rel=1e-6)
     # Half of the heads: half of the device's time, and all of the host's.
     dense = next(row for row in measured if row.density == 1.0)
-    half = prefill_seconds("sm90-fa3", 128, dense.num_heads // 2, 32768, 1.0)
+    half = prefill_seconds("sm90-fa3", LayerKind(128), dense.num_heads // 2, 32768, 1.0)
     assert half == pytest.approx(dense.seconds["dense"] / 2 + host["dense"], rel=1e-6)
-    time = AttentionTime(CardCost("sm90-fa3"), 128, 32)
-    tenth = prefill_seconds("sm90-fa3", 128, 32, 32768, 0.1)
-    whole = prefill_seconds("sm90-fa3", 128, 32, 32768, 1.0)
+    time = AttentionTime(CardCost("sm90-fa3", 128, 128), 128, 32)
+    tenth = prefill_seconds("sm90-fa3", LayerKind(128), 32, 32768, 0.1)
+    whole = prefill_seconds("sm90-fa3", LayerKind(128), 32, 32768, 1.0)
     assert time.ratio(32768, [0.1, 1.0]) == pytest.approx((tenth / whole + 1.0) / 2)
 
 
@@ -142,7 +142,7 @@ def test_times_are_predicted_without_vllm_and_triton() -> None:
         "import sys\n"
         "sys.modules['vllm'] = sys.modules['triton'] = None\n"
         "from vllm_afbs.cost_models import CardCost\n"
-        "assert 0 < CardCost('sm90-fa3').seconds(128, 32, 32768, 0.1) < 0.01\n"
+        "assert 0 < CardCost('sm90-fa3', 128, 128).seconds(128, 32, 32768, 0.1) < 0.01\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_afbs.backends.cuda.dispatch import measurements, prefill_seconds
+from vllm_afbs.backends.cuda.dispatch import LayerKind, measurements, prefill_seconds
 from vllm_afbs.tuning.cost import CostModel
 
 _SECONDS_PER_SCORE = 2.66e-8 / 9
@@ -20,9 +20,13 @@ class CardCost:
 
     Attributes:
         card: Its name in ``backends/cuda/measured.json``.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
     """
 
     card: str
+    block_q: int
+    block_k: int
 
     @property
     def source(self) -> str:
@@ -31,7 +35,8 @@ class CardCost:
 
     def seconds(self, head_dim: int, num_heads: int, length: int, density: float) -> float:
         """See ``CostModel``."""
-        return prefill_seconds(self.card, head_dim, num_heads, length, density)
+        kind = LayerKind(head_dim, self.block_q, self.block_k)
+        return prefill_seconds(self.card, kind, num_heads, length, density)
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,16 @@ class CpuCost:
         return min(dense, density * dense + size * (linear * length + square * length**2))
 
 
-def cost_model() -> CostModel:
-    """That of this machine's GPU if it was measured; without one, that of the CPU's kernels."""
+def cost_model(block_q: int, block_k: int) -> CostModel:
+    """That of this machine's GPU if it was measured; without one, that of the CPU's kernels.
+
+    Args:
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+    """
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         own = [card for card in measurements() if card.startswith(f"sm{10 * major + minor}-")]
         if own:
-            return CardCost(own[0])
+            return CardCost(own[0], block_q, block_k)
     return CpuCost()

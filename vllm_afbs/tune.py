@@ -107,8 +107,8 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
         say_engine(engine)
         with _layer_pool(options) as pool, ProgressBar() as progress:
             profile = tune(
-                model, engine, texts, settings, layers, goal, options.search, cost_model(), work,
-                progress, pool,
+                model, engine, texts, settings, layers, goal, options.search,
+                cost_model(options.block_q, options.block_k), work, progress, pool,
             )  # fmt: skip
     write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
     write_atomically(options.output, profile.to_json())

@@ -107,7 +107,9 @@ def sample(
         runs = CountedRuns(lambda: sparse_model, windows, journal, lambda: None)
         runs.asked = set()
         damage = measured_damage(runs, curves, settings.lengths[0])
-        attention = AttentionTime(cost_model(), shape.head_dim, shape.num_heads)
+        attention = AttentionTime(
+            cost_model(plan.block, plan.block), shape.head_dim, shape.num_heads
+        )
         analytic = Analytic(plan.tolerance, settings.longest, curves, attention, damage)
         base: list[Point] = []
         for name in names:

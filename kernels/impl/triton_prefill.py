@@ -8,6 +8,7 @@ row sees whole come first and need no mask; the diagonal ones come last.
 import dataclasses
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class LaunchConfig:
     """How a tile is run; none of it changes what is computed.
 
     Attributes:
-        block_n: Keys taken at a time; divides ``block_k``.
+        block_n: Keys taken at a time: a divisor of ``block_k``, or two blocks.
         num_warps: Of a program.
         num_stages: Of the load pipeline.
     """
@@ -44,28 +45,56 @@ class LaunchConfig:
     num_stages: int
 
 
-@functools.cache
-def fastest_config(head_dim: int, block_k: int, whole_blocks: bool = False) -> LaunchConfig:
-    """Chooses by ``triton_configs.json``; a head size that it lacks takes the next larger one's.
+@dataclass(frozen=True)
+class TileShape:
+    """What a launch configuration is measured for.
 
-    ``python -m benchmarks.triton_configs --write`` measures and writes the file. As it
-    stands, 128's row is what was fastest on an H100; the others are what fits its shared memory.
+    Attributes:
+        head_dim: Size of a head.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+    """
+
+    head_dim: int
+    block_q: int
+    block_k: int
+
+    def distance(self, other: "TileShape") -> float:
+        """How far another shape's blocks are from this one's, in octaves."""
+        ratios = (self.block_q / other.block_q, self.block_k / other.block_k)
+        return sum(abs(math.log2(ratio)) for ratio in ratios)
+
+
+def read_configs(path: Path = CONFIGS) -> dict[TileShape, LaunchConfig]:
+    """Reads launch configurations by shape."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return {TileShape(**row["shape"]): LaunchConfig(**row["config"]) for row in rows}
+
+
+@functools.cache
+def fastest_config(shape: TileShape, whole_blocks: bool = False) -> LaunchConfig:
+    """Chooses by ``triton_configs.json``, from the nearest blocks of the next larger head size.
+
+    ``python -m benchmarks.triton_configs --write`` measures and writes the file.
 
     Args:
-        head_dim: Size of a head.
-        block_k: Keys of a key block.
-        whole_blocks: Whether a block must be taken at once, as ``lambda_`` demands.
+        shape: The tile.
+        whole_blocks: Whether blocks must be taken one by one, as ``lambda_`` demands.
 
     Raises:
         ValueError: The head is larger than any that was measured.
     """
-    measured = json.loads(CONFIGS.read_text(encoding="utf-8"))
-    sizes = [int(size) for size in measured if int(size) >= head_dim]
-    if not sizes:
-        raise ValueError(f"head_dim up to {max(map(int, measured))} expected, got {head_dim}")
-    config = LaunchConfig(**measured[str(min(sizes))])
+    measured = read_configs()
+    sizes = {each.head_dim for each in measured}
+    fitting = [size for size in sizes if size >= shape.head_dim]
+    if not fitting:
+        raise ValueError(f"head_dim up to {max(sizes)} expected, got {shape.head_dim}")
+    of_size = [each for each in measured if each.head_dim == min(fitting)]
+    nearest = min(of_size, key=shape.distance)
+    config, block_k = measured[nearest], shape.block_k
     if not whole_blocks:
-        return dataclasses.replace(config, block_n=min(config.block_n, block_k))
+        most = block_k * max(1, config.block_n // nearest.block_k)
+        return dataclasses.replace(config, block_n=min(config.block_n, most))
     # A larger part may not fit the shared memory as often.
     fits = config.block_n >= block_k
     return LaunchConfig(block_k, config.num_warps, config.num_stages if fits else 1)
@@ -90,17 +119,20 @@ def triton_prefill(
         config: How to run; None for ``fastest_config``.
 
     Raises:
-        ValueError: ``block_n`` does not divide ``block_k``, or is less and ``lambda_`` is given.
+        ValueError: ``block_n`` is neither a divisor of ``block_k`` nor twice that, or is not
+            ``block_k`` and ``lambda_`` is given.
     """
     blocks, query, block_table = step.blocks, step.query, step.block_table
     key_cache, value_cache = step.key_cache, step.value_cache
     num_heads, head_dim = query.shape[1:]
     page_size, num_kv_heads = key_cache.shape[1:3]
     block_k, whole_blocks = blocks.block_k, features.lambda_ is not None
-    config = config or fastest_config(head_dim, block_k, whole_blocks)
-    if block_k % config.block_n or (whole_blocks and block_k != config.block_n):
+    shape = TileShape(head_dim, blocks.block_q, block_k)
+    config = config or fastest_config(shape, whole_blocks)
+    is_divisor_or_pair = block_k % config.block_n == 0 or config.block_n == 2 * block_k
+    if not is_divisor_or_pair or (whole_blocks and block_k != config.block_n):
         raise ValueError(
-            "block_n must divide block_k, and with lambda_ be equal to it, "
+            "block_n must divide block_k or be twice it, and with lambda_ be equal to it, "
             f"got block_n={config.block_n}, block_k={block_k}, lambda_ given: {whole_blocks}"
         )
     context_bytes = blocks.max_k_blocks * block_k * head_dim * 2 * key_cache.element_size()
@@ -165,19 +197,35 @@ def _walk(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    PARTS: tl.constexpr = BLOCK_K // BLOCK_N
     PADDED: tl.constexpr = HEAD_DIM != PADDED_DIM
     columns = tl.arange(0, PADDED_DIM)
     in_head = columns < HEAD_DIM
-    for step in tl.range(start * PARTS, stop * PARTS):
+    # A step takes a part of a block, a block, or two blocks of the list.
+    IN_PAIRS: tl.constexpr = BLOCK_N > BLOCK_K
+    PARTS: tl.constexpr = 1 if IN_PAIRS else BLOCK_K // BLOCK_N
+    ON_ONE_PAGE: tl.constexpr = PAGE_SIZE % (BLOCK_K if IN_PAIRS else BLOCK_N) == 0
+    column = tl.arange(0, BLOCK_N)
+    for step in tl.range(start * PARTS, stop * PARTS, 2 if IN_PAIRS else 1):
         first = tl.load(block_list + step // PARTS) * BLOCK_K + (step % PARTS) * BLOCK_N
-        keys = first + tl.arange(0, BLOCK_N)
+        keys = first + column
+        second = first
+        if IN_PAIRS:
+            # What is missing behind the list's end lies behind every row.
+            listed = step + 1 < stop
+            second = tl.load(block_list + step + 1, mask=listed, other=0) * BLOCK_K
+            second = tl.where(listed, second, last_position + 1)
+            keys = tl.where(column < BLOCK_K, keys, second + column - BLOCK_K)
         in_context = keys <= last_position
-        if PAGE_SIZE % BLOCK_N == 0:
+        if ON_ONE_PAGE:
             # A part of the last block may lie past the context, on no page.
             there = first <= last_position
             page = tl.load(pages + first // PAGE_SIZE, mask=there, other=0).to(tl.int64)
-            slot = (first % PAGE_SIZE) + tl.arange(0, BLOCK_N)
+            slot = first % PAGE_SIZE + column
+            if IN_PAIRS:
+                there = second <= last_position
+                other = tl.load(pages + second // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+                page = tl.where(column < BLOCK_K, page, other)
+                slot = tl.where(column < BLOCK_K, slot, second % PAGE_SIZE + column - BLOCK_K)
         else:
             page = tl.load(pages + keys // PAGE_SIZE, mask=in_context, other=0).to(tl.int64)
             slot = keys % PAGE_SIZE
@@ -270,6 +318,8 @@ def _prefill_tile(
     if window is None:
         # Diagonal blocks, which need the mask, end the list: those that end past the first row.
         whole = count - (last_position // BLOCK_K - (first_position + 1) // BLOCK_K + 1)
+        if BLOCK_N > BLOCK_K:
+            whole -= whole % 2
     else:
         # A diagonal block, which is in the list, lies in the window: this ends.
         while (tl.load(block_list + start) + 1) * BLOCK_K <= first_position + 1 - window:

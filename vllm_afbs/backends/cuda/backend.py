@@ -15,6 +15,7 @@ from vllm_afbs import compat
 from vllm_afbs.backends.cuda.card import Card
 from vllm_afbs.backends.cuda.dispatch import (
     KernelChoice,
+    LayerKind,
     dense_seconds,
     fastest_kernel,
     variant_name,
@@ -23,7 +24,7 @@ from vllm_afbs.backends.cuda.graphs import CapturesDecodesOnly
 from vllm_afbs.backends.cuda.kv_cache import FP8_DTYPES, is_readable, step_inputs
 from vllm_afbs.backends.cuda.metadata import AfbsCUDAMetadata, ServedLayer
 from vllm_afbs.backends.cuda.meter import DeviceMeter, LayerWork, mark
-from vllm_afbs.backends.cuda.pages import SplitsBlocks
+from vllm_afbs.backends.cuda.pages import SplitsBlocks, are_readable
 from vllm_afbs.backends.cuda.sparse import Layer, SparsePrefill, make_prefills
 from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 from vllm_afbs.backends.cuda.workspace import show_workspace
@@ -109,7 +110,7 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
             if profile is None:
                 impl.step_aside()
                 continue
-            prefills = impl.sparse_prefills(plan, device)
+            prefills = impl.sparse_prefills(plan, device, page_size, profile.block_k)
             impl.serve(ServedLayer(plan, slot, prefills, always_sparse))
             if prefills:
                 model_config = vllm_config.model_config
@@ -194,16 +195,12 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         """Keys that a row sees, itself included; below 1 for all."""
         return int(self.sliding_window[0]) + 1  # FlashAttention counts the keys before a row
 
-    @property
-    def variant(self) -> str:
-        """What changes the layer's times besides its shape, as in ``measured.json``."""
-        return variant_name(self.kv_cache_dtype in FP8_DTYPES, self.sinks is not None)
-
     def unsupported_feature(self, page_size: int, profile: Profile | None) -> Reason | None:
         """The reason why this layer cannot run sparse with any thresholds; None if it can."""
         return eligibility.first_true(
             eligibility.layer_obstacles(self, page_size, profile)
             | {
+                "page_size": profile is not None and not are_readable(page_size, profile.block_k),
                 "local_attention": eligibility.window_hides_keys(self.window, profile),
                 "kv_cache_dtype": self.kv_cache_dtype
                 not in (*eligibility.PLAIN_CACHE_DTYPES, *FP8_DTYPES),
@@ -212,13 +209,13 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         )
 
     def sparse_prefills(
-        self, plan: LayerPlan, device: torch.device
+        self, plan: LayerPlan, device: torch.device, page_size: int, block_k: int
     ) -> dict[KernelChoice, SparsePrefill]:
         """Prepares this layer's sparse prefill with each kernel; empty if its plan is dense."""
         if plan.thresholds is None:
             return {}
         layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
-        return make_prefills(layer, self.card.flash_attention_version)
+        return make_prefills(layer, self.card.flash_attention_version, page_size, block_k)
 
     def serve(self, served: ServedLayer) -> None:
         """Takes what the layer serves; the metadata builder calls this before the first step."""
@@ -321,7 +318,12 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         """Estimates what dense attention of the long prefills would take."""
         kv_len = blocks.requests[0].geometry.kv_len
         num_scores = self.num_heads * blocks.num_scores
-        return dense_seconds(self.card.name, self.head_size, kv_len, num_scores, self.variant)
+        return dense_seconds(self.card.name, self._kind(blocks), kv_len, num_scores)
+
+    def _kind(self, blocks: QueryBlocks) -> LayerKind:
+        """What the layer's times depend on, as in ``measured.json``."""
+        variant = variant_name(self.kv_cache_dtype in FP8_DTYPES, self.sinks is not None)
+        return LayerKind(self.head_size, blocks.block_q, blocks.block_k, variant)
 
     def _choose_prefill(
         self,
@@ -339,11 +341,9 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         kv_len = blocks.requests[0].geometry.kv_len
         density = 1.0 - served.plan.expected_sparsity(kv_len)
         num_scores = self.num_heads * blocks.num_visible * blocks.block_q * blocks.block_k
-        kernel = fastest_kernel(
-            self.card.name, self.head_size, kv_len, density, num_scores, self.variant
-        )
-        if kernel == "dense":
-            if not served.always_sparse:
-                return None, "dense_is_faster"
-            kernel = "tiles"
-        return served.prefills[kernel], None
+        kernels: tuple[KernelChoice, ...] = tuple(served.prefills)
+        if not served.always_sparse:
+            kernels = ("dense", *kernels)
+        kind = self._kind(blocks)
+        kernel = fastest_kernel(self.card.name, kind, kv_len, density, num_scores, kernels)
+        return (None, "dense_is_faster") if kernel == "dense" else (served.prefills[kernel], None)

@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,7 +31,7 @@ _ESTIMATED_BY = "sm90-fa3"
 
 @dataclass(frozen=True)
 class Measurement:
-    """What each kernel takes the device for one head size, context length and density.
+    """What each kernel takes the device for one shape of tiles, context length and density.
 
     Attributes:
         head_dim: Size of a head.
@@ -39,6 +39,8 @@ class Measurement:
         kv_len: Tokens of the prompt.
         density: Share of the causal block products that is computed.
         seconds: Median by kernel.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
         variant: What else the layer had; see ``variant_name``.
     """
 
@@ -47,7 +49,14 @@ class Measurement:
     kv_len: int
     density: float
     seconds: dict[KernelChoice, float]
+    block_q: int = 128
+    block_k: int = 128
     variant: str = ""
+
+    @property
+    def kind(self) -> "LayerKind":
+        """The kind of layer that was measured."""
+        return LayerKind(self.head_dim, self.block_q, self.block_k, self.variant)
 
 
 def variant_name(is_fp8: bool, has_sinks: bool) -> str:
@@ -58,6 +67,36 @@ def variant_name(is_fp8: bool, has_sinks: bool) -> str:
         has_sinks: Whether heads have sinks.
     """
     return "-".join(name for name, holds in {"fp8": is_fp8, "sinks": has_sinks}.items() if holds)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of layer, by which measurements are chosen.
+
+    Attributes:
+        head_dim: Size of a head.
+        block_q: Rows of a query block.
+        block_k: Keys of a key block.
+        variant: What else the layer has; see ``variant_name``.
+    """
+
+    head_dim: int
+    block_q: int = 128
+    block_k: int = 128
+    variant: str = ""
+
+    def distance(self, other: "LayerKind") -> tuple[float, float, float]:
+        """How far another kind is: its variant, its heads and then its blocks, in octaves.
+
+        A variant that was not measured is taken for the plain layer.
+        """
+        blocks = (self.block_q / other.block_q, self.block_k / other.block_k)
+        variants = 0 if self.variant == other.variant else 2 if other.variant else 1
+        return (
+            variants,
+            abs(math.log2(self.head_dim / other.head_dim)),
+            sum(abs(math.log2(ratio)) for ratio in blocks),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,30 +142,33 @@ def is_measured(card: str) -> bool:
 
 
 def fastest_kernel(
-    card: str, head_dim: int, kv_len: int, density: float, num_scores: int, variant: str = ""
+    card: str,
+    kind: LayerKind,
+    kv_len: int,
+    density: float,
+    num_scores: int,
+    kernels: Collection[KernelChoice] = KERNEL_CHOICES,
 ) -> KernelChoice:
     """Names the fastest kernel by the nearest measurements.
 
-    Takes the measured head size and context length that are nearest in proportion, interpolates
-    between their densities, and scales the device's part with the number of scores. A variant that
-    was not measured is taken for the plain layer.
+    Takes the measured kind of layer and context length that are nearest in proportion,
+    interpolates between their densities, and scales the device's part with the number of scores.
 
     Args:
         card: The kind of card, which was measured.
-        head_dim: Size of a head.
+        kind: The kind of layer.
         kv_len: Keys of the longest context of the step.
         density: Share of the causal block products expected to be computed, in (0, 1].
         num_scores: Scores that dense causal attention computes, over all heads.
-        variant: See ``variant_name``.
+        kernels: Kernels to choose among; those that were not measured are left out.
     """
-    device = _seconds_per_score(card, variant, head_dim, _half_octaves(kv_len), round(density, 2))
+    device = _seconds_per_score(card, kind, _half_octaves(kv_len), round(density, 2))
     host = measurements()[card].host_seconds
-    return min(host, key=lambda kernel: device[kernel] * num_scores + host[kernel])
+    measured = (kernel for kernel in KERNEL_CHOICES if kernel in kernels and kernel in device)
+    return min(measured, key=lambda kernel: device[kernel] * num_scores + host[kernel])
 
 
-def dense_seconds(
-    card: str, head_dim: int, kv_len: int, num_scores: int, variant: str = ""
-) -> float:
+def dense_seconds(card: str, kind: LayerKind, kv_len: int, num_scores: int) -> float:
     """Estimates the device's time for dense attention by the nearest measurements.
 
     On another device than the measured one, the estimate is wrong by the ratio between the two
@@ -134,14 +176,13 @@ def dense_seconds(
 
     Args:
         card: The kind of card; an H100 stands in for one that was not measured.
-        head_dim: Size of a head.
+        kind: The kind of layer; its blocks do not matter.
         kv_len: Keys of the longest context of the step.
         num_scores: Scores that dense causal attention computes, over all heads.
-        variant: See ``variant_name``.
     """
     measured = card if card in measurements() else _ESTIMATED_BY
-    per_score = _seconds_per_score(measured, variant, head_dim, _half_octaves(kv_len), 1.0)
-    return per_score["dense"] * num_scores
+    by_kernel = _seconds_per_score(measured, kind, _half_octaves(kv_len), 1.0)
+    return by_kernel["dense"] * num_scores
 
 
 def _half_octaves(kv_len: int) -> int:
@@ -151,13 +192,11 @@ def _half_octaves(kv_len: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _seconds_per_score(
-    card: str, variant: str, head_dim: int, half_octaves: int, density: float
+    card: str, kind: LayerKind, half_octaves: int, density: float
 ) -> dict[KernelChoice, float]:
-    known = measurements()[card].rows
-    rows = tuple(row for row in known if row.variant == variant)
-    rows = rows or tuple(row for row in known if not row.variant)
-    size = min({row.head_dim for row in rows}, key=lambda each: abs(math.log(each / head_dim)))
-    rows = tuple(row for row in rows if row.head_dim == size)
+    rows = measurements()[card].rows
+    nearest = min((row.kind for row in rows), key=kind.distance)
+    rows = tuple(row for row in rows if row.kind == nearest)
     lengths = {row.kv_len for row in rows}
     length = min(lengths, key=lambda each: abs(math.log2(each) - half_octaves / 2))
     curve = sorted((r for r in rows if r.kv_len == length), key=lambda row: row.density)
@@ -177,18 +216,24 @@ def _interpolate(rows: list[Measurement], kernel: KernelChoice, density: float) 
     return points[-1][1]
 
 
-def prefill_seconds(card: str, head_dim: int, num_heads: int, kv_len: int, density: float) -> float:
+def prefill_seconds(
+    card: str, kind: LayerKind, num_heads: int, kv_len: int, density: float
+) -> float:
     """Predicts what one layer's prefill of a whole prompt takes the fastest kernel, host included.
 
     Args:
         card: The kind of card, which was measured.
-        head_dim: Size of a head.
+        kind: The kind of layer.
         num_heads: Query heads.
         kv_len: Tokens of the prompt.
         density: Share of the causal block products that is computed, in (0, 1]; 1 is dense.
     """
     num_scores = num_heads * kv_len * (kv_len + 1) / 2
-    device = _seconds_per_score(card, "", head_dim, _half_octaves(kv_len), round(density, 3))
+    device = _seconds_per_score(card, kind, _half_octaves(kv_len), round(density, 3))
     host = measurements()[card].host_seconds
-    kernels: Sequence[KernelChoice] = ["dense"] if density >= 1.0 else list(host)
-    return min(device[kernel] * num_scores + host[kernel] for kernel in kernels)
+    kernels = {"dense"} if density >= 1.0 else device.keys()
+    return min(
+        seconds * num_scores + host[kernel]
+        for kernel, seconds in device.items()
+        if kernel in kernels
+    )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from vllm_afbs.backends.cuda.pages import are_readable
 from vllm_afbs.kernels import QueryBlocks, StepInputs, one_head_view
 
 _MOST_PAGES = 2**31 - 1  # block tables hold 32-bit numbers
@@ -89,7 +90,7 @@ def _is_readable(
 ) -> bool:
     if len(shape) != 4 or (shape[1], shape[3]) != (num_kv_heads, 2 * head_dim):
         return False
-    if stride[3] != 1 or block_k % shape[2]:
+    if stride[3] != 1 or not are_readable(shape[2], block_k):
         return False
     # All that follows depends on sizes and strides only.
     kv_cache = torch.empty_strided(shape, stride, device="meta")

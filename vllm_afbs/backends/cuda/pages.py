@@ -11,6 +11,19 @@ PAGE_SIZE = 128
 """FlashAttention 3's key tiles have this length. The copy engine fetches pages of it whole."""
 
 
+def are_readable(page_size: int, block_k: int) -> bool:
+    """Whether our kernels read key blocks of this size from pages of this size.
+
+    Key blocks are whole pages, or pages of at most ``PAGE_SIZE`` keys are whole key blocks. In the
+    second case only our own kernel runs: a tile's block table lists pages.
+
+    Args:
+        page_size: Keys of a page.
+        block_k: Keys of a key block.
+    """
+    return block_k % page_size == 0 or (page_size <= PAGE_SIZE and page_size % block_k == 0)
+
+
 class SplitsBlocks(FlashAttentionBackend):
     """FlashAttention's backend, which names the pages and the layouts that we can read."""
 

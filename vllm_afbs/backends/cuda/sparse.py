@@ -126,13 +126,19 @@ class TritonPrefill:
 
 
 def make_prefills(
-    layer: Layer, flash_attention_version: int | None
+    layer: Layer, flash_attention_version: int | None, page_size: int, block_k: int
 ) -> dict[KernelChoice, SparsePrefill]:
     """A layer's sparse prefill with each kernel that there is beside a version of FlashAttention.
 
-    Tiles need version 3: they were measured with no other.
+    Tiles need version 3, as they were measured with no other, and key blocks of whole pages.
+
+    Args:
+        layer: The layer.
+        flash_attention_version: The version; None if there is no FlashAttention.
+        page_size: Keys of a page.
+        block_k: Keys of a key block.
     """
     prefills: dict[KernelChoice, SparsePrefill] = {"triton": TritonPrefill(layer)}
-    if flash_attention_version == 3:
+    if flash_attention_version == 3 and block_k % page_size == 0:
         prefills["tiles"] = TilePrefill(layer)
     return prefills

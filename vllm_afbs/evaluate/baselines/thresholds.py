@@ -13,6 +13,7 @@ import torch
 
 from vllm_afbs.evaluate.methods import (
     ALWAYS,
+    BLOCK,
     Layer,
     Method,
     depth,
@@ -20,7 +21,6 @@ from vllm_afbs.evaluate.methods import (
     sink,
 )
 from vllm_afbs.kernels import (
-    LOCAL_BLOCKS,
     MEAN_KEY_SHARE,
     THETA_OFF,
     BlockGeometry,
@@ -41,13 +41,12 @@ class UniformTau(Method):
             the mean over its queries. None pools the whole block, as served; 1 takes the softmax of
             every row.
         mean_key_share: Share of the mass that is computed from blocks' mean keys.
-        local_blocks: Number of query blocks whose width in keys, up to the diagonal, is always
-            kept.
+        local_keys: Keys before a query block's first row that are always kept; None as served.
     """
 
     query_rows: int | None = None
     mean_key_share: float = MEAN_KEY_SHARE
-    local_blocks: int = LOCAL_BLOCKS
+    local_keys: int | None = None
 
     def score(self, layer: Layer, geometry: BlockGeometry) -> torch.Tensor:
         """See ``Method``."""
@@ -64,7 +63,8 @@ class UniformTau(Method):
         if finer != geometry:
             self_similarity = pool_queries(layer.query, geometry).self_similarity
         below = keys_below | (self_similarity < theta)[:, :, None]
-        local = geometry.local((self.local_blocks - 1) * self.block_q).to(levels.device)
+        reach = geometry.local_keys if self.local_keys is None else self.local_keys
+        local = geometry.local(reach).to(levels.device)
         return sink(levels.masked_fill_(below | local, ALWAYS))
 
     def _thresholds(self, layer: Layer) -> HeadThresholds:
@@ -130,8 +130,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "queries of 32 rows": {"query_rows": 32},
     "queries of 16 rows": {"query_rows": 16},
     "token Q": {"query_rows": 1},
-    "1 local block": {"local_blocks": 1},
-    "4 local blocks": {"local_blocks": 4},
+    "1 local block": {"local_keys": 0},
+    "4 local blocks": {"local_keys": 3 * BLOCK},
     "key blocks of 64": {"block_k": 64},
     "mean correction": {"corrects": True},
 }
