@@ -152,10 +152,12 @@ class LevelSearch:
             divisions = self._searched(analytic)
         else:
             divisions = [analytic.divided(2.0**overall) for overall in OVERALL]
-        levels = self._measured(analytic, divisions, goal is not None or kind == "ax")
+        windows = self._level_windows(on_all=goal is not None)
+        levels = self._measured(analytic, divisions, windows)
         if found is None:
             return _chain(levels, DEFAULT), DEFAULT, None
-        levels.append(self._level(GOAL, analytic, found.division, found.layers, found.runs))
+        runs = self._runs(found.layers, windows)
+        levels.append(self._level(GOAL, analytic, found.division, found.layers, runs))
         return _chain(levels, GOAL), GOAL, budget
 
     def _reach(
@@ -204,13 +206,21 @@ class LevelSearch:
             return [each.division for each in base]
         return [each.division for each in chosen]
 
+    def _level_windows(self, on_all: bool) -> tuple[str, ...]:
+        """The windows that all levels are measured on, so that they can be compared.
+
+        Args:
+            on_all: Whether to take all held-out windows. If not, one of each text: without a goal,
+                a job should stay short.
+        """
+        if self.windows.unseen or on_all:
+            return self.windows.unseen or self.windows.held_out
+        return tuple(group[0] for group in by_text(self.windows.held_out))
+
     def _measured(
-        self, analytic: Analytic, divisions: Sequence[Division], on_all: bool
+        self, analytic: Analytic, divisions: Sequence[Division], windows: Sequence[str]
     ) -> list[TunedLevel]:
         """Settles divisions and runs the model with them."""
-        windows = self.windows.unseen or self.windows.held_out
-        if not on_all:  # one window of each text: without a goal, a job should stay short
-            windows = tuple(group[0] for group in by_text(self.windows.held_out))
         self.progress.begin("Measuring levels", len(divisions) * len(windows))
         settled = self.search.settled(divisions)
         return [
