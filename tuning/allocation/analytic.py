@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -59,19 +60,19 @@ class Analytic:
         Args:
             budget: That tolerance in units of the job's.
         """
-        return self._division(self._times().within_damage(self.total(self.one_tolerance(budget))))
+        return self._division(self._times.within_damage(self.total(self.one_tolerance(budget))))
 
     def within_damage(self, limit: float) -> Division:
         """The least time for a damage."""
-        return self._division(self._times().within_damage(limit))
+        return self._division(self._times.within_damage(limit))
 
     def within_time(self, limit: float) -> Division:
         """The least damage at a predicted time ratio."""
-        return self._division(self._times().within_work(limit))
+        return self._division(self._times.within_work(limit))
 
     def within_density(self, limit: float) -> Division:
         """The least damage at a mean density."""
-        return self._division(self._densities().within_work(limit))
+        return self._division(self._densities.within_work(limit))
 
     def total(self, division: Division) -> float:
         """Predicted damage of a division."""
@@ -99,14 +100,16 @@ class Analytic:
         curves = self.curves[layer]
         return float(curves.longest.error_at(curves.depth(tolerance)).square().mean())
 
+    @cached_property
     def _times(self) -> Choices:
-        densities = self._densities()
+        densities = self._densities
         times = [
             [self.time.of_layer(self.length, density) for density in layer]
             for layer in densities.work.tolist()
         ]
         return Choices(torch.tensor(times, dtype=torch.float64), densities.damage)
 
+    @cached_property
     def _densities(self) -> Choices:
         tolerances = [self.tolerance * factor for factor in FACTORS]
         density, square = (
