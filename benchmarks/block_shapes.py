@@ -6,14 +6,15 @@ The served selector chooses blocks at a grid of tau, and each head's sparsity is
 relative L1 error against dense attention is 0.05. Sparsity is the share of the causal area in
 blocks of 128x128 that is skipped, whatever the shape, so that shapes compare. Beside the shapes:
 
-- *scored by pairs*: 64 query rows to a block, but two blocks share one pooled query's scores.
+- *scored one by one*: the served selector scores query blocks of 64 rows in pairs; this one scores
+  each on its own.
 - *dropped by mean*: a dropped block counts as its mean key and its mean value.
 """
 
 import functools
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from rich.progress import track
 
 from benchmarks.command import benchmark_parser, report_rows
 from vllm_afbs.captures import CALIBRATION, LayerTensors
-from vllm_afbs.commands.results import Row, make_row
+from vllm_afbs.commands.results import Row, make_row, write_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.kernels import THETA_OFF, BlockGeometry, HeadThresholds, score_blocks
 from vllm_afbs.models.in_process.engine import TransformersEngine
@@ -34,7 +35,16 @@ from vllm_afbs.tuning.windows import cut_windows
 ERROR = 0.05
 PART = 64  # keys of the finest block
 ROWS = 512  # rows whose error is measured
-DEPTHS = np.linspace(0.1, 6.0, 20)  # of tau: -log(1 - tau)
+DEPTHS = np.linspace(0.2, 5.8, 15)  # of tau: -log(1 - tau)
+
+
+class _OneByOne(BlockGeometry):
+    """Blocks that are never scored in pairs."""
+
+    @property
+    def scored(self) -> BlockGeometry:
+        """Themselves."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -44,32 +54,38 @@ class Variant:
     Attributes:
         block_q: Rows of a query block.
         block_k: Keys of a key block.
-        scored_rows: Rows that are pooled into the query that scores; a multiple of ``block_q``.
+        in_pairs: Whether blocks of 64 rows are scored in pairs, as served.
         corrects: Whether a dropped block counts as its mean key and its mean value.
     """
 
     block_q: int
     block_k: int
-    scored_rows: int
+    in_pairs: bool = True
     corrects: bool = False
 
     @property
     def name(self) -> str:
         """Its name in the results."""
         name = f"{self.block_q}x{self.block_k}"
-        if self.scored_rows != self.block_q:
-            name += ", scored by pairs"
+        if not self.in_pairs:
+            name += ", scored one by one"
         return name + (", dropped by mean" if self.corrects else "")
+
+    def geometry(self, length: int) -> BlockGeometry:
+        """Cuts a prompt."""
+        kind = BlockGeometry if self.in_pairs else _OneByOne
+        return kind(length, length, self.block_q, self.block_k)
 
 
 VARIANTS = (
-    Variant(128, 128, 128),
-    Variant(128, 64, 128),
-    Variant(64, 128, 64),
-    Variant(64, 64, 64),
-    Variant(64, 64, 128),
-    Variant(128, 128, 128, corrects=True),
-    Variant(64, 64, 64, corrects=True),
+    Variant(128, 128),
+    Variant(128, 64),
+    Variant(64, 128),
+    Variant(64, 64),
+    Variant(64, 128, in_pairs=False),
+    Variant(64, 64, in_pairs=False),
+    Variant(128, 128, corrects=True),
+    Variant(64, 64, corrects=True),
 )
 
 
@@ -101,16 +117,8 @@ class Layer:
         """Error and sparsity of each head by depth, ``[len(DEPTHS), num_heads]``."""
         tensors = self._tensors
         length, num_heads, _ = tensors.query.shape
-        geometry = BlockGeometry(length, length, variant.block_q, variant.block_k)
-        coarse = replace(geometry, block_q=variant.scored_rows)
-        scores = score_blocks(tensors.query, tensors.key, coarse, tensors.softmax_scale)
-        block_of = torch.arange(geometry.num_q_blocks) * variant.block_q // variant.scored_rows
-        scores = replace(
-            scores,
-            mean=scores.mean[:, block_of].masked_fill(~geometry.visible, -torch.inf),
-            total=scores.total[:, block_of].masked_fill(~geometry.visible, -torch.inf),
-            query_self_similarity=scores.query_self_similarity[:, block_of],
-        )
+        geometry = variant.geometry(length)
+        scores = score_blocks(tensors.query, tensors.key, geometry, tensors.softmax_scale)
         dense_area = BlockGeometry(length, length, 128, 128).num_visible * 128 * 128
         errors, sparsities = [], []
         for depth in DEPTHS:
@@ -190,6 +198,8 @@ def main() -> None:
             )
             load = functools.partial(taken.load, window=CALIBRATION)
             rows += measure(load, layers, length)
+        if args.output:
+            write_rows(args.output, rows)  # a long run that is cut off keeps what it has
     report_rows(rows, args.output)
 
 

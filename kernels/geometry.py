@@ -1,6 +1,6 @@
 """Which rows and keys the blocks of one request's step cover."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +12,13 @@ Chosen on SmolLM2-135M-Instruct. At 8K with blocks of 128, perplexity without th
 times as much at equal sparsity (docs/benchmarks.md). At 2K with blocks of 64, 128 keys were better
 than 0 and than 256 by divergence at equal sparsity. A block's scores tell the mass of what is near,
 not how much the next word depends on it. Other models were not measured.
+"""
+
+PAIRED_ROWS = 64
+"""Query blocks of this size are scored in pairs, which halves what selection costs.
+
+Both blocks of a pair take the scores of the mean of their 128 rows, each for the key blocks that it
+sees. At equal error this keeps nearly all of what blocks of 64 save (docs/benchmarks.md).
 """
 
 
@@ -107,9 +114,10 @@ class BlockGeometry:
     def local_keys(self) -> int:
         """Keys before a query block's first row that are always kept, rounded up to blocks.
 
-        ``LOCAL_KEYS``, but at most two query blocks: blocks of less than 64 are for short prompts.
+        ``LOCAL_KEYS``, or as many as a query block has rows if it has fewer than half of them:
+        such blocks are for short prompts.
         """
-        return min(LOCAL_KEYS, 2 * self.block_q)
+        return LOCAL_KEYS if 2 * self.block_q >= LOCAL_KEYS else self.block_q
 
     def local(self, reach: int) -> torch.Tensor:
         """Blocks that end within a reach of keys before a query block's first row, or after it.
@@ -122,6 +130,19 @@ class BlockGeometry:
         """
         key_ends = torch.arange(1, self.num_k_blocks + 1) * self.block_k
         return key_ends[None, :] > self.first_positions[:, None] + 1 - reach
+
+    @property
+    def scored(self) -> "BlockGeometry":
+        """The query blocks whose means are scored: see ``PAIRED_ROWS``."""
+        if self.block_q != PAIRED_ROWS:
+            return self
+        return replace(self, block_q=2 * self.block_q)
+
+    @cached_property
+    def scored_index(self) -> torch.Tensor:
+        """The block of ``scored`` that holds each query block, ``[num_q_blocks]``, int64."""
+        block_q = self.scored.block_q
+        return self.first_positions // block_q - self.first_row // block_q
 
     @cached_property
     def num_visible(self) -> int:

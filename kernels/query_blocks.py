@@ -6,7 +6,7 @@ says where blocks are cut.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,12 +48,19 @@ class QueryBlocks:
         requests: The requests, in the table's order.
         slices: Each request's blocks.
         num_rows: Rows of all blocks.
+        pairs: The blocks that are scored, if they are not these: see ``BlockGeometry.scored``.
     """
 
     table: torch.Tensor
     requests: tuple[PrefillRequest, ...]
     slices: tuple[slice, ...]
     num_rows: int
+    pairs: "QueryBlocks | None" = None
+
+    @property
+    def scored(self) -> "QueryBlocks":
+        """The blocks whose means are scored."""
+        return self if self.pairs is None else self.pairs
 
     @property
     def num_blocks(self) -> int:
@@ -115,7 +122,10 @@ def cut_query_blocks(requests: Sequence[PrefillRequest], device: torch.device) -
     table = torch.cat(parts, dim=1)
     table[3] = table[1].cumsum(0) - table[1]
     num_rows = sum(request.geometry.q_len for request in ordered)
-    return QueryBlocks(to_device(table.to(torch.int32), device), ordered, tuple(slices), num_rows)
+    scored = [replace(request, geometry=request.geometry.scored) for request in ordered]
+    pairs = cut_query_blocks(scored, device) if scored != list(ordered) else None
+    on_device = to_device(table.to(torch.int32), device)
+    return QueryBlocks(on_device, ordered, tuple(slices), num_rows, pairs)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

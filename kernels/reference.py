@@ -57,12 +57,13 @@ def reference_select(
         key_blocks = key[:, head // group].double().split(geometry.block_k)
         below_theta = [_self_similarity(block) < theta for block in key_blocks]
         for i in range(geometry.num_q_blocks):
-            rows = _query_block(query, head, i, geometry)
+            scored, index = geometry.scored, int(geometry.scored_index[i])
+            rows = _query_block(query, head, index, scored)
             visible = [j for j in range(geometry.num_k_blocks) if geometry.visible[i, j]]
             pooled = [j for j in visible if not below_theta[j]]
             # Rounded, as matrix units take it.
             mean_query = rows.mean(0).to(query.dtype).double() * softmax_scale
-            end = int(geometry.last_positions[i]) + 1
+            end = int(scored.last_positions[index]) + 1
             scores = [key_blocks[j][: end - j * geometry.block_k] @ mean_query for j in pooled]
             mass = _block_mass(scores)
             kept = set(_largest_until(mass, pooled, tau))

@@ -3,7 +3,8 @@
 REQUEST is a JSON file with a list of engines, one after the other in one process, which imports
 vLLM once. Each is ``llm`` (arguments of ``vllm.LLM``), ``prompts`` (lists of token ids) and, for
 each prompt, ``images`` (the seeds of random ones) and ``adapters`` (the directory of its LoRA
-adapter or null). ANSWER becomes a list of what each engine did; see ``Run``.
+adapter or null). With ``levels``, all prompts are computed once at each of them in turn; null
+stands for a level's file that is gone. ANSWER becomes a list of what each engine did; see ``Run``.
 """
 
 import json
@@ -58,6 +59,7 @@ def engine(
     profile: Path | None = None,
     adapters: Sequence[Path | None] = (None, None),
     settings: Mapping[str, Any] | None = None,
+    levels: Sequence[str | None] = (),
     **llm: Any,
 ) -> dict[str, Any]:
     """One engine of REQUEST, for two prompts of ``LENGTH`` tokens.
@@ -68,6 +70,7 @@ def engine(
         profile: The profile to serve.
         adapters: The LoRA adapter of each prompt.
         settings: Ours, beside the profile.
+        levels: At which to compute the prompts, one after the other; none for the one at start.
         llm: Other arguments of ``vllm.LLM``.
     """
     served = {} if profile is None else {"afbs": {"profile": str(profile), **(settings or {})}}
@@ -90,6 +93,7 @@ def engine(
         "prompts": prompts,
         "images": [[] for _ in prompts],
         "adapters": paths,
+        "levels": list(levels),
     }
 
 
@@ -121,6 +125,7 @@ def _run(
     prompts: list[list[int]],
     images: list[list[int]],
     adapters: list[str | None],
+    levels: list[str | None],
 ) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -142,7 +147,11 @@ def _run(
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         given = [_prompt(*each) for each in zip(prompts, images, strict=True)]
         requests = [None if path is None else LoRARequest("one", 1, path) for path in adapters]
-        outputs = server.generate(given, sampling, use_tqdm=False, lora_request=requests)
+        outputs = []
+        for turn in levels or [""]:
+            if turn != "":
+                _turn_to(turn)
+            outputs += server.generate(given, sampling, use_tqdm=False, lora_request=requests)
         stock_layers = [
             name
             for name, layer in _attention_layers(server)
@@ -162,6 +171,15 @@ def _run(
         "products": _grown(before[0], after[0]),
         "fallbacks": _grown(before[1], after[1]),
     }
+
+
+def _turn_to(level: str | None) -> None:
+    from vllm_afbs.observability import served_level
+
+    if level is None:
+        served_level.level_file().unlink()
+    else:
+        served_level.set_level(level)
 
 
 def _prompt(ids: list[int], seeds: list[int]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def changed_model(
     return directory
 
 
-def save_small_model(directory: Path) -> Path:
+def save_small_model(directory: Path, max_position_embeddings: int = 1024) -> Path:
     """Saves a random model of ``SMALL_MODEL``'s shape: vLLM has no kernels for the tiny one's."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +49,7 @@ def save_small_model(directory: Path) -> Path:
         num_attention_heads=SMALL_MODEL.num_heads,
         num_key_value_heads=SMALL_MODEL.num_kv_heads,
         vocab_size=256,
-        max_position_embeddings=1024,
+        max_position_embeddings=max_position_embeddings,
         initializer_range=0.2,
     )
     LlamaForCausalLM(shape).save_pretrained(directory)

@@ -1,6 +1,6 @@
 """Profiles for tests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import profiles
@@ -28,3 +28,17 @@ def uniform_profile(
 def one_level(heads: Sequence[HeadProfile], tolerance: float | None = None) -> LayerProfile:
     """A layer of a profile with a single level."""
     return LayerProfile(levels=[LayerLevel(heads=list(heads), tolerance=tolerance)])
+
+
+def of_levels(by_name: Mapping[str, Profile], default: str) -> Profile:
+    """One profile whose levels are those of profiles with a single level."""
+    profiles = list(by_name.values())
+    layers = [
+        LayerProfile(levels=[level for layer in same_layer for level in layer.levels])
+        for same_layer in zip(*(profile.layers for profile in profiles), strict=True)
+    ]
+    levels = [
+        profile.levels[0].model_copy(update={"name": name}) for name, profile in by_name.items()
+    ]
+    update = {"levels": levels, "default_level": default, "layers": layers}
+    return profiles[0].model_copy(update=update)

@@ -4,6 +4,7 @@
 configuration and no weights, except where a server is started.
 """
 
+import json
 import os
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import vllm
 from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from tests.profiles import uniform_profile
+from tests.profiles import of_levels, uniform_profile
 from vllm_afbs.backends.cpu import backend
 from vllm_afbs.backends.cpu.key_pages import UnknownPackingError
 from vllm_afbs.check import __main__ as check
@@ -130,9 +131,36 @@ def test_layers_are_answered_without_weights(
     assert "note: assumed --attention-backend afbs, which vllm serve has to be given" in lines
     assert "layers 0-1, 3: sparse" in lines
     assert "layers 2: dense, profile_dense" in lines
+    assert "level tuned: the profile's only one" in lines
     line = "3 of 4 layers sparse from 1,024 to 4,096 tokens; 1 dense: profile_dense"
     assert lines[-1] == f"on: {line}"
     assert not list(model.glob("*.safetensors"))
+
+
+def test_the_level_is_named_and_has_to_be_the_profiles(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model))
+    by_name = {"exact": uniform_profile(fingerprint, tau=1.0), "fast": uniform_profile(fingerprint)}
+    path = tmp_path / "profile.json"
+    write_atomically(path, of_levels(by_name, default="exact").to_json())
+    given = ["--model", model, "--profile", path, OURS, "--additional-config"]
+
+    def at(name: str) -> tuple[int, list[str], str]:
+        return outcome(capsys, *given, json.dumps({"afbs": {"level": name}}))
+
+    status, lines, _ = at("fast")
+    assert status == 0
+    assert "level fast: the profile has exact, fast" in lines
+    assert lines[-1] == "on: 4 of 4 layers sparse at level fast from 1,024 to 4,096 tokens"
+    status, lines, _ = outcome(capsys, *given[:-1])
+    assert status == 1
+    assert "level exact: the profile has exact, fast" in lines
+    assert lines[-1] == "off: 0 of 4 layers sparse; 4 dense: profile_dense"
+    status, _, error = at("slow")
+    assert status == 2
+    expected = "--additional-config: afbs.level: one of exact, fast expected, got 'slow'"
+    assert error.splitlines()[-1].endswith(expected)
 
 
 OFF: list[tuple[list[str], str]] = [

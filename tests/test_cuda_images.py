@@ -186,16 +186,16 @@ def test_only_steps_that_compute_an_image_leave_ours(
 
 
 def test_masked_steps_are_counted_as_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_afbs.backends import shared
     from vllm_afbs.backends.cuda import backend
-    from vllm_afbs.backends.shared import StepSorter
 
     builder: Any = object.__new__(backend.AfbsCUDAMetadataBuilder)
-    config: Any = SimpleNamespace(lora_config=None, speculative_config=None)
-    builder._sorter = StepSorter(config, uniform_profile())
-    builder._plans = [Mock(dense_reason=None)] * 3
+    config: Any = SimpleNamespace(lora_config=None, speculative_config=None, additional_config={})
+    builder._sorter = shared.StepSorter(config, uniform_profile())
+    builder._plans = [[Mock(dense_reason=None)]] * 3
     counted = Mock()
     monkeypatch.setattr(backend.fallbacks, "count", counted)
-    monkeypatch.setattr(backend.metrics, "count_tokens", Mock())
+    monkeypatch.setattr(shared.metrics, "count_tokens", Mock())
     common = step({0: [(0, 9)]}, 1024, 1024)
     builder.count_masked_step(common)
     counted.assert_called_once_with({"attention_mask": 3})

@@ -99,7 +99,7 @@ def make_layer(slot: int) -> Any:
 def attend(layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, **ours: Any) -> torch.Tensor:
     """Runs a step in a layer, all of whose pages are one. Rows that nothing writes are NaN."""
     block_table = torch.zeros(2, LONG.num_k_blocks, dtype=torch.int32, device=query.device)
-    metadata: Any = SimpleNamespace(block_table=block_table, **ours)
+    metadata: Any = SimpleNamespace(**{"block_table": block_table, "level": 0} | ours)
     output = torch.full_like(query, torch.nan)
     layer._attend_prefills(None, query, None, None, kv_cache, metadata, output)
     return output
@@ -187,6 +187,31 @@ def test_layers_report_what_the_device_did(
         assert estimate > 2 * dense_seconds("sm90-fa3", LayerKind(HEAD_DIM), 9000, num_scores)
 
 
+def test_a_step_runs_at_its_own_level(
+    device: torch.device,
+    dense_runs: list[tuple[Any, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A layer that is dense at one level and sparse at the other."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(backend, "fastest_kernel", lambda *_: "tiles")
+    layer = make_layer(0)
+    layer.serve(backend.ServedLayer(PLANS[1], 0, {}), *layer._served)
+    the_meter = meter.DeviceMeter(PLANS[:1], Settings(), device)
+    blocks = cut_query_blocks([PrefillRequest(0, 1, LONG)], device)
+    query = torch.zeros(LONG.q_len, NUM_HEADS, HEAD_DIM, device=device)
+    kv_cache = torch.zeros(1, NUM_HEADS, 128, 2 * HEAD_DIM, device=device)
+    for level, value in ((1, 0.9), (0, 1.0), (1, 0.9)):
+        output = attend(
+            layer, query, kv_cache, blocks=blocks, meter=the_meter, dense_requests=None, level=level
+        )
+        assert (output == value).all()
+    counters = reported(3, num_layers=1)
+    seconds = counters.by("vllm_afbs_prefill_attention_seconds_count", "path")
+    assert seconds == {"sparse": 2, "dense": 1}
+
+
 def test_steps_are_reported_although_the_last_layer_reports_elsewhere(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +276,7 @@ def test_microbatches_report_to_meters_of_their_own(
 def test_the_dense_estimate_is_the_measurement_itself_where_one_was_made() -> None:
     (row,) = (
         row for row in measurements()["sm90-fa3"].rows
-        if (row.head_dim, row.kv_len, row.density) == (128, 32768, 1.0)
+        if (row.kind, row.kv_len, row.density) == (LayerKind(128), 32768, 1.0)
     )  # fmt: skip
     num_scores = row.num_heads * 32768 * 32769 // 2
     assert dense_seconds("sm90-fa3", LayerKind(128), 32768, num_scores) == pytest.approx(

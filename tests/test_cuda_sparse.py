@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.batches import Batch, draw_sinks, make_batch, quantise
@@ -29,6 +29,25 @@ def test_sparse_prefill_equals_the_reference(
     page_size: int, head_dim: int, dtype: torch.dtype, heads_outside: bool, way: str
 ) -> None:
     check(make_batch(LENGTHS, 128, page_size, head_dim, dtype, "cuda", heads_outside), way)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["TilePrefill", "TritonPrefill"])
+@pytest.mark.parametrize("page_size", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("shape", [(128, 64), (64, 128), (64, 64)], ids=str)
+def test_every_shape_equals_the_reference(
+    shape: tuple[int, int], head_dim: int, page_size: int, way: str
+) -> None:
+    block_q, block_k = shape
+    if way == "TilePrefill" and block_k % page_size:
+        pytest.skip("a block table cannot name half a page")
+    batch = make_batch(
+        LENGTHS, block_q, page_size, head_dim, torch.bfloat16, "cuda", block_k=block_k
+    )
+    check(batch, way)
+    batch.sinks = draw_sinks(6, "cuda")
+    check(batch, way, 5.0)
 
 
 @pytest.mark.gpu
@@ -101,6 +120,7 @@ def check(batch: Batch, way: str, softcap: float = 0.0) -> None:
     assert sparse_error <= 2 * dense_error
 
 
+@settings(deadline=None)  # the first import of vLLM is in its time
 @given(st.integers(1, 200_000), st.integers(0, 200_000), st.sampled_from([16, 64, 128]), st.data())
 def test_every_context_shares_its_kernels_with_one_that_was_compiled(
     shortest: int, more: int, block_k: int, data: st.DataObject
@@ -135,7 +155,7 @@ def test_a_server_compiles_its_sparse_layers_for_the_contexts_that_it_serves(
     monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", keep_arguments)
     profile = uniform_profile()
     monkeypatch.setattr(backend, "join_server", lambda _: profile)
-    plans = [plan_layer(profile, index, 4, 0, why) for index, why in enumerate((None, "alibi"))]
+    plans = [[plan_layer(profile, index, 4, 0, why)] for index, why in enumerate((None, "alibi"))]
     impls = [make_impl("cuda") for _ in plans]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: zip(impls, plans, strict=True))
     monkeypatch.setattr(backend.summary, "report", lambda *_: None)
@@ -168,7 +188,7 @@ def test_without_a_profile_attention_is_flash_attentions_own(
     monkeypatch.setattr(graphs.FlashAttentionMetadataBuilder, "__init__", keep_arguments)
     impl = make_impl("cuda")
     assert impl.forward.__func__ is backend.AfbsCUDAImpl.forward
-    plans = [(impl, plan_layer(None, 0, 4, 0, None))]
+    plans = [(impl, [plan_layer(None, 0, 4, 0, None)])]
     monkeypatch.setattr(backend, "plan_layers", lambda *_: iter(plans))
     monkeypatch.setattr(backend.summary, "report", lambda *_: None)
     config: Any = SimpleNamespace(
@@ -188,9 +208,12 @@ STEPS = [[(257, 1000)], [(640, 640), (129, 1537)], [(1024, 1024)], [(131, 385)]]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.parametrize("has_theta", [False, True])
-def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool, is_fp8: bool) -> None:
+def test_a_warm_server_compiles_nothing_in_a_request(
+    has_theta: bool, is_fp8: bool, block: int
+) -> None:
     from vllm_afbs.backends.cuda import sparse
     from vllm_afbs.backends.cuda.warmup import LayerShape, compile_kernels
 
@@ -200,7 +223,7 @@ def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool, is_fp8: bo
         compiled.append(kwargs["fn"].name)
 
     batches = [
-        make_batch(lengths, 128, 128, 112, torch.bfloat16, "cuda", True) for lengths in STEPS
+        make_batch(lengths, block, block, 112, torch.bfloat16, "cuda", True) for lengths in STEPS
     ]
     if is_fp8:  # and has sinks
         for batch in batches:
@@ -218,9 +241,9 @@ def test_a_warm_server_compiles_nothing_in_a_request(has_theta: bool, is_fp8: bo
         dtype=torch.bfloat16,
         query_dtype=batches[0].query.dtype,
         cache_dtype=batches[0].key_cache.dtype,
-        page_size=128,
-        block_q=128,
-        block_k=128,
+        page_size=block,
+        block_q=block,
+        block_k=block,
         sinks_dtype=torch.bfloat16 if is_fp8 else None,
     )
     with triton.knobs.runtime.scope():

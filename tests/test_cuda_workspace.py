@@ -164,6 +164,25 @@ def test_no_step_needs_more_than_was_shown(
         assert counted.peak > 0.9 * shown
 
 
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("kv_len", [1024, 32768])
+@pytest.mark.parametrize("blocks", [(64, 64), (64, 128), (128, 64)], ids=str)
+@pytest.mark.parametrize("kind", ["TilePrefill", "TritonPrefill"])
+def test_no_shape_of_blocks_needs_more_than_was_shown(
+    kind: str, blocks: tuple[int, int], kv_len: int
+) -> None:
+    shape = replace(SHAPE, page_size=64, block_q=blocks[0], block_k=blocks[1])
+    for q_lens in ([1000], [500, 500], [65] * 15):
+        step = make_step(q_lens, kv_len - 1, shape, "cpu")
+        prefill = getattr(sparse, kind)(layer_of(shape, "cpu"))
+        num_kept = torch.zeros(shape.num_heads, dtype=torch.int64)
+        output = torch.empty_like(step.query, dtype=shape.dtype)
+        with Allocations() as counted:
+            prefill.attend(step, prefill.choose(step, num_kept), output)
+        shown = workspace_bytes(shape, LargestStep(1000, len(q_lens), kv_len))
+        assert 0 < counted.peak <= shown
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtypes", [{}, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("q_lens", [[8192], [131072], [4000, 4192], [129] * 60], ids=len)

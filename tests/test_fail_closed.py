@@ -57,7 +57,7 @@ def reasons(
     names = list(config.compilation_config.static_forward_context)
     profile = admission.admitted_profile(config)
     plans = plan.plan_layers(config, profile, names, PAGE_SIZE)
-    return [each.dense_reason for _, each in plans]
+    return [each.dense_reason for _, (each,) in plans]
 
 
 def name_of(index: int) -> str:

@@ -107,6 +107,7 @@ def run(platform: str, kv_cache: torch.Tensor, plan: LayerPlan = PLAN, **more: A
             **CUDA_FIELDS | {"block_table": table},
             blocks=cut_query_blocks(step.long_prefills, torch.device("cpu")),
             meter=meter,
+            level=0,
         )
     output = torch.zeros_like(query)
     returned: torch.Tensor = impl.forward(

@@ -140,7 +140,7 @@ def test_a_quantised_output_is_left_to_vllms_dense_backend(
     step = one_prefill(2000, 3000)
     on_cpu = AfbsCPUMetadata(**CPU_FIELDS, step=step)
     blocks: Any = SimpleNamespace(requests=step.long_prefills)
-    on_cuda = AfbsCUDAMetadata(**CUDA_FIELDS, blocks=blocks, meter=Mock())
+    on_cuda = AfbsCUDAMetadata(**CUDA_FIELDS, blocks=blocks, meter=Mock(), level=0)
     for platform, metadata in (("cpu", on_cpu), ("cuda", on_cuda)):
         impl = make_impl(platform)
         with pytest.raises(NotImplementedError, match="output quantization"):

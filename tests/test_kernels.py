@@ -1,5 +1,6 @@
 """The fast implementations for one request against the fp64 reference."""
 
+import itertools
 from typing import Literal
 
 import pytest
@@ -32,14 +33,19 @@ def select(
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Problem, int]:
-    kv_len = draw(st.integers(1, 150))
-    q_len = draw(st.integers(1, kv_len))
-    page_size = draw(st.sampled_from([4, 8, 16]))
-    block_k = page_size * draw(st.integers(1, 3))
+    """Small blocks of any size, or the ones that are tuned."""
+    if draw(st.booleans()):
+        page_size = draw(st.sampled_from([4, 8, 16]))
+        block_q = draw(st.sampled_from([8, 16, 24]))
+        block_k, longest = page_size * draw(st.integers(1, 3)), 150
+    else:
+        block_q, block_k = draw(st.sampled_from(list(itertools.product((64, 128), repeat=2))))
+        page_size, longest = draw(st.sampled_from([64, block_k])), 330
+    kv_len = draw(st.integers(1, longest))
     problem = make_problem(
-        q_len,
+        draw(st.integers(1, kv_len)),
         kv_len,
-        draw(st.sampled_from([8, 16, 24])),
+        block_q,
         block_k,
         num_kv_heads=draw(st.integers(1, 2)),
         group=draw(st.integers(1, 3)),
@@ -79,12 +85,11 @@ def test_selection_does_not_depend_on_aligned_chunks(
 ) -> None:
     problem, _ = drawn
     geometry = problem.geometry
-    first_edge = geometry.first_row - geometry.lead + geometry.block_q
+    block_q = geometry.scored.block_q  # blocks that are scored in pairs must not be parted
+    first_edge = geometry.first_row - geometry.scored.lead + block_q
     # A chunk must end between key blocks too, or the last one's self-similarity is not yet whole.
     edges = [
-        edge
-        for edge in range(first_edge, geometry.kv_len, geometry.block_q)
-        if edge % geometry.block_k == 0
+        edge for edge in range(first_edge, geometry.kv_len, block_q) if edge % geometry.block_k == 0
     ]
     assume(edges)
     cut = data.draw(st.sampled_from(edges))
@@ -170,13 +175,31 @@ def test_what_is_always_kept_is_the_sink_and_what_is_near(
     q_len: int, before: int, block_q: int, block_k: int
 ) -> None:
     geometry = BlockGeometry(q_len, before + q_len, block_q, block_k)
-    near = 128 if block_q >= 64 else 2 * block_q
+    near = 128 if block_q >= 64 else block_q
     for i, first in enumerate(geometry.first_positions.tolist()):
         last = int(geometry.last_positions[i])
         # The row itself, and those that it and the rows after it see within reach of the first.
         wanted = {0} | {p // block_k for p in range(max(0, first - near + 1), last + 1)}
         always = geometry.always[i].nonzero().flatten().tolist()
         assert set(always) == {j for j in wanted if j * block_k <= last}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 600), st.integers(0, 600), st.sampled_from([64, 128]))
+def test_blocks_of_64_rows_are_scored_in_pairs(q_len: int, before: int, block_k: int) -> None:
+    """A pair keeps the same blocks, but for those that are always kept or not seen by both."""
+    problem = make_problem(q_len, before + q_len, 64, block_k, num_kv_heads=1)
+    pairs = make_problem(q_len, before + q_len, 128, block_k, num_kv_heads=1)
+    keep, together = select(problem), select(pairs)
+    geometry, coarse = problem.geometry, pairs.geometry
+    first = geometry.first_row // 128
+    for i, position in enumerate(geometry.first_positions.tolist()):
+        pair = position // 128 - first
+        free = geometry.visible[i] & ~geometry.always[i] & ~coarse.always[pair]
+        assert geometry.scored_index[i] == pair
+        # The first of a pair does not see the second one's keys, whose mass goes to the others.
+        if torch.equal(geometry.visible[i], coarse.visible[pair]):
+            assert torch.equal(keep[:, i, free], together[:, pair, free])
 
 
 def test_blocks_of_128_keep_what_earlier_profiles_were_tuned_with() -> None:

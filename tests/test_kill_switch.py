@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.switch_workers import workers
-from vllm_afbs.observability import instance, kill_switch, membership, metric_files
+from vllm_afbs.observability import (
+    instance,
+    kill_switch,
+    membership,
+    metric_files,
+    server_file,
+)
 
 WAIT_SECONDS = 20.0
 DIRECTORIES = pytest.mark.parametrize(
@@ -126,7 +132,7 @@ def test_a_file_that_is_on_is_kept_from_cleaners_by_age(
     os.utime(file, (1, 1))
     switch.keep()
     assert file.stat().st_mtime == 1
-    monkeypatch.setattr(kill_switch, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(server_file, "REFRESH_SECONDS", 0.0)
     switch.keep()
     assert time.time() - file.stat().st_mtime < 60
     kill_switch.set_enabled(False)  # when it was switched off is to be seen

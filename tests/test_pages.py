@@ -120,7 +120,7 @@ def test_a_builder_of_windows_alone_builds_what_vllm_builds(
     monkeypatch.setattr(parent, "build", lambda *_: built)
     impls = [Mock(), Mock()]
     reasons: list[Any] = ["local_attention", "local_attention" if local else "profile_dense"]
-    plans = [plan_layer(uniform_profile(), 0, 4, 0, reason) for reason in reasons]
+    plans = [[plan_layer(uniform_profile(), 0, 4, 0, reason)] for reason in reasons]
     monkeypatch.setattr(module, "plan_layers", lambda *_: list(zip(impls, plans, strict=True)))
     monkeypatch.setattr(module.summary, "report", Mock())
     if module is cuda:

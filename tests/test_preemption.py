@@ -25,7 +25,7 @@ def test_generated_tokens_count_as_a_prompts_do(
 ) -> None:
     """A decode is one row; after a preemption the same request comes with all its tokens."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    config: Any = SimpleNamespace(speculative_config=None, lora_config=None)
+    config: Any = SimpleNamespace(speculative_config=None, lora_config=None, additional_config={})
     sorter = StepSorter(config, uniform_profile(min_seq_len=1024))
 
     def sort(q_len: int, kv_len: int) -> Any:

@@ -73,6 +73,19 @@ def test_another_model_is_refused(changes: dict[str, Any], field: str, tmp_path:
     assert "\n" not in str(refused.value)
 
 
+def test_a_level_that_the_profile_does_not_have_is_refused(tmp_path: Path) -> None:
+    config = server_config(tmp_path, llama())
+    config.additional_config["afbs"] = {**config.additional_config.get("afbs", {}), "level": "fast"}
+    before = dict(config.additional_config)
+    message = r"^--additional-config: afbs\.level: one of tuned expected, got 'fast'$"
+    with pytest.raises(ProfileError, match=message):
+        admission.admit(config)
+    assert config.additional_config == before
+    config.additional_config["afbs"] |= {"level": "tuned"}
+    admission.admit(config)
+    assert config.additional_config["afbs"]["level"] == "tuned"
+
+
 def test_a_draft_of_a_checked_configuration_is_not_checked_again(tmp_path: Path) -> None:
     config = server_config(tmp_path, llama())
     admission.admit(config)

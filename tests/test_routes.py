@@ -23,7 +23,7 @@ from tests.profiles import uniform_profile
 from tests.switch_workers import workers
 from vllm_afbs.demo.server import HOST, free_port
 from vllm_afbs.files import write_atomically
-from vllm_afbs.observability import fallbacks, kill_switch, metrics, routes
+from vllm_afbs.observability import fallbacks, kill_switch, metrics, routes, server_file
 from vllm_afbs.observability.routes import RoutesPlugin
 from vllm_afbs.profile.schema import LayerProfile, Profile
 from vllm_afbs.serving import configuration
@@ -195,7 +195,7 @@ def test_a_switch_that_cannot_be_written_is_no_success(
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system", "FILE")
 
-    monkeypatch.setattr(kill_switch, "write_atomically", refuse)
+    monkeypatch.setattr(server_file, "write_atomically", refuse)
     response = client.post("/afbs/disable")
     assert response.status_code == 500
     assert "The switch is unchanged" in response.json()["detail"]
@@ -289,9 +289,10 @@ def test_heads_are_not_told_unless_they_are_counted(tmp_path: Path) -> None:
 def test_routes_are_documented(tmp_path: Path) -> None:
     paths = client_of(make_app(tmp_path)).get("/openapi.json").json()["paths"]
     assert set(paths) == {
-        f"/afbs/{name}" for name in ("", "profile", "status", "layers", "disable", "enable")
+        f"/afbs/{name}"
+        for name in ("", "profile", "status", "layers", "disable", "enable", "level")
     }
-    for name in ("disable", "enable"):
+    for name in ("disable", "enable", "level"):
         operation = paths[f"/afbs/{name}"]["post"]
         assert {"200", "401", "403"} <= set(operation["responses"])
         assert operation["security"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.profiles import one_level, uniform_profile
+from tests.profiles import of_levels, one_level, uniform_profile
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.schema import Profile
@@ -84,6 +84,25 @@ def test_a_rank_takes_its_heads() -> None:
     assert plan.thresholds is not None
     torch.testing.assert_close(plan.thresholds.theta, torch.tensor([0.2, 0.3]))
     assert list(plan.heads) == [2, 3]
+
+
+def test_a_layer_has_a_plan_for_each_level() -> None:
+    """Thresholds, heads of the rank, and whether it is sparse are the level's."""
+    by_name = {
+        "exact": uniform_profile(tau=1.0, sparsity=0.0),
+        "middle": uniform_profile(tau=0.8, sparsity=0.3),
+        "fast": uniform_profile(tau=0.5, sparsity=0.6),
+    }
+    profile = of_levels(by_name, default="middle")
+    for level, alone in enumerate(by_name.values()):
+        one, other = plan_layer(profile, 1, 2, 1, None, level), plan_layer(alone, 1, 2, 1, None)
+        assert (one.dense_reason, one.calibration) == (other.dense_reason, other.calibration)
+        assert one.heads == other.heads == range(2, 4)
+        assert (one.thresholds is None) == (other.thresholds is None) == (level == 0)
+        if one.thresholds is not None and other.thresholds is not None:
+            torch.testing.assert_close(one.thresholds.tau, other.thresholds.tau)
+    default = plan_layer(profile, 1, 2, 1, None)
+    assert default.expected_sparsity(8192) == pytest.approx(0.3)
 
 
 def _config(**additional: Any) -> Any:

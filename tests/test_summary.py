@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 
 from tests.layers import make_impl, make_layer
-from tests.profiles import uniform_profile
+from tests.profiles import of_levels, uniform_profile
 from tests.test_fail_closed import PAGE_SIZE, make_config, name_of
 from vllm_afbs import compat
+from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import admission
 from vllm_afbs.serving.plan import plan_layer, plan_layers
 from vllm_afbs.serving.summary import Summary, report
 
+UNIFORM = uniform_profile()
 WHOLE = "2 of 2 layers sparse from 1,024 to 8,192 tokens"
 
 
@@ -50,7 +52,7 @@ def build(config: Any, *layers: int | str) -> None:
     """What a metadata builder does for its layers, given by index or by name."""
     names = [name_of(layer) if isinstance(layer, int) else layer for layer in layers]
     profile = admission.admitted_profile(config)
-    final = [plan for _, plan in plan_layers(config, profile, names, PAGE_SIZE)]
+    final = [plan for _, (plan,) in plan_layers(config, profile, names, PAGE_SIZE)]
     report(config, profile, names, final)
 
 
@@ -137,19 +139,24 @@ def test_a_pipeline_stage_speaks_for_its_layers(
 
 
 def summary(
-    reasons: list[Any], max_model_len: int = 9000, chunk: int = 2048, num_layers: int = 0
+    reasons: list[Any],
+    max_model_len: int = 9000,
+    chunk: int = 2048,
+    num_layers: int = 0,
+    profile: Profile = UNIFORM,
+    settings: Any = None,
 ) -> Summary:
     layers = num_layers or len(reasons)
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(
             max_model_len=max_model_len, get_num_layers=lambda parallel: layers
         ),
+        additional_config={"afbs": settings or {}},
         parallel_config=None,
         scheduler_config=SimpleNamespace(
             max_num_batched_tokens=chunk, long_prefill_token_threshold=0
         ),
     )
-    profile = uniform_profile()
     plans = [plan_layer(profile, 0, 4, 0, reason) for reason in reasons]
     return Summary.of(config, profile, plans)
 
@@ -160,6 +167,16 @@ def test_the_line_counts_by_reason_and_cuts_the_lengths() -> None:
     two = summary([None, "page_size", "alibi", "alibi"], max_model_len=4000)
     expected = "1 of 4 layers sparse from 1,024 to 4,000 tokens; 3 dense: 2 alibi, 1 page_size"
     assert str(two) == expected
+
+
+def test_the_line_names_the_level_where_there_are_several() -> None:
+    by_name = {"exact": uniform_profile(), "fast": uniform_profile(tau=0.5)}
+    profile = of_levels(by_name, default="exact")
+    assert str(summary([None], profile=profile)) == (
+        "1 of 1 layers sparse at level exact from 1,024 to 8,192 tokens"
+    )
+    fast = summary([None], profile=profile, settings={"level": "fast"})
+    assert "sparse at level fast from" in str(fast)
 
 
 def test_layers_without_full_attention_are_counted_apart() -> None:

@@ -35,6 +35,8 @@ def _variables() -> list[Builder[models.VariableModel]]:
 def build() -> models.Dashboard:
     """The whole dashboard, the same every time."""
     by_profile, info = "sum by (instance, profile_id)", ours("profile_info")
+    by_level, level = "max by (instance, level)", ours("level")
+    turned = f"{by_level} ({level} == 1) unless {by_level} ({level} offset 1m == 1)"
     switch = f"max by (instance) (changes({ours('enabled')}[1m])) > 0"
     result = (
         builders.Dashboard("vllm-afbs")
@@ -50,6 +52,7 @@ def build() -> models.Dashboard:
             "Profile changes", f"{by_profile} ({info}) unless {by_profile} ({info} offset 1m)",
             "profile {{profile_id}}", "blue",
         ))
+        .annotation(Annotation("Level changes", turned, "level {{level}}", "purple"))
         .annotation(Annotation("Kill switch", switch, "kill switch turned", "orange"))
     )  # fmt: skip
     count = 0

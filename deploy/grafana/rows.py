@@ -38,6 +38,7 @@ DENSE_ESTIMATE = rate(ours("dense_estimate_seconds_total"))
 SPEEDUP = f"{DENSE_ESTIMATE} / {SPARSE_SECONDS}"
 SPARSE_TOKENS = rate(ours("prefill_tokens_total", path="sparse"))
 SPARSE_SHARE = f"{SPARSE_TOKENS} / {rate(ours('prefill_tokens_total'))}"
+LEVELS = f"max by (instance, level) ({ours('level')}) == 1"
 GAIN = thresholds(RED, (1.0, YELLOW), (1.05, GREEN))
 
 Panel = Builder[models.Panel]
@@ -284,15 +285,25 @@ def _what_changed() -> list[Panel]:
             "One row per server. The tolerance is the error that the tuner allowed per head; "
             "created_at is when it tuned. Weights are the same, others, or not known to be those "
             "that were tuned.",
-            "no profile is served", snapshot(ours("profile_info")),
+            "no profile is served", snapshot(ours("profile_info")), span=10,
         ).with_transformation(_without("Value")),
         panel(
-            statetimeline.Panel(), "Profile and kill switch over time",
-            "A new row is a new profile. Both are marked on every graph of this page.",
+            table.Panel(), "Levels being served",
+            "The profile's level that each server serves: one row per server, or two for as long "
+            "as its workers differ. How to change it, without a restart: docs/observability.md, "
+            "Levels.",
+            "no profile is served", snapshot(LEVELS), span=6,
+        ).with_transformation(_without("Value")),
+        panel(
+            statetimeline.Panel(), "Profile, level and kill switch over time",
+            "A new row is a new profile or level. All three are marked on every graph of this "
+            "page.",
             NO_METRIC,
             query(f"min by (instance) ({ours('enabled')})", "{{instance}}: switch"),
             query(f"max by (instance, profile_id) ({ours('profile_info')})",
                   "{{instance}}: {{profile_id}}"),
+            query(LEVELS, "{{instance}}: level {{level}}"),
+            span=8,
         ).mappings(states("off", "on")),
     ]  # fmt: skip
 

@@ -32,7 +32,8 @@ class BlockScores:
         mean: Score of a block's mean key, ``[num_heads, num_q_blocks, num_k_blocks]``, fp32, -inf
             where no key is visible.
         total: Like ``mean``: log of the sum of the exponentials of its keys' scores.
-        query_self_similarity: Of each query block, ``[num_heads, num_q_blocks]``, fp32.
+        query_self_similarity: Of each query block, ``[num_heads, num_q_blocks]``, fp32; of both
+            blocks' rows where they are scored in pairs.
         key_self_similarity: Of each key block, ``[num_kv_heads, num_k_blocks]``, fp32.
     """
 
@@ -186,19 +187,20 @@ def score_blocks(
     Returns:
         Scores from which any thresholds select.
     """
-    queries, (blocks, counts) = pool_queries(query, geometry), cut_keys(key, geometry)
+    scored, index = geometry.scored, geometry.scored_index.to(query.device)
+    queries, (blocks, counts) = pool_queries(query, scored), cut_keys(key, geometry)
     num_kv_heads, keys = len(blocks), blocks.float()
     pooled = queries.mean.float().unflatten(0, (num_kv_heads, -1)) * softmax_scale
     shape = (num_kv_heads, *pooled.shape[1:3], geometry.num_k_blocks)
     mean, total = (pooled.new_empty(shape) for _ in range(2))
     for head in range(num_kv_heads):  # all heads' scores at once would take gigabytes
         scores = pooled[head] @ keys[head].flatten(0, 1).T
-        mean[head], total[head] = _reduce_scores(scores, geometry)
+        mean[head], total[head] = _reduce_scores(scores, scored)
     invisible = ~geometry.visible.to(mean.device)
     return BlockScores(
-        mean.flatten(0, 1).masked_fill_(invisible, -torch.inf),
-        total.flatten(0, 1).masked_fill_(invisible, -torch.inf),
-        queries.self_similarity,
+        mean.flatten(0, 1)[:, index].masked_fill_(invisible, -torch.inf),
+        total.flatten(0, 1)[:, index].masked_fill_(invisible, -torch.inf),
+        queries.self_similarity[:, index],
         _self_similarity(keys, _row_weights(keys, counts)),
     )
 

@@ -28,7 +28,7 @@ def triton_tile_lists(
     """Implements ``api.select_tile_lists``."""
     new = step.block_table.new_empty
     lists = TileLists(new(step.num_tiles, step.blocks.max_k_blocks), new(step.num_tiles))
-    queries = pool_queries_in_place(step.query, step.blocks, step.matmul_dtype)
+    queries = pool_queries_in_place(step.query, step.blocks.scored, step.matmul_dtype)
     _select(
         step, queries, thresholds, softmax_scale, num_kept, lists.block_lists, lists.counts, None
     )
@@ -45,6 +45,8 @@ def triton_tiles(
     entries = step.block_table.new_zeros(step.num_tiles, step.blocks.max_k_blocks * pages_per_block)
     tables = TileTables(new(step.num_tiles + 1), new(step.num_tiles), entries)
     packed, queries = pack_queries(step.query, step.blocks, step.matmul_dtype)
+    if step.blocks.pairs is not None:
+        queries = pool_queries_in_place(step.query, step.blocks.pairs, step.matmul_dtype)
     _select(
         step, queries, thresholds, softmax_scale, num_kept,
         tables.block_table, tables.seq_lens, tables.query_start_loc,
@@ -62,7 +64,7 @@ def _select(
     lengths: torch.Tensor,
     query_start_loc: torch.Tensor | None,
 ) -> None:
-    blocks, num_heads = step.blocks, step.num_heads
+    blocks, scored, num_heads = step.blocks, step.blocks.scored, step.num_heads
     _, page_size, num_kv_heads, _ = step.key_cache.shape
     for index, (request, span) in enumerate(zip(blocks.requests, blocks.slices, strict=True)):
         num_q_blocks, num_k_blocks = span.stop - span.start, request.geometry.num_k_blocks
@@ -71,7 +73,7 @@ def _select(
         if thresholds.has_theta:
             key_self_similarity = key_page_self_similarity(step.key_cache, pages, request.geometry)
         mean, total = score_key_pages(
-            queries.mean, step.key_cache, pages, blocks, index, softmax_scale, step.scales
+            queries.mean, step.key_cache, pages, scored, index, softmax_scale, step.scales
         )
         row = triton.next_power_of_2(num_k_blocks)
         _select_tile[(num_heads * num_q_blocks,)](
@@ -79,9 +81,11 @@ def _select(
             thresholds.tau, thresholds.theta,
             blocks.table, pages, entries, lengths, query_start_loc, num_kept,
             blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks, num_k_blocks,
+            scored.num_blocks, scored.slices[index].start, mean.shape[1], request.geometry.kv_len,
             mean.stride(1), entries.stride(0), num_heads, request.geometry.local_keys,
             heads_per_page(step.key_cache),
             GROUP=num_heads // num_kv_heads,
+            SCORED_ROWS=scored.block_q,
             BLOCK_K=request.geometry.block_k,
             PAGE_SIZE=page_size,
             ROW=row,
@@ -103,16 +107,18 @@ def _softmax(scores, mask):
 @triton.jit(
     do_not_specialize=[
         "pages", "num_kept", "num_blocks", "num_rows", "first_block", "num_q_blocks",
-        "num_k_blocks", "stride_entries", "heads_per_page",
+        "num_k_blocks", "num_scored_blocks", "first_scored", "num_scored", "kv_len",
+        "stride_entries", "heads_per_page",
     ]
 )  # fmt: skip
 def _select_tile(
     mean, total, query_self_similarity, key_self_similarity, taus, thetas,
     table, pages, entries, lengths, query_start_loc, num_kept,
     num_blocks, num_rows, first_block, num_q_blocks, num_k_blocks,
+    num_scored_blocks, first_scored, num_scored, kv_len,
     stride_scores, stride_entries, num_heads, local_keys, heads_per_page,
-    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW: tl.constexpr,
-    BISECTIONS: tl.constexpr, SHARE: tl.constexpr,
+    GROUP: tl.constexpr, SCORED_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ROW: tl.constexpr, BISECTIONS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program // num_q_blocks
@@ -133,7 +139,9 @@ def _select_tile(
         below_theta = tl.load(at, mask=visible, other=0.0) < theta
     pooled = visible & ~below_theta
 
-    row = program.to(tl.int64) * stride_scores + blocks
+    # As query blocks, scored blocks go from the request's last to its first.
+    scored = (kv_len - 1) // SCORED_ROWS - first_position // SCORED_ROWS
+    row = (head.to(tl.int64) * num_scored + scored) * stride_scores + blocks
     mass = SHARE * _softmax(mean + row, pooled) + (1.0 - SHARE) * _softmax(total + row, pooled)
 
     # Blocks of at least `low` reach tau; those of at least `high` do not, or hold one block.
@@ -146,7 +154,8 @@ def _select_tile(
         high = tl.where(reached, high, middle)
     # A mass that underflowed to zero is in no smallest set.
     least = tl.maximum(low, 1e-38)
-    keep_all = (tau >= 1.0) | (tl.load(query_self_similarity + tile) < theta)
+    own = query_self_similarity + head * num_scored_blocks + first_scored + scored
+    keep_all = (tau >= 1.0) | (tl.load(own) < theta)
     least = tl.where(keep_all, -1.0, least)
     keep = ((pooled & (mass >= least)) | below_theta | always) & visible
     kept = keep.to(tl.int32)

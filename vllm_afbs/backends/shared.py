@@ -1,5 +1,6 @@
 """What the CPU and the CUDA backend do alike around vLLM's own classes."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -8,10 +9,12 @@ from weakref import WeakSet
 import torch
 
 from vllm_afbs.backends import adapters
+from vllm_afbs.observability import fallbacks, metrics, served_level
 from vllm_afbs.observability.kill_switch import KillSwitch
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import configuration
 from vllm_afbs.serving.batch import DenseRequests, Step, sort_requests
+from vllm_afbs.serving.plan import LayerPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -71,8 +74,7 @@ def served_builders() -> list[Builder]:
 class StepSorter:
     """Sorts the requests of each step by what the profile, LoRA and the kill switch allow.
 
-    Attributes:
-        profile: The profile that is served, if any.
+    It also decides which of the profile's levels the step serves.
     """
 
     def __init__(self, vllm_config: "VllmConfig", profile: Profile | None = None) -> None:
@@ -82,10 +84,19 @@ class StepSorter:
             vllm_config: The worker's configuration.
             profile: The profile that is served, if any.
         """
-        self.profile = profile
+        self._vllm_config = vllm_config
         self._kill_switch = KillSwitch()
         self._tells_adapters_apart = configuration.tells_adapters_apart(vllm_config)
         self._num_decode_rows = configuration.num_decode_rows(vllm_config)
+        self.serve(profile)
+
+    def serve(self, profile: Profile | None) -> None:
+        """Serves another profile from the next step on; None runs everything dense."""
+        self._profile = profile
+        self._dial = None
+        if profile is not None:
+            levels = served_level.Levels.of(self._vllm_config, profile)
+            self._dial = served_level.dial(levels)
 
     def sort(
         self, common: "CommonAttentionMetadata", seq_lens: torch.Tensor | None, plain_causal: bool
@@ -97,16 +108,41 @@ class StepSorter:
             seq_lens: Context lengths, ``[num_reqs]``, int32, on the CPU; None if unknown.
             plain_causal: Whether the step's mask is plainly causal.
         """
+        # The kill switch and the level are files; steps that only decode do not look for them.
+        has_prefill = common.max_query_len > 1
+        starts = common.query_start_loc_cpu  # the same object in all metadata of a step
+        level = 0
+        if has_prefill and self._dial is not None:
+            level = self._dial.index(starts, self)
         return sort_requests(
-            common.query_start_loc_cpu,
+            starts,
             seq_lens,
-            self.profile,
+            self._profile,
             plain_causal=plain_causal,
-            # The kill switch is a file; steps that only decode do not look for it.
-            enabled=common.max_query_len == 1 or self._kill_switch.is_enabled(),
+            enabled=not has_prefill or self._kill_switch.is_enabled(),
+            level=level,
             may_have_adapter=self._tells_adapters_apart and adapters.may_be_active(),
             num_decode_rows=self._num_decode_rows,
         )
+
+
+def count_dense(step: Step, plans: Sequence[LayerPlan]) -> None:
+    """Counts a step's prefills that run dense, once for each layer.
+
+    It leaves out those that the dispatcher leaves dense, which layers count themselves.
+
+    Args:
+        step: The step.
+        plans: The layers' plans at the step's level.
+    """
+    num_long = len(step.long_prefills)
+    counts = Counter({why: count * len(plans) for why, count in step.dense_reasons.items()})
+    if num_long:
+        for plan in plans:
+            if plan.dense_reason is not None:
+                counts[plan.dense_reason] += num_long
+    fallbacks.count(counts)
+    metrics.count_tokens("dense", step.num_dense_tokens * len(plans))
 
 
 def extend_metadata(kind: type[_Metadata], metadata: Any, **added: Any) -> _Metadata:

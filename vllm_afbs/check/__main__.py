@@ -117,7 +117,8 @@ def _check_layers(model: str | None, serve_arguments: Sequence[str]) -> int:
             print("off: these arguments do not choose our backend: add --attention-backend afbs")
             return EXIT_OFF
         answer = plan_server(config)
-    for line in [*(f"note: {note}" for note in answer.notes), *_layers_by_outcome(answer)]:
+    notes = (f"note: {note}" for note in answer.notes)
+    for line in [*notes, *_level(answer), *_layers_by_outcome(answer)]:
         print(line)
     print(f"{'on' if answer.summary.num_sparse else 'off'}: {answer.summary}")
     return EXIT_ON if answer.summary.num_sparse else EXIT_OFF
@@ -139,6 +140,16 @@ def _collected_log() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = before
+
+
+def _level(answer: "Answer") -> Iterator[str]:
+    """The level that would be served, and those that may be chosen."""
+    if answer.profile is not None:
+        names = [level.name for level in answer.profile.levels]
+        whole = (
+            f"the profile has {', '.join(names)}" if len(names) > 1 else "the profile's only one"
+        )
+        yield f"level {answer.level}: {whole}"
 
 
 def _layers_by_outcome(answer: "Answer") -> Iterator[str]:

@@ -34,12 +34,14 @@ class Answer:
         summary: Counts of layers and the lengths, as the server logs them.
         plans: The plan of each layer, by the layer's name.
         profile: The profile that the server would serve, if any.
+        level: The level of it that the server would serve at start.
         notes: What the reader has to know about the answer, one line each.
     """
 
     summary: Summary
     plans: dict[str, LayerPlan]
     profile: Profile | None
+    level: str | None
     notes: list[str]
 
 
@@ -127,7 +129,11 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
             plans = _plan_by_configuration(vllm_config, profile)
         else:
             plans = _plan_layers(vllm_config, profile, ranks)
-    return Answer(Summary.of(vllm_config, profile, plans.values()), plans, profile, notes)
+    level = None
+    if profile is not None:
+        level = profile.levels[admission.start_level(vllm_config, profile)].name
+    summed = Summary.of(vllm_config, profile, plans.values())
+    return Answer(summed, plans, profile, level, notes)
 
 
 def notes_on(vllm_config: "VllmConfig", ranks: Mapping[str, int]) -> list[str]:
@@ -185,8 +191,9 @@ def _plan_layers(
                 spec = specs[layers[name].kv_sharing_target_layer_name or name]
                 _build(vllm_config, layers[name], name, spec.copy_with_new_block_size(page_size))
         else:
-            planned = [plan for _, plan in plan_layers(vllm_config, profile, names, page_size)]
-            summary.report(vllm_config, profile, names, planned)
+            start = admission.start_level(vllm_config, profile)
+            planned = plan_layers(vllm_config, profile, names, page_size)
+            summary.report(vllm_config, profile, names, [plans[start] for _, plans in planned])
     return summary.plans(vllm_config)
 
 
@@ -205,8 +212,8 @@ def _plan_by_configuration(
     if profile is None:
         return {}
     unsupported = eligibility.first_true(eligibility.server_obstacles(vllm_config))
-    num_heads = profile.model.num_heads
+    num_heads, start = profile.model.num_heads, admission.start_level(vllm_config, profile)
     return {
-        f"layers.{index}": plan_layer(profile, index, num_heads, 0, unsupported)
+        f"layers.{index}": plan_layer(profile, index, num_heads, 0, unsupported, start)
         for index in profile.full_layers
     }

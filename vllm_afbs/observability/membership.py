@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_afbs.observability import instance, kill_switch, metrics
+from vllm_afbs.observability import instance, kill_switch, metrics, served_level
 from vllm_afbs.serving import admission, configuration
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def begin_server(vllm_config: "VllmConfig") -> None:
-    """Switches a server on, and sends its id and directory to the workers.
+    """Switches a server on, at its first level, and sends its id and directory to the workers.
 
     They go with the configuration, because Ray's workers do not inherit the environment. A worker
     that copies the configuration, for a part of the model, does not begin another server.
@@ -20,6 +20,8 @@ def begin_server(vllm_config: "VllmConfig") -> None:
     if "server_id" in configuration.handed_over(vllm_config):
         return
     kill_switch.begin()
+    if (profile := admission.admitted_profile(vllm_config)) is not None:
+        served_level.Levels.of(vllm_config, profile).begin()
     server = instance.current()
     configuration.hand_over(vllm_config, server_id=server.server_id, directory=server.directory)
 

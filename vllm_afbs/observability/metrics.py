@@ -144,6 +144,11 @@ ENABLED = Gauge(
     "vllm_afbs_enabled",
     "1 if layers of any worker may run sparse, 0 if the kill switch makes every prefill dense.",
 )
+LEVEL = Gauge(
+    "vllm_afbs_level",
+    "1 for the profile's level that is served, 0 for its others; two are 1 if workers differ.",
+    ("level",),
+)
 PROFILE_LOADED = Gauge("vllm_afbs_profile_loaded", "1 if a profile is served, 0 if not.")
 PROFILE_INFO = Gauge(
     "vllm_afbs_profile_info",

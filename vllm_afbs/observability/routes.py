@@ -1,9 +1,10 @@
-"""Routes under ``/afbs`` on vLLM's own API server: its profile, its status and the kill switch.
+"""Routes under ``/afbs`` on vLLM's own API server: its profile, status, kill switch and level.
 
 Anybody who can read ``/metrics`` can read these. Changing something is restricted; see ``access``.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from vllm_afbs import compat
-from vllm_afbs.observability import kill_switch, status
+from vllm_afbs.observability import kill_switch, served_level, status
 from vllm_afbs.observability.access import authorise
 from vllm_afbs.serving import admission, configuration
 from vllm_afbs.serving.settings import read_settings
@@ -43,9 +44,10 @@ class Server:
     Attributes:
         api_keys: Keys with which a client may change what the server does; empty if none is set.
         profile: The served profile; None if every layer runs dense.
+        levels: The levels of it that may be served.
         backend: Whether the server runs our attention backend.
         per_head: Whether block products are also counted for each head.
-        num_workers: Number of workers that look at the kill switch.
+        num_workers: Number of workers that look at the kill switch and the level.
         weights: Whether the model has the weights that the profile was tuned on.
     """
 
@@ -53,6 +55,7 @@ class Server:
     profile: status.ServedProfile | None
     backend: bool
     per_head: bool
+    levels: served_level.Levels | None = None
     num_workers: int = 0
     weights: str = "unknown"
 
@@ -68,16 +71,31 @@ def _profile(server: Annotated[Server, Depends(_server)]) -> status.ServedProfil
     return server.profile
 
 
+def _levels(server: Annotated[Server, Depends(_server)]) -> served_level.Levels:
+    if server.levels is None:
+        raise HTTPException(HTTPStatus.NOT_FOUND, "This server serves no profile.")
+    return server.levels
+
+
 class Refusal(BaseModel):
     """Why a request was refused."""
 
     detail: str
 
 
+class LevelRequest(BaseModel):
+    """Which level to serve."""
+
+    level: str = Field(description="The name of one of the profile's levels.")
+
+
 _NO_PROFILE: dict[int | str, dict[str, Any]] = {404: {"model": Refusal}}
 _GUARDED: dict[str, Any] = {
     "dependencies": [Depends(authorise)],
     "responses": {code: {"model": Refusal} for code in (401, 403, 500)},
+}
+_TURNED: dict[str, Any] = _GUARDED | {
+    "responses": {code: {"model": Refusal} for code in (400, 401, 403, 404, 500)}
 }
 router = APIRouter(prefix="/afbs", tags=["vllm-afbs"])
 
@@ -99,16 +117,24 @@ def get_profile(
 @router.get("/status")
 def get_status(server: Annotated[Server, Depends(_server)]) -> status.Status:
     """What the server has done since it started, over all its workers."""
-    return status.read_status(server.profile, server.backend, server.num_workers, server.weights)
+    return status.read_status(
+        server.profile, server.levels, server.backend, server.num_workers, server.weights
+    )
 
 
 @router.get("/layers", responses=_NO_PROFILE)
 def get_layers(
     server: Annotated[Server, Depends(_server)],
     profile: Annotated[status.ServedProfile, Depends(_profile)],
+    levels: Annotated[served_level.Levels, Depends(_levels)],
 ) -> list[status.Layer]:
-    """What each layer was tuned to, and what it has done since the server started."""
-    return status.read_layers(profile.profile, server.per_head)
+    """What each layer was tuned to, and what it has done since the server started.
+
+    What it was tuned to is that of the level that is served now. What it has done may have been
+    done at several levels.
+    """
+    level = profile.profile.level_index(levels.read())
+    return status.read_layers(profile.profile, level, server.per_head)
 
 
 @router.post("/disable", **_GUARDED)
@@ -126,16 +152,46 @@ def enable(server: Annotated[Server, Depends(_server)]) -> status.SwitchState:
     return _switch(True, server.num_workers)
 
 
+@router.post("/level", **_TURNED)
+def set_level(
+    request: LevelRequest,
+    server: Annotated[Server, Depends(_server)],
+    levels: Annotated[served_level.Levels, Depends(_levels)],
+) -> status.LevelState:
+    """Makes all workers serve a level of the profile from their next step on.
+
+    Waits until all workers have acknowledged it, up to 5 seconds, and says how many have.
+    """
+    if request.level not in levels.names:
+        detail = f"level: one of {', '.join(levels.names)} expected, got {request.level[:64]!r}."
+        raise HTTPException(HTTPStatus.BAD_REQUEST, detail)
+    _tell_workers(
+        "level",
+        lambda: served_level.set_level(request.level),
+        lambda: served_level.count_acknowledged(request.level) >= server.num_workers,
+    )
+    return status.level_state(levels, server.num_workers)
+
+
 def _switch(enabled: bool, num_workers: int) -> status.SwitchState:
+    _tell_workers(
+        "switch",
+        lambda: kill_switch.set_enabled(enabled),
+        lambda: kill_switch.count_acknowledged(enabled) >= num_workers,
+    )
+    return status.switch_state(num_workers)
+
+
+def _tell_workers(what: str, tell: Callable[[], None], have_all: Callable[[], bool]) -> None:
+    """Writes a file for the workers, and waits until all of them have acknowledged it."""
     try:
-        kill_switch.set_enabled(enabled)
+        tell()
     except OSError as error:
-        detail = f"The switch is unchanged, its file cannot be written: {error}."
+        detail = f"The {what} is unchanged, its file cannot be written: {error}."
         raise HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, detail) from None
     deadline = time.monotonic() + ANSWER_SECONDS
-    while kill_switch.count_acknowledged(enabled) < num_workers and time.monotonic() < deadline:
+    while not have_all() and time.monotonic() < deadline:
         time.sleep(0.05)
-    return status.switch_state(num_workers)
 
 
 class RoutesPlugin:
@@ -170,6 +226,7 @@ class RoutesPlugin:
                 served,
                 backend=True,
                 per_head=per_head,
+                levels=served_level.Levels.of(config, profile) if profile else None,
                 num_workers=configuration.num_workers(config),
                 weights=admission.known_weights(config),
             )

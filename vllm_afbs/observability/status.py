@@ -8,8 +8,9 @@ from importlib.metadata import version
 from prometheus_client import Metric
 from pydantic import BaseModel, Field
 
-from vllm_afbs.observability import kill_switch, metric_files, metrics
-from vllm_afbs.profile.schema import HeadProfile, Profile, mean_calibration
+from vllm_afbs.observability import kill_switch, metric_files, metrics, served_level
+from vllm_afbs.observability.served_level import Levels
+from vllm_afbs.profile.schema import HeadProfile, Level, Profile, mean_calibration
 
 Labels = frozenset[tuple[str, str]]
 
@@ -59,6 +60,16 @@ class ServedProfile(BaseModel):
         return cls(profile_id=profile.profile_id, profile=profile)
 
 
+class LevelState(BaseModel):
+    """The level that workers are told to serve."""
+
+    level: str
+    start_level: str = Field(description="Chosen at start; served if the level's file is gone.")
+    num_workers: int = Field(description="Workers of the server.")
+    num_acknowledged: int = Field(description="Workers that serve this level from now on.")
+    pending: str | None = Field(description="What is not certain yet; null: all acknowledged.")
+
+
 class SwitchState(BaseModel):
     """The kill switch."""
 
@@ -78,6 +89,10 @@ class Status(SwitchState):
     backend: bool = Field(description="Whether the server runs --attention-backend afbs.")
     profile_id: str | None = Field(description="null: no profile, every layer runs dense.")
     model_name: str | None
+    level: LevelState | None = Field(description="null: no profile.")
+    levels: list[Level] = Field(
+        description="The profile's, from nearly lossless to fast, with what each costs and saves."
+    )
     full_layers: int | None = Field(
         description="Layers with full attention; all figures are theirs. null: no profile."
     )
@@ -156,10 +171,7 @@ def switch_state(num_workers: int) -> SwitchState:
     pending = None
     if acknowledged < num_workers:
         other = "dense" if state.enabled else "sparse"
-        pending = (
-            f"{num_workers - acknowledged} of {num_workers} workers have not acknowledged and may "
-            f"still run {other}: they are busy, or on another machine, which has its own switch."
-        )
+        pending = _pending(acknowledged, num_workers, f"run {other}", "switch")
     return SwitchState(
         enabled=state.enabled,
         disabled_since=state.disabled_since,
@@ -169,13 +181,46 @@ def switch_state(num_workers: int) -> SwitchState:
     )
 
 
+def level_state(levels: Levels, num_workers: int) -> LevelState:
+    """The level that is served, and how many workers have acknowledged it.
+
+    Args:
+        levels: The levels that may be served.
+        num_workers: Number of workers of the server.
+    """
+    level = levels.read()
+    acknowledged = min(served_level.count_acknowledged(level), num_workers)
+    pending = None
+    if acknowledged < num_workers:
+        pending = _pending(acknowledged, num_workers, "serve another level", "level")
+    return LevelState(
+        level=level,
+        start_level=levels.start,
+        num_workers=num_workers,
+        num_acknowledged=acknowledged,
+        pending=pending,
+    )
+
+
+def _pending(acknowledged: int, num_workers: int, still: str, own: str) -> str:
+    return (
+        f"{num_workers - acknowledged} of {num_workers} workers have not acknowledged and may "
+        f"still {still}: they are busy, or on another machine, which has its own {own}."
+    )
+
+
 def read_status(
-    served: ServedProfile | None, backend: bool, num_workers: int, weights: str
+    served: ServedProfile | None,
+    levels: Levels | None,
+    backend: bool,
+    num_workers: int,
+    weights: str,
 ) -> Status:
     """Reads what the server has done since it started.
 
     Args:
         served: The served profile.
+        levels: Its levels.
         backend: Whether the server runs our attention backend.
         num_workers: Number of workers of the server.
         weights: Whether the model has the weights that the profile was tuned on.
@@ -193,6 +238,8 @@ def read_status(
         backend=backend,
         profile_id=served.profile_id if served else None,
         model_name=served.profile.model_name if served else None,
+        level=level_state(levels, num_workers) if levels else None,
+        levels=served.profile.levels if served else [],
         full_layers=len(served.profile.full_layers) if served else None,
         other_layers=(
             len(served.profile.layers) - len(served.profile.full_layers) if served else None
@@ -211,17 +258,17 @@ def read_status(
     )
 
 
-def read_layers(profile: Profile, per_head: bool) -> list[Layer]:
+def read_layers(profile: Profile, level: int, per_head: bool) -> list[Layer]:
     """Reads what each layer was tuned to, and what it has done since the server started.
 
     Layers without full attention are left out.
 
     Args:
         profile: The served profile.
+        level: Place of the level that is served, in the profile's levels.
         per_head: Whether block products are also counted for each head.
     """
     counters = Counters(metric_files.read())
-    level = profile.level_index()
     layers = []
     for index in profile.full_layers:
         tuned = profile.layers[index].levels[level]

@@ -74,6 +74,7 @@ def admit(vllm_config: "VllmConfig") -> None:
     path = str(Path(path).absolute())
     profile = load_profile(path)
     profile.check_model(ModelFingerprint.from_config(vllm_config.model_config.hf_config), path)
+    start_level(vllm_config, profile)
     checked = {"profile": path, "profile_id": profile.profile_id}
     vllm_config.additional_config = {
         **additional_config(vllm_config),
@@ -157,6 +158,20 @@ def admitted_profile(vllm_config: "VllmConfig") -> Profile | None:
     if settings.profile is None or settings.profile_id is None:
         return None
     return _admitted(settings.profile, settings.profile_id)
+
+
+def start_level(vllm_config: "VllmConfig", profile: Profile | None) -> int:
+    """Place of the level that is served at start, in the profile's levels; 0 without a profile.
+
+    Raises:
+        ProfileError: The configured level is none of the profile's; the message lists those.
+    """
+    if profile is None:
+        return 0
+    try:
+        return profile.level_index(read_settings(vllm_config).level)
+    except ProfileError as error:
+        raise ProfileError(f"--additional-config: afbs.{error}") from None
 
 
 def known_weights(vllm_config: "VllmConfig") -> str:

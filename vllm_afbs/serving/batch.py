@@ -25,12 +25,14 @@ class Step:
         dense_indices: Indices of all other requests that have rows: prefills and decodes.
         dense_reasons: Number of dense prefills by the reason why they run dense.
         num_dense_tokens: Query tokens of the dense prefills.
+        level: Place of the level that all layers serve, in the profile's levels.
     """
 
     long_prefills: list[PrefillRequest] = field(default_factory=list)
     dense_indices: list[int] = field(default_factory=list)
     dense_reasons: Counter[Reason] = field(default_factory=Counter)
     num_dense_tokens: int = 0
+    level: int = 0
 
     @property
     def has_prefill(self) -> bool:
@@ -74,6 +76,7 @@ def sort_requests(
     enabled: bool = True,
     may_have_adapter: bool = False,
     num_decode_rows: int = 1,
+    level: int = 0,
 ) -> Step:
     """Sorts a step's requests into long prefills and dense requests.
 
@@ -87,6 +90,7 @@ def sort_requests(
             none is; if so, all runs dense.
         num_decode_rows: Most rows of a decode: one, plus one for each drafted token. The context
             lengths of decodes are only upper bounds.
+        level: Place of the level to serve, in the profile's levels.
     """
     starts = query_start_loc.tolist()
     kv_lens = [0] * len(starts) if seq_lens is None else seq_lens.tolist()
@@ -99,7 +103,7 @@ def sort_requests(
         step_reason = "attention_mask"
     elif seq_lens is None:
         step_reason = "unknown_lengths"
-    step, num_dense_tokens = Step(), 0
+    step, num_dense_tokens = Step(level=level), 0
     for request, (start, stop) in enumerate(itertools.pairwise(starts)):
         kv_len = kv_lens[request]
         q_len = stop - start

@@ -1,4 +1,4 @@
-"""Decides what each attention layer serves: which thresholds, or why it runs dense."""
+"""Decides what each attention layer serves at each level: which thresholds, or why it is dense."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ UNKNOWN_LAYER = -1
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one attention layer does with long prefills.
+    """What one attention layer does with long prefills at one level.
 
     Attributes:
         layer: Index of the decoder layer.
@@ -52,9 +52,14 @@ class LayerPlan:
 
 
 def plan_layer(
-    profile: Profile | None, layer: int, num_heads: int, rank: int, unsupported: Reason | None
+    profile: Profile | None,
+    layer: int,
+    num_heads: int,
+    rank: int,
+    unsupported: Reason | None,
+    level: int | None = None,
 ) -> LayerPlan:
-    """Decides what a layer serves.
+    """Decides what a layer serves at one level.
 
     Args:
         profile: The admitted profile, if any.
@@ -62,6 +67,7 @@ def plan_layer(
         num_heads: Query heads of this tensor-parallel rank.
         rank: The rank. It holds heads ``[rank * num_heads, (rank + 1) * num_heads)``.
         unsupported: Why this layer cannot run sparse whatever the profile says, or None.
+        level: Place of the level in the profile's levels; None for the default level.
     """
     heads = range(rank * num_heads, (rank + 1) * num_heads)
     if unsupported is not None:
@@ -69,16 +75,17 @@ def plan_layer(
     if profile is None:
         return LayerPlan(layer, heads, None, "no_profile")
     levels = profile.layers[layer].levels
-    if not levels or not levels[profile.level_index()].is_sparse:
+    level = profile.level_index() if level is None else level
+    if not levels or not levels[level].is_sparse:
         return LayerPlan(layer, heads, None, "profile_dense")
-    own = levels[profile.level_index()].heads[heads.start : heads.stop]
+    own = levels[level].heads[heads.start : heads.stop]
     return LayerPlan(layer, heads, HeadThresholds.of(own), None, mean_calibration(own))
 
 
 def plan_layers(
     vllm_config: "VllmConfig", profile: Profile | None, layer_names: list[str], page_size: int
-) -> Iterator[tuple[Any, LayerPlan]]:
-    """Decides what each attention layer of these names serves.
+) -> Iterator[tuple[Any, list[LayerPlan]]]:
+    """Decides what each attention layer of these names serves at each level.
 
     Args:
         vllm_config: The worker's configuration.
@@ -87,7 +94,8 @@ def plan_layers(
         page_size: Keys per page of their cache.
 
     Yields:
-        The layer's implementation and its plan.
+        The layer's implementation and its plans, one for each of the profile's levels. Without a
+        profile there is one.
     """
     rank, num_ranks = compat.tensor_parallel_rank(), compat.tensor_parallel_size()
     layers = compat.attention_layers(vllm_config, layer_names)
@@ -103,4 +111,10 @@ def plan_layers(
             unsupported = eligibility.first_true(whole_server | place)
             unsupported = unsupported or impl.unsupported_feature(page_size, profile)
         index = indices.get(name, UNKNOWN_LAYER)
-        yield impl, plan_layer(profile, index, impl.num_heads, rank, unsupported)
+        yield (
+            impl,
+            [
+                plan_layer(profile, index, impl.num_heads, rank, unsupported, level)
+                for level in range(1 if profile is None else len(profile.levels))
+            ],
+        )

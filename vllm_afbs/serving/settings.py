@@ -23,6 +23,7 @@ class Settings(BaseModel):
         sample_rate: Share of a layer's sparse steps that are also computed dense and compared.
         lora: What runs sparse on a server with LoRA: ``base``, steps in which no adapter is
             active. None: nothing.
+        level: Name of the profile's level to serve at start. None: the profile's default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -32,6 +33,7 @@ class Settings(BaseModel):
     per_head_metrics: bool = False
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     lora: Literal["base"] | None = None
+    level: str | None = None
 
 
 def read_settings(vllm_config: "VllmConfig") -> Settings:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from vllm_afbs import compat
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import configuration
+from vllm_afbs.serving import admission, configuration
 from vllm_afbs.serving.plan import LayerPlan
 from vllm_afbs.serving.reasons import KINDS, Reason
 
@@ -38,6 +38,7 @@ class Summary:
         longest: Longest context that the profile covers and the server accepts, in tokens.
         limit: Why no prompt of this server reaches the layers that were tuned to run sparse, with
             its reason; None if prompts do.
+        level: The level served at start; None if the profile has only one.
     """
 
     num_sparse: int
@@ -46,6 +47,7 @@ class Summary:
     shortest: int = 0
     longest: int = 0
     limit: "Limit | None" = None
+    level: str | None = None
 
     @classmethod
     def of(
@@ -76,12 +78,16 @@ class Summary:
         if limit is not None:
             dense[limit.reason] += num_sparse
             num_sparse = 0
-        return cls(num_sparse, dense, num_others, profile.min_seq_len, longest, limit)
+        level = None
+        if len(profile.levels) > 1:
+            level = profile.levels[admission.start_level(vllm_config, profile)].name
+        return cls(num_sparse, dense, num_others, profile.min_seq_len, longest, limit, level)
 
     def __str__(self) -> str:
         num_dense = self.dense.total()
         line = f"{self.num_sparse} of {self.num_sparse + num_dense} layers sparse"
         if self.num_sparse:
+            line += f" at level {self.level}" if self.level is not None else ""
             line += f" from {self.shortest:,} to {self.longest:,} tokens"
         if num_dense:
             counts = self.dense.most_common()

@@ -31,6 +31,7 @@ from vllm_afbs.observability import fallbacks
 from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import eligibility, summary
+from vllm_afbs.serving.admission import start_level
 from vllm_afbs.serving.batch import DenseRequests, Step, restrict
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
@@ -83,10 +84,10 @@ class AfbsCPUMetadata(CPUAttentionMetadata):
 
 @dataclass(frozen=True)
 class ServedLayer:
-    """What the metadata builder gives a layer before its first step.
+    """What the metadata builder gives a layer for one level before its first step.
 
     Attributes:
-        plan: The thresholds of the layer, or why it runs dense.
+        plan: The layer's thresholds at the level, or why it runs dense.
         sparse: Its sparse prefill; None if the layer runs dense.
         meter: Where the layer reports its work; shared by all layers of a builder.
         always_sparse: Whether it also runs sparse where dense is expected to be faster.
@@ -119,16 +120,21 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def serve(self, profile: Profile | None, always_sparse: bool = False) -> None:
         """See ``shared.Builder``."""
-        self._sorter.profile = profile
+        self._sorter.serve(profile)
+        start = start_level(self.vllm_config, profile)
         final = []
-        for impl, plan in plan_layers(self.vllm_config, profile, self.layer_names, self.block_size):
-            if plan.is_local:
+        for impl, plans in plan_layers(
+            self.vllm_config, profile, self.layer_names, self.block_size
+        ):
+            if plans[start].is_local:
                 impl.step_aside()
-                final.append(plan)
+                final.append(plans[start])
                 continue
-            served = impl.prepare(plan, self._cache_format, self._meter, always_sparse)
-            impl.serve(served)
-            final.append(served.plan)
+            served = [
+                impl.prepare(plan, self._cache_format, self._meter, always_sparse) for plan in plans
+            ]
+            impl.serve(*served)
+            final.append(served[start].plan)
         self._steps_aside = all(plan.is_local for plan in final)
         summary.report(self.vllm_config, profile, self.layer_names, final)
 
@@ -161,7 +167,7 @@ class AfbsCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class AfbsCPUImpl(CPUAttentionBackendImpl):
     """One layer's attention."""
 
-    _served: ServedLayer
+    _served: tuple[ServedLayer, ...]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Notes which arguments we do not know; arguments are vLLM's."""
@@ -190,7 +196,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         meter: HostMeter,
         always_sparse: bool = False,
     ) -> ServedLayer:
-        """Prepares what this layer serves: sparse prefill if its plan is sparse."""
+        """Prepares what this layer serves at one level: sparse prefill if its plan is sparse."""
         if plan.thresholds is None:
             return ServedLayer(plan, None, meter)
         try:
@@ -209,8 +215,8 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             )
         return ServedLayer(plan, sparse, meter, always_sparse)
 
-    def serve(self, served: ServedLayer) -> None:
-        """Takes what the layer serves; the metadata builder calls this before the first step."""
+    def serve(self, *served: ServedLayer) -> None:
+        """Takes what the layer serves at each level; the metadata builder calls this first."""
         vars(self).pop("forward", None)  # it may have stepped aside
         self._served = served
 
@@ -257,10 +263,11 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         **unknown: Any,
     ) -> None:
         """Attends in a step that has prefills, and reports the work; see ``forward``."""
-        plan, sparse, meter = self._served.plan, self._served.sparse, self._served.meter
         step = metadata.step
+        served = self._served[step.level]
+        plan, sparse, meter = served.plan, served.sparse, served.meter
         started = time.perf_counter()
-        tables, num_kept = self._choose_tiles(query, kv_cache, metadata, unknown)
+        tables, num_kept = self._choose_tiles(served, query, kv_cache, metadata, unknown)
         chosen = time.perf_counter()
         if sparse is None or not tables:
             super().forward(layer, query, key, value, kv_cache, metadata, output, **unknown)
@@ -285,6 +292,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
 
     def _choose_tiles(
         self,
+        served: ServedLayer,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AfbsCPUMetadata,
@@ -296,7 +304,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
             The tiles of each long prefill, and the number of kept blocks by head. Both are empty
             if vLLM's dense backend has to do the whole step.
         """
-        plan, sparse, step = self._served.plan, self._served.sparse, metadata.step
+        plan, sparse, step = served.plan, served.sparse, metadata.step
         fallbacks.count(step.dense_reasons)
         num_long = len(step.long_prefills)
         if sparse is None:
@@ -315,7 +323,7 @@ class AfbsCPUImpl(CPUAttentionBackendImpl):
         keeps = [sparse.select(query, kv_cache, request, pages) for request, pages in requests]
         num_kept = torch.stack([keep.sum((1, 2)) for keep in keeps]).sum(0)
         most_kept = MAX_DENSITY * self.num_heads * step.num_visible
-        if int(num_kept.sum()) > most_kept and not self._served.always_sparse:
+        if int(num_kept.sum()) > most_kept and not served.always_sparse:
             fallbacks.count({"dense_is_faster": num_long})
             return [], []
         tables = [

@@ -1,6 +1,5 @@
 """The attention backend on CUDA: long prefills run sparse, the rest in vLLM's FlashAttention."""
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +31,15 @@ from vllm_afbs.backends.shared import (
     StepSorter,
     add_builder,
     attend_dense_requests,
+    count_dense,
     extend_metadata,
 )
 from vllm_afbs.kernels import QueryBlocks, cut_query_blocks
-from vllm_afbs.observability import fallbacks, metrics
+from vllm_afbs.observability import fallbacks
 from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import eligibility, summary
-from vllm_afbs.serving.batch import DenseRequests, Step, restrict
+from vllm_afbs.serving import admission, eligibility, summary
+from vllm_afbs.serving.batch import DenseRequests, restrict
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
 from vllm_afbs.serving.settings import read_settings
@@ -95,24 +95,32 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         """See ``shared.Builder``."""
         vllm_config, device = self.vllm_config, self.device
         page_size = self.kv_cache_spec.block_size
-        self._sorter.profile = profile
+        self._sorter.serve(profile)
+        start = admission.start_level(vllm_config, profile)
         planned = list(plan_layers(vllm_config, profile, self.layer_names, page_size))
-        summary.report(vllm_config, profile, self.layer_names, [plan for _, plan in planned])
-        for impl, plan in planned:
-            if plan.is_local:
+        final = [plans[start] for _, plans in planned]
+        summary.report(vllm_config, profile, self.layer_names, final)
+        for impl, plans in planned:
+            if plans[start].is_local:
                 impl.step_aside()
-        layers = [(impl, plan) for impl, plan in planned if not plan.is_local]
-        self._plans = [plan for _, plan in layers]
+        layers = [(impl, plans) for impl, plans in planned if not plans[start].is_local]
+        self._plans = [plans for _, plans in layers]
         # Without such layers, every step has FlashAttention's own metadata: its answer holds again.
         self.supports_update_block_table = not layers and super().supports_update_block_table
-        self._meter = DeviceMeter(self._plans, read_settings(vllm_config), device)
-        for slot, (impl, plan) in enumerate(layers):
+        counted = [plans[start] for plans in self._plans]  # the same counters at every level
+        self._meter = DeviceMeter(counted, read_settings(vllm_config), device)
+        for slot, (impl, plans) in enumerate(layers):
             if profile is None:
                 impl.step_aside()
                 continue
-            prefills = impl.sparse_prefills(plan, device, page_size, profile.block_k)
-            impl.serve(ServedLayer(plan, slot, prefills, always_sparse))
-            if prefills:
+            # The thresholds of all levels stay on the device, so a step in flight keeps its own.
+            given = device, page_size, profile.block_k
+            served = [
+                ServedLayer(plan, slot, impl.sparse_prefills(plan, *given), always_sparse)
+                for plan in plans
+            ]
+            impl.serve(*served)
+            if prefills := next((each.prefills for each in served if each.prefills), None):
                 model_config = vllm_config.model_config
                 shape = LayerShape.of(impl, profile, model_config, page_size)
                 longest = min(profile.max_seq_len, model_config.max_model_len)
@@ -140,11 +148,13 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         seq_lens = compat.host_seq_lens(common_attn_metadata)
         plain_causal = compat.is_plain_causal(whole)
         step = self._sorter.sort(common_attn_metadata, seq_lens, plain_causal)
-        self._count_dense(step)
+        count_dense(step, [plans[step.level] for plans in self._plans])
         if not step.long_prefills:
             return whole
         blocks = cut_query_blocks(step.long_prefills, self.device)
-        metadata = extend_metadata(AfbsCUDAMetadata, whole, blocks=blocks, meter=self._meter)
+        metadata = extend_metadata(
+            AfbsCUDAMetadata, whole, blocks=blocks, meter=self._meter, level=step.level
+        )
         if step.dense_indices:
             rows, common = restrict(common_attn_metadata, step.dense_indices)
             dense = super().build(0, common, fast_build=True)
@@ -155,7 +165,8 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         """Counts a step that another backend runs because its mask is not causal."""
         if self._plans and common.max_query_len > 1:
             seq_lens = compat.host_seq_lens(common)
-            self._count_dense(self._sorter.sort(common, seq_lens, plain_causal=False))
+            step = self._sorter.sort(common, seq_lens, plain_causal=False)
+            count_dense(step, [plans[step.level] for plans in self._plans])
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -163,25 +174,11 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
         """Builds FlashAttention's own metadata: captured graphs replay only dense attention."""
         return super().build(0, common_attn_metadata)
 
-    def _count_dense(self, step: Step) -> None:
-        """Counts the prefills that run dense, once for each layer.
-
-        The layers themselves count only prefills that the dispatcher leaves dense.
-        """
-        num_layers, num_long = len(self._plans), len(step.long_prefills)
-        counts = Counter({why: n * num_layers for why, n in step.dense_reasons.items()})
-        if num_long:
-            for plan in self._plans:
-                if plan.dense_reason is not None:
-                    counts[plan.dense_reason] += num_long
-        fallbacks.count(counts)
-        metrics.count_tokens("dense", step.num_dense_tokens * num_layers)
-
 
 class AfbsCUDAImpl(FlashAttentionImpl):
     """One layer's attention."""
 
-    _served: ServedLayer | None = None
+    _served: tuple[ServedLayer, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Notes which arguments we do not know; arguments are vLLM's."""
@@ -217,8 +214,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
         return make_prefills(layer, self.card.flash_attention_version, page_size, block_k)
 
-    def serve(self, served: ServedLayer) -> None:
-        """Takes what the layer serves; the metadata builder calls this before the first step."""
+    def serve(self, *served: ServedLayer) -> None:
+        """Takes what the layer serves at each level; the metadata builder calls this first."""
         vars(self).pop("forward", None)  # it may have stepped aside
         self._served = served
 
@@ -244,7 +241,7 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         **unknown: Any,
     ) -> torch.Tensor:
         """Attends; shapes and arguments are vLLM's, those of a later version included."""
-        if attn_metadata is None and self._served is None:
+        if attn_metadata is None and not self._served:
             # vLLM measures memory. Later calls without metadata only warm up.
             show_workspace(self, self._vllm_config, query.device)
         elif isinstance(attn_metadata, AfbsCUDAMetadata):
@@ -272,8 +269,8 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         **unknown: Any,
     ) -> None:
         """Attends in a step that has long prefills, and reports the work; see ``forward``."""
-        served, blocks, meter = self._served, metadata.blocks, metadata.meter
-        assert served is not None
+        blocks, meter = metadata.blocks, metadata.meter
+        served = self._served[metadata.level]
         prefill, dense_reason = None, None
         if served.prefills:  # otherwise the builder has counted the layer's reason
             prefill, dense_reason = self._choose_prefill(served, blocks, query, kv_cache, unknown)

@@ -21,20 +21,22 @@ class AfbsCUDAMetadata(FlashAttentionMetadata):
         blocks: The query blocks of the long prefills.
         meter: Where the layers report their work. With microbatching vLLM gives each microbatch a
             builder, and runs one microbatch's layers between those of another.
+        level: Place of the level that all layers serve, in the profile's levels.
         dense_requests: The other requests; None if there are none.
     """
 
     blocks: QueryBlocks
     meter: DeviceMeter
+    level: int
     dense_requests: DenseRequests | None = None
 
 
 @dataclass(frozen=True)
 class ServedLayer:
-    """What the metadata builder gives a layer before its first step.
+    """What the metadata builder gives a layer for one level before its first step.
 
     Attributes:
-        plan: The thresholds of the layer, or why it runs dense.
+        plan: The layer's thresholds at the level, or why it runs dense.
         slot: The layer's place among those of the builder, and in its meter.
         prefills: The layer's sparse prefill by kernel; empty if the layer runs dense.
         always_sparse: Whether it also runs sparse where dense is expected to be faster.
