@@ -118,24 +118,19 @@ def _mark(axes: Axes, name: str, spent: dict[str, str], worth: dict[str, str], n
     )
 
 
-def budget_allocation(figure: Figure, rows: Rows) -> None:
-    """Draws sparsity by the change of predictions, for one tolerance and divided ones."""
+def level_arms(figure: Figure, rows: Rows) -> None:
+    """Draws each arm's hypervolume by its runs of the model."""
     axes = figure.add_subplot()
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+    found: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     for row in rows:
-        name, _, what = row["what"].rpartition(": ")
-        found[name][what] = float(row["p50"])
-    for label, start, line in (("one tolerance", "tolerance", "-"), ("divided", "divided", "--")):
-        points = [
-            (each["KL to dense"], each["sparsity"])
-            for name, each in found.items()
-            if name.startswith(start)
-        ]
-        axes.plot(*zip(*sorted(points), strict=True), line, marker="o", label=label)
-    axes.set(xscale="log", xlabel="KL divergence from dense predictions, nats", ylabel="sparsity")
+        name, _, what = row["what"].partition(": ")
+        found[name][what] = row
+    for number, (name, figures) in enumerate(found.items()):
+        _mark(axes, name, figures["model runs"], figures["hypervolume"], number)
+    axes.set(xlabel="runs of the model", ylabel="hypervolume of (predicted time, KL)")
     axes.set_title(rows[0]["shape"])
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
 
 
 _AT = re.compile(r"(?P<method>.+) at [\d.]+$")
@@ -178,7 +173,7 @@ DRAWINGS: dict[str, Callable[[Figure, Rows], None]] = {
     "prefill_gpu": prefill,
     "serving_gpu": serving,
     "tuner_arms": tuner_arms,
-    "budget_allocation": budget_allocation,
+    "level_arms": level_arms,
     "quality": quality,
 }
 

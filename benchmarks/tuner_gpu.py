@@ -107,7 +107,8 @@ def search(taken: Capture, settings: SearchSettings, num_layers: int) -> list[Ro
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / FILE_NAME, {})
         for layer in track(range(num_layers), "search"):
-            heads += LayerSearch(settings, layer, taken, journal, lambda _: None).run().heads
+            layer_search = LayerSearch(settings, layer, taken, journal, lambda _: None)
+            heads += layer_search.settled([settings.tolerance])[settings.tolerance]
         spent = {name: journal.total(name) / len(heads) for name in ("evaluations", "cost")}
     seconds = time.perf_counter() - start
     measured = [head.validation for head in heads if head.validation is not None]

@@ -31,7 +31,8 @@ ROOMS: dict[str, set[str]] = {
         "backends.driven", "captures", "check", "commands", "compat", "errors", "kernels",
         "models", "observability.metric_files", "profile", "serving.settings", "tuning.engine",
     },
-    "tune": {"commands", "engine", "errors", "files", "profile", "tuning"},
+    "cost_models": {"backends.cuda.dispatch", "tuning.cost"},
+    "tune": {"commands", "cost_models", "engine", "errors", "files", "profile", "tuning"},
     "evaluate": {
         "commands", "engine", "errors", "files", "kernels", "models", "profile", "serving.plan",
         "tuning",

@@ -47,6 +47,8 @@ SERVE += ["--max-num-seqs", "4"]
 TEXT = Path(__file__)
 SMALL = ["--lengths", "256", "512", "--block-q", str(BLOCK), "--block-k", str(BLOCK)]
 SMALL += ["--tolerance", "0.3"]
+ONE_LEVEL = [*SMALL, "--search", "one-tolerance"]
+"""Levels divide the error by runs of the model, which differ a little from engine to engine."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def captured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Capture:
 @pytest.fixture(scope="module")
 def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("profile") / "profile.json"
-    assert tune.main([str(model), "--output", str(output), *SMALL, *IN_PROCESS]) == 0
+    assert tune.main([str(model), "--output", str(output), *ONE_LEVEL, *IN_PROCESS]) == 0
     return output
 
 
@@ -219,7 +221,7 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
     assert tuned.tuned_on is not None
     assert tuned.tuned_on.quantization == "compressed-tensors"
     assert tuned.tuned_on.engine.startswith("vllm ")
-    assert any(layer.levels[0].is_sparse for layer in tuned.layers)
+    assert any(layer.levels[tuned.level_index()].is_sparse for layer in tuned.layers)
     given = ["--profile", str(output), "--output", str(tmp_path / "q.json"), "--text", str(TEXT)]
     given += ["--tests", "perplexity", "prefixes", "--prefixes", "4", "--windows", "2"]
     assert evaluate.main([str(checkpoint), *given, *serve]) == 0
@@ -231,7 +233,7 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
 
 def test_an_interrupted_job_goes_on(model: Path, tmp_path: Path, profile: Path) -> None:
     output = tmp_path / "profile.json"
-    arguments = [str(model), "--output", str(output), *SMALL, *SERVE]
+    arguments = [str(model), "--output", str(output), *ONE_LEVEL, *SERVE]
     job = start(arguments)
     work = Path(f"{output}.work")
     deadline = time.monotonic() + 200

@@ -132,9 +132,13 @@ def test_a_profile_runs_as_the_server_plans_it(
     method = of_profile("tuned", profile)
     sparse = InProcess(runner, Selection(method, 0.0))
     losses = sparse.losses(TOKENS)
+    served = profile.level_index()
     heads = {
-        1: HeadThresholds.of(profile.layers[1].levels[0].heads)
-    }  # layer 0 is too dense to be served
+        index: HeadThresholds.of(layer.levels[served].heads)
+        for index, layer in enumerate(profile.layers)
+        if layer.levels[served].is_sparse
+    }
+    assert heads
     expected = EndToEnd(open_model(str(tiny_model)), BLOCK, BLOCK).predict(TOKENS, heads)
     targets = expected.log_probs.gather(1, expected.targets[:, None])[:, 0]
     torch.testing.assert_close(losses, -targets, atol=1e-4, rtol=1e-4)

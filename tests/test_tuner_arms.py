@@ -26,13 +26,14 @@ from benchmarks.tuner_arms.samples import (
 )
 from benchmarks.tuner_arms.times import WAYS, without_cache
 from benchmarks.tuner_arms.unseen import Choice, Meter, meet
-from tests.test_tuning_search import captured, hidden
+from tests.search_layers import captured, hidden
 from vllm_afbs.captures import Capture
 from vllm_afbs.commands.results import write_rows
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.tuning.search.evaluator import HeadScores, LayerEvaluator
+from vllm_afbs.tuning.search.results import HELD_OUT_SLACK
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.search.validation import HELD_OUT_Q_BLOCKS, HELD_OUT_SLACK
+from vllm_afbs.tuning.search.validation import HELD_OUT_Q_BLOCKS
 
 SETTINGS = SearchSettings([128, 256, 512], 0.05, 16, 16, seed=1)
 SCOPE = Scope([0], num_heads=3, slow=[(0, 1)])
@@ -72,7 +73,9 @@ def test_arms_choose_for_the_heads_that_they_are_for(by_arm: Choices) -> None:
         assert [(choice.layer, choice.head) for choice in choices] == [(0, head) for head in heads]
         # With theta off, a head whose blocks hide their mass may have to stay dense.
         assert any(choice.tau < 1.0 for choice in choices), name
-        assert name == "afbs without BO" or all(choice.tau < 1.0 for choice in choices), name
+        assert name in ("afbs", "theta trials without BO") or all(
+            choice.tau < 1.0 for choice in choices
+        ), name
 
 
 def test_arms_stay_within_the_tolerance(by_arm: Choices, taken: Capture) -> None:
@@ -81,7 +84,10 @@ def test_arms_stay_within_the_tolerance(by_arm: Choices, taken: Capture) -> None
         assert (score(taken, by_arm[name]).error <= tolerance).all(), name
     assert float(score(taken, by_arm["one setting"]).error.mean()) <= tolerance
     for name in [*ON_ALL_LAYERS, *ON_SOME_HEADS]:
-        if name.startswith(("afbs", "paper")) and name != "afbs without validation":
+        if (
+            name.startswith(("afbs", "theta", "paper"))
+            and name != "theta trials without validation"
+        ):
             errors = [score(taken, by_arm[name], each).error for each in taken.held_out]
             assert (torch.stack(errors).mean(0) <= HELD_OUT_SLACK * tolerance).all(), name
 
@@ -121,11 +127,11 @@ def test_ablations_leave_out_what_they_say(by_arm: Choices) -> None:
         name: sum(choice.evaluations - choice.validation for choice in choices)
         for name, choices in by_arm.items()
     }
-    assert all(choice.theta == -1.0 for choice in by_arm["afbs without BO"])
-    assert any(choice.theta > -1.0 for choice in by_arm["afbs"])
-    assert search["afbs without BO"] < search["afbs"]
-    assert search["afbs without binary search"] < search["afbs"]
-    full = by_arm["afbs without low fidelity"]
+    assert all(choice.theta == -1.0 for choice in by_arm["theta trials without BO"])
+    assert any(choice.theta > -1.0 for choice in by_arm["theta trials"])
+    assert search["theta trials without BO"] < search["theta trials"]
+    assert search["theta trials without binary search"] < search["theta trials"]
+    full = by_arm["theta trials without low fidelity"]
     # Of two lengths a block apart, no trial costs less than the shorter with all rows.
     assert sum(choice.cost for choice in full) >= (15 / 16) ** 2 * sum(
         choice.evaluations for choice in full

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,16 @@ from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import HeadProfile, LayerLevel, Measurement
 from vllm_afbs.profile.tuner_run import Acceptance, BudgetRun, TextPart, WholeModel
 from vllm_afbs.tuning.allocation.acceptance import CANDIDATES, AcceptanceTest, increase_of
-from vllm_afbs.tuning.allocation.budget import BudgetSearch
+from vllm_afbs.tuning.allocation.analytic import FACTORS
 from vllm_afbs.tuning.allocation.goal import Goal
+from vllm_afbs.tuning.allocation.levels import LevelSearch, Windows
+from vllm_afbs.tuning.allocation.model_runs import ModelRuns
 from vllm_afbs.tuning.allocation.student import t_quantile
+from vllm_afbs.tuning.cost import AttentionTime
 from vllm_afbs.tuning.engine import Compared
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
+from vllm_afbs.tuning.search.curve import Curve
+from vllm_afbs.tuning.search.results import HeldOut, LayerCurves
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.windows import Part, cut_tokens
 
@@ -163,46 +167,84 @@ class Swinging:
 class Layers:
     """A ``Search`` that finds for a tolerance what ``Swinging`` reads."""
 
-    def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerLevel]:
-        return {layer: self._layer(tolerances.get(layer, 0.05)) for layer in range(2)}
+    def settled(self, divisions: Sequence[Mapping[int, float]]) -> list[dict[int, LayerLevel]]:
+        return [
+            {layer: self._layer(tolerance) for layer, tolerance in division.items()}
+            for division in divisions
+        ]
 
     def _layer(self, tolerance: float) -> LayerLevel:
-        measured = Measurement(length=64, error=tolerance, sparsity=min(0.9, 0.2 + tolerance))
+        measured = [
+            Measurement(length=length, error=tolerance, sparsity=skipped(tolerance))
+            for length in (32, 64)
+        ]
         head = HeadProfile(
-            tau=1 - tolerance, theta=-1.0, calibration=[measured], validation=measured
+            tau=1 - tolerance, theta=-1.0, calibration=measured, validation=measured[1]
         )
         return LayerLevel(heads=[head], tolerance=tolerance)
 
-    def of_layer(self, layer: int) -> Any:
-        thresholds = HeadThresholds(torch.tensor([0.95]), torch.tensor([-1.0]))
-        return SimpleNamespace(
-            at_shortest=lambda: (thresholds, torch.tensor([0.05])),
-            sparsities=lambda tolerances: [min(0.9, 0.2 + each) for each in tolerances],
-        )
+
+def skipped(tolerance: float) -> float:
+    return min(0.9, 0.2 + tolerance)
 
 
-def search(folder: Path, swing: float, accepting: bool = True) -> BudgetSearch:
+def layer_curves() -> LayerCurves:
+    """A head whose tau at every tolerance that a layer may take is 1 less it."""
+    points = [torch.tensor([0.05 * factor], dtype=torch.float64) for factor in FACTORS]
+    curve = Curve(
+        tuple(-point.log() for point in points),
+        tuple(points),
+        tuple(torch.tensor([skipped(float(point))], dtype=torch.float64) for point in points),
+    )
+    return LayerCurves({32: curve, 64: curve}, HeldOut((curve,)), 0.05, ())
+
+
+class Products:
+    """Time in proportion to the products."""
+
+    source = "products"
+
+    def seconds(self, head_dim: int, num_heads: int, length: int, density: float) -> float:
+        return density
+
+
+def found(
+    folder: Path, swing: float, accepting: bool = True
+) -> tuple[dict[int, LayerLevel], BudgetRun]:
+    """The layers of the level that reaches the goal, and how it was reached."""
     journal = Journal(folder / FILE_NAME, {})
     windows = {name: list(range(64)) for name in (CALIBRATION, "validation-0-0")}
     parts = [Part("text", 64 * i, 64, list(range(i, i + 64))) for i in range(8)]
     settings = SearchSettings([32, 64], 0.05, 16, 16, seed=0)
     test = AcceptanceTest(parts, journal, Quiet()) if accepting else None
-    return BudgetSearch(
-        lambda: Swinging(swing), settings, windows, journal, Layers(), Quiet(), test
-    )
+    runs = ModelRuns(lambda: Swinging(swing), windows, journal, lambda: None)
+    levels, default, budget = LevelSearch(
+        settings,
+        runs,
+        Layers(),
+        {layer: layer_curves() for layer in range(2)},
+        AttentionTime(Products(), 64, 1),
+        Windows(("validation-0-0",), ()),
+        journal,
+        Quiet(),
+        0,
+        64,
+    ).run("analytic", GOAL, test)
+    assert default == "goal"
+    assert budget is not None
+    return next(level.layers for level in levels if level.name == default), budget
 
 
 GOAL = Goal("perplexity", 0.01)
-UNIFORM = Layers().tuned({})
 
 
 def test_what_the_point_estimate_accepts_the_bound_refuses(tmp_path: Path) -> None:
     """Every window but the steering ones swings, so the mean is as promised and unsure."""
     for name in ("plain", "steady", "swinging"):
         (tmp_path / name).mkdir()
-    _, plain = search(tmp_path / "plain", 1.0, accepting=False).run(GOAL, UNIFORM)
-    steady_layers, steady = search(tmp_path / "steady", 0.0).run(GOAL, UNIFORM)
-    layers, swinging = search(tmp_path / "swinging", 1.0).run(GOAL, UNIFORM)
+    _, plain = found(tmp_path / "plain", 1.0, accepting=False)
+    steady_layers, steady = found(tmp_path / "steady", 0.0)
+    layers, swinging = found(tmp_path / "swinging", 1.0)
     assert plain.acceptance is None
     assert plain.allocated == steady.allocated
     assert steady.acceptance is not None
@@ -223,7 +265,7 @@ def test_what_the_point_estimate_accepts_the_bound_refuses(tmp_path: Path) -> No
 
 def test_what_no_bound_proves_is_refused_with_the_bound(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
-        search(tmp_path, 40.0).run(GOAL, UNIFORM)
+        found(tmp_path, 40.0)
     line = str(refused.value)
     assert line.startswith("--max-perplexity-increase: 0.01 expected at most, 0.0")
     reached = float(line.split("at most, ")[1].split()[0])
@@ -246,10 +288,10 @@ def test_of_few_windows_parts_are_the_samples(tmp_path: Path) -> None:
     parts = [Part("text", 100 * i, 64, list(range(64))) for i in range(3)]
     test = AcceptanceTest(parts, Journal(tmp_path / FILE_NAME, {}), Quiet())
     thresholds = {0: HeadThresholds(torch.tensor([0.9]), torch.tensor([-1.0]))}
-    found = test.increase("x", Ramp(0.0), thresholds)
+    increase = test.increase("x", Ramp(0.0), thresholds)
     blocks = [np.mean(each) for each in np.array_split(np.arange(1, 64) / 1000, 3)] * 3
-    assert found.bound == pytest.approx(scipy_bound(blocks, [2 * each for each in blocks]), 1e-5)
-    record = test.record(found, 1)
+    assert increase.bound == pytest.approx(scipy_bound(blocks, [2 * each for each in blocks]), 1e-5)
+    record = test.record(increase, 1)
     assert (record.num_blocks, len(record.windows)) == (9, 3)
     assert record.windows[2] == TextPart(text="text", start=200, num_tokens=64)
 
@@ -281,8 +323,7 @@ def test_a_job_says_what_was_accepted_where(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     output = tmp_path / "profile.json"
-    more = ["--calibration", str(text), "--max-perplexity-increase", "0.5"]
-    # No layer is sparse at the default tolerance, so this goal needs larger ones.
+    more = ["--calibration", str(text), "--max-perplexity-increase", "0.9", "--tolerance", "0.2"]
     assert tune.main(command(tiny_model, output, *more)) == 0
     profile = load_profile(output)
     assert profile.tuner.budget is not None
@@ -295,9 +336,9 @@ def test_a_job_says_what_was_accepted_where(
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     runner = EndToEnd(open_model(str(tiny_model)), profile.block_q, profile.block_k)
     thresholds = {
-        index: HeadThresholds.of(layer.levels[0].heads)
+        index: HeadThresholds.of(layer.levels[profile.level_index()].heads)
         for index, layer in enumerate(profile.layers)
-        if layer.levels[0].is_sparse
+        if layer.levels[profile.level_index()].is_sparse
     }
     assert thresholds
     per_window = accepted.num_blocks // len(accepted.windows)
@@ -316,7 +357,7 @@ def test_a_job_says_what_was_accepted_where(
         sparse += [float(each.mean()) for each in np.array_split(ours, per_window)]
     assert len(dense) == accepted.num_blocks
     assert accepted.bound == pytest.approx(scipy_bound(dense, sparse), abs=2e-3)
-    assert accepted.bound <= 0.5
+    assert accepted.bound <= 0.9
 
 
 def test_too_short_a_text_is_refused_before_the_model_is_run(

@@ -22,40 +22,40 @@ from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.schema import HeadProfile, LayerLevel, Measurement
 from vllm_afbs.profile.tuner_run import WholeModel
 from vllm_afbs.serving.plan import plan_layer
-from vllm_afbs.tuning.allocation.budget import _mean_sparsity, _thresholds
-from vllm_afbs.tuning.allocation.goal import Goal
-from vllm_afbs.tuning.allocation.levels import Levels
+from vllm_afbs.tuning.allocation.division import Choices
+from vllm_afbs.tuning.allocation.goal import OPTIONS, Goal, GoalKind, Measured
+from vllm_afbs.tuning.allocation.model_runs import mean_sparsity, served_thresholds
 
 ROUNDING = 1e-9
 
 
 @st.composite
-def levels(draw: st.DrawFn) -> Levels:
-    """Some layers whose density falls, and whose damage grows, from level to level."""
-    num_layers, num_levels = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    shares = st.lists(st.floats(0.0, 1.0), min_size=num_levels, max_size=num_levels)
+def choices(draw: st.DrawFn) -> Choices:
+    """Some layers whose density falls, and whose damage grows, from choice to choice."""
+    num_layers, num_choices = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    shares = st.lists(st.floats(0.0, 1.0), min_size=num_choices, max_size=num_choices)
     density = [sorted(draw(shares), reverse=True) for _ in range(num_layers)]
     damage = [sorted(draw(shares)) for _ in range(num_layers)]
-    return Levels(
+    return Choices(
         torch.tensor(density, dtype=torch.float64), torch.tensor(damage, dtype=torch.float64)
     )
 
 
-def every_allocation(of: Levels) -> list[tuple[float, float]]:
-    """Mean density and damage of every combination of levels."""
-    num_layers, num_levels = of.density.shape
+def every_allocation(of: Choices) -> list[tuple[float, float]]:
+    """Mean density and damage of every combination of choices."""
+    num_layers, num_choices = of.work.shape
     return [
-        (of.mean_density(chosen), of.total_damage(chosen))
-        for each in itertools.product(range(num_levels), repeat=num_layers)
+        (of.mean_work(chosen), of.total_damage(chosen))
+        for each in itertools.product(range(num_choices), repeat=num_layers)
         for chosen in [torch.tensor(each)]
     ]
 
 
 @settings(max_examples=60, deadline=None)
-@given(levels(), st.floats(0.0, 4.0))
-def test_no_allocation_of_as_little_damage_is_sparser(of: Levels, limit: float) -> None:
+@given(choices(), st.floats(0.0, 4.0))
+def test_no_allocation_of_as_little_damage_is_sparser(of: Choices, limit: float) -> None:
     chosen = of.within_damage(limit)
-    density, damage = of.mean_density(chosen), of.total_damage(chosen)
+    density, damage = of.mean_work(chosen), of.total_damage(chosen)
     allocations = every_allocation(of)
     assert damage <= limit + ROUNDING or damage <= min(d for _, d in allocations) + ROUNDING
     for other_density, other_damage in allocations:
@@ -64,10 +64,10 @@ def test_no_allocation_of_as_little_damage_is_sparser(of: Levels, limit: float) 
 
 
 @settings(max_examples=60, deadline=None)
-@given(levels(), st.floats(0.0, 1.0))
-def test_no_allocation_of_as_little_work_does_less_damage(of: Levels, limit: float) -> None:
-    chosen = of.within_density(limit)
-    density, damage = of.mean_density(chosen), of.total_damage(chosen)
+@given(choices(), st.floats(0.0, 1.0))
+def test_no_allocation_of_as_little_work_does_less_damage(of: Choices, limit: float) -> None:
+    chosen = of.within_work(limit)
+    density, damage = of.mean_work(chosen), of.total_damage(chosen)
     allocations = every_allocation(of)
     assert density <= limit + ROUNDING or density <= min(d for d, _ in allocations) + ROUNDING
     for other_density, other_damage in allocations:
@@ -84,8 +84,11 @@ def test_predictions_know_their_loss_and_divergence() -> None:
     assert dense.kl_to(dense) == 0.0
 
 
-def measured(sparsity: float = 0.5, kl: float = 0.0, grown: float = 1.0) -> WholeModel:
-    return WholeModel(sparsity=sparsity, kl=kl, perplexity=10 * grown, dense_perplexity=10)
+def measured(
+    sparsity: float = 0.5, kl: float = 0.0, grown: float = 1.0, time_ratio: float = 0.5
+) -> Measured:
+    whole = WholeModel(sparsity=sparsity, kl=kl, perplexity=10 * grown, dense_perplexity=10)
+    return Measured(whole, time_ratio)
 
 
 def test_a_lucky_perplexity_does_not_hide_a_divergence() -> None:
@@ -104,6 +107,33 @@ def test_a_budget_moves_against_its_miss(budget: float, reached: float) -> None:
     assert 0.2 * budget <= moved * (1 + ROUNDING) <= 5 * budget * (1 + 2 * ROUNDING)
     sparsity = Goal("sparsity", 0.5)
     assert (sparsity.next_budget(0.5, reached) > 0.5) == (reached < 0.505)
+    speedup = Goal("speedup", 2.0)
+    # Its budget is a time ratio: too slow a model gets less time.
+    assert (speedup.next_budget(0.495, 1.0 + reached) < 0.495) == (1.0 + reached < 2.0 / 0.99)
+    kl = Goal("kl", 0.01)
+    assert (kl.next_budget(budget, reached) < budget) == (reached > 0.009)
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "within", "beyond"),
+    [
+        ("sparsity", 0.5, measured(sparsity=0.505), measured(sparsity=0.49)),
+        ("speedup", 2.0, measured(time_ratio=0.495), measured(time_ratio=0.51)),
+        ("perplexity", 0.01, measured(grown=1.009), measured(grown=1.011)),
+        ("kl", 0.01, measured(kl=0.009), measured(kl=0.011)),
+    ],
+)
+def test_goals_say_what_they_reach_and_prefer(
+    goal: GoalKind, value: float, within: Measured, beyond: Measured
+) -> None:
+    asked = Goal(goal, value)
+    assert asked.allows(asked.reached(within))
+    assert asked.is_met_closely(asked.reached(within))
+    assert not asked.allows(asked.reached(beyond))
+    assert OPTIONS[goal] in asked.missed([asked.reached(beyond)])
+    exact, fast = measured(kl=0.001, time_ratio=0.5), measured(kl=0.002, time_ratio=0.4)
+    assert asked.prefers(exact, fast) == asked.wants_speed
+    assert asked.prefers(fast, exact) == (not asked.wants_speed)
 
 
 def test_a_model_run_sparse_is_the_specification_layer_by_layer(tiny_model: Path) -> None:
@@ -155,8 +185,8 @@ def test_layers_that_the_server_leaves_dense_count_as_dense() -> None:
         for plan in [plan_layer(profile, index, 8, 0, None)]
         if plan.thresholds is not None
     }
-    assert _thresholds(layers).keys() == served.keys() == {1}
-    assert _mean_sparsity(layers) == pytest.approx(0.6 / 2)
+    assert served_thresholds(layers).keys() == served.keys() == {1}
+    assert mean_sparsity(layers) == pytest.approx(0.6 / 2)
 
 
 GOAL = ["--target-sparsity", "0.25"]
@@ -167,7 +197,7 @@ def killed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a job with a goal that was killed while layers' damage was measured."""
     output = tmp_path_factory.mktemp("killed") / "profile.json"
     job = start(command(tiny_model, output, *GOAL))
-    wait_for(job, output, lambda journal: b"damage of layer 0" in journal)
+    wait_for(job, output, lambda journal: b"damage of layers 0" in journal)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     assert not output.exists()
@@ -189,16 +219,24 @@ def test_a_goal_divides_the_error_among_layers(
     budget = profile.tuner.budget
     assert budget is not None
     assert (budget.goal, budget.target) == ("sparsity", 0.25)
-    held_out = [head.validation for head in profile.heads_of(0)]
+    assert profile.default_level == "goal"
+    goal = profile.level_index()
+    held_out = [head.validation for head in profile.heads_of(goal)]
     mean = sum(each.sparsity for each in held_out if each is not None) / len(held_out)
     assert mean == pytest.approx(budget.allocated.sparsity)
+    assert profile.levels[goal].whole_model == budget.allocated
     assert budget.allocated.sparsity >= 0.25
     assert budget.allocated.kl > 0.0
-    for index, layer in enumerate(profile.layers):
-        assert layer.levels[0].tolerance == profile.tolerance_of(index, 0)
-        for head in layer.levels[0].heads:
-            assert head.calibration[-1].error <= profile.tolerance_of(index, 0)
-    assert "Budget by layer" in output.with_suffix(".html").read_text(encoding="utf-8")
+    for level in range(len(profile.levels)):
+        for index, layer in enumerate(profile.layers):
+            assert layer.levels[level].tolerance == profile.tolerance_of(index, level)
+    for slower, faster in itertools.pairwise(profile.levels):
+        assert slower.whole_model is not None
+        assert faster.whole_model is not None
+        assert slower.whole_model.kl < faster.whole_model.kl
+        ratios = [each.by_length[-1].attention_time_ratio for each in (slower, faster)]
+        assert ratios[0] > ratios[1]  # type: ignore[operator]
+    assert "Tolerance by layer" in output.with_suffix(".html").read_text(encoding="utf-8")
 
 
 def test_what_was_tuned_serves_another_goal_and_none(

@@ -109,13 +109,19 @@ def test_profile_says_what_was_measured(
     (source,) = profile.calibration_texts
     # The calibration window and two held-out ones, of 256 each.
     assert (source.name, source.num_tokens) == (str(text), 3 * 256)
-    heads = profile.heads_of(0)
-    assert any(head.tau < 1 for head in heads)
-    for head in heads:
-        assert [measured.length for measured in head.calibration] == [128, 256]
-        assert head.validation is not None
-        assert head.validation.error <= 1.2 * 0.2
-        assert head.tau == 1 or head.validation.sparsity >= 0.1
+    assert profile.default_level == "balanced"
+    assert any(head.tau < 1 for head in profile.heads_of(profile.level_index()))
+    for index, layer in enumerate(profile.layers):
+        for number, level in enumerate(layer.levels):
+            for head in level.heads:
+                assert [measured.length for measured in head.calibration] == [128, 256]
+                assert head.validation is not None
+                assert head.validation.error <= 1.2 * profile.tolerance_of(index, number)
+                assert head.tau == 1 or head.validation.sparsity >= 0.09
+    for level in profile.levels:
+        assert level.whole_model is not None
+        assert [each.length for each in level.by_length] == [128, 256]
+    assert profile.tuner.settings["levels_measured_at"] == 128
     assert f"{profile.tuner.evaluations} evaluations" in capsys.readouterr().out
 
 
@@ -133,9 +139,11 @@ def test_every_text_is_in_the_profile(tiny_model: Path, tmp_path: Path) -> None:
         (path, 128 + 256) for path in paths
     ]
     assert len({text.sha256 for text in profile.calibration_texts}) == 2
-    for head in profile.heads_of(0):
-        assert head.validation is not None
-        assert head.validation.error <= 1.2 * 0.2
+    level = profile.level_index()
+    for index, layer in enumerate(profile.layers):
+        for head in layer.levels[level].heads:
+            assert head.validation is not None
+            assert head.validation.error <= 1.2 * profile.tolerance_of(index, level)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=1, max_size=5))
@@ -172,9 +180,30 @@ def test_layers_left_out_are_dense(
     profile = load_profile(output)
     for head in profile.layers[0].levels[0].heads:
         assert (head.tau, head.theta, head.calibration, head.validation) == (1.0, -1.0, [], None)
-    assert any(head.tau < 1.0 for head in profile.layers[1].levels[0].heads)
+    assert any(head.tau < 1.0 for head in profile.layers[1].levels[profile.level_index()].heads)
     assert profile.tuner.settings["layers"] == [1]
     assert f"({profile.tuner.evaluations / 4:.1f} a head)" in capsys.readouterr().out
+
+
+def test_one_tolerance_makes_one_level_and_runs_no_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "profile.json"
+    one = command(tiny_model, output, "--tolerance", "0.2", "--search", "one-tolerance")
+    monkeypatch.setattr(TransformersEngine, "sparse_model", pytest.fail)
+    assert tune.main(one) == 0
+    profile = load_profile(output)
+    (level,) = profile.levels
+    assert (level.name, level.tolerance, level.whole_model) == ("balanced", 0.2, None)
+    assert any(layer.levels[0].is_sparse for layer in profile.layers)
+    for head in profile.heads_of(0):
+        assert head.calibration[-1].error <= 0.2
+        assert head.validation is not None
+        assert head.validation.error <= 1.2 * 0.2
+    again = command(tiny_model, tmp_path / "p.json", "--search", "one-tolerance", "--max-kl", "0.1")
+    assert tune.main(again) == 2
+    assert "--search: analytic or ax expected with --max-kl" in capsys.readouterr().err
 
 
 def test_capture_is_what_the_model_attends_to(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.theta_tuner.results import Attempt, Refined, ThetaTrial, Validated
 from vllm_afbs.errors import InputError
 from vllm_afbs.profile.schema import HeadProfile, Measurement
 from vllm_afbs.tuning.journal import FORMAT_VERSION, Entry, Journal, read_entries
-from vllm_afbs.tuning.search.results import Attempt, Refined, ThetaTrial, Validated
+from vllm_afbs.tuning.search.curve import Curve
 
 SETTINGS = {"seed": 1, "lengths": [256, 512]}
 NUMBERS = st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=5)
@@ -158,3 +159,16 @@ def test_a_result_of_another_kind_is_refused(path: Path) -> None:
     journal.step("refine", Refined, refined)
     with pytest.raises(InputError, match="step 'refine': Attempt expected, got 'Refined'"):
         journal.result("refine", Attempt)
+
+
+def test_a_curve_comes_back_and_has_one_value_per_head(path: Path) -> None:
+    point = torch.tensor([0.1, 1 / 3], dtype=torch.float64)
+    curve = Curve((point, 2 * point), (point, point), (point, point / 7))
+    found = Journal(path, SETTINGS).step("curve", Curve, lambda: curve)
+    for name in ("depths", "errors", "sparsities"):
+        for one, read in zip(getattr(curve, name), getattr(found, name), strict=True):
+            assert torch.equal(one, read)
+    kept = json.loads(path.read_text().splitlines()[1])["result"]
+    rewritten(path, 1, result=kept | {"errors": [[1.0], [1.0]]})
+    with pytest.raises(InputError, match="one value per head expected, got "):
+        Journal(path, SETTINGS).step("curve", Curve, pytest.fail)

@@ -15,25 +15,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_tuning_search import captured, clustered
+from tests.search_layers import captured, clustered
 from tests.tuning_jobs import command, result, start
 from vllm_afbs import tune
 from vllm_afbs.captures import Capture
+from vllm_afbs.cost_models import CpuCost
 from vllm_afbs.errors import InputError
 from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
-from vllm_afbs.profile.schema import LayerLevel, Profile
+from vllm_afbs.profile.schema import Profile
 from vllm_afbs.tuning import workers
 from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.run import tune as tune_model
 from vllm_afbs.tuning.search.layer import LayerSearch
-from vllm_afbs.tuning.search.results import Validated
+from vllm_afbs.tuning.search.results import Settled
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import read_texts
 from vllm_afbs.tuning.workers import LayerPool, Share, search_layer
-
-STAGES = ("refine", "validate")
 
 
 class Quiet:
@@ -49,20 +48,20 @@ class Quiet:
         self.stages[next(reversed(self.stages))] += units
 
 
-def test_a_worker_tunes_to_the_layers_own_tolerance(tmp_path: Path) -> None:
+def test_a_worker_settles_a_layer_at_the_tolerances_it_is_given(tmp_path: Path) -> None:
     settings = SearchSettings([128, 256], 0.1, 32, 32, seed=0)
     taken = captured(tmp_path, 256, clustered)
     steps = Steps([], lambda _: None)
-    LayerSearch(settings, 0, taken, steps, lambda _: None).run()
+    LayerSearch(settings, 0, taken, steps, lambda _: None).curves()
     known = steps.entries("layer 0 ")
     threads = torch.get_num_threads()
-    events = list(search_layer(settings, 0, 0.2, taken, known, threads))
+    events = list(search_layer(settings, 0, [0.05, 0.2], taken, known, threads))
     assert sum(event for event in events if isinstance(event, float)) == pytest.approx(1.0)
     done = [event for event in events if not isinstance(event, float)]
-    assert [each.step for each in done] == [f"layer 0 {n} within 0.2" for n in STAGES]
-    here = LayerSearch(settings, 0, taken, steps, lambda _: None).run(0.2)
-    found = done[-1].read(Validated).heads
-    assert LayerLevel(heads=list(found), tolerance=0.2) == here
+    assert [each.step for each in done] == [f"layer 0 settle {n}" for n in (0.05, 0.2)]
+    here = LayerSearch(settings, 0, taken, steps, lambda _: None).settled([0.2])
+    assert done[-1].read(Settled).heads == here[0.2]
+    assert any(head.tau < 1.0 for head in here[0.2])
 
 
 def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
@@ -75,8 +74,8 @@ def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
     before = psutil.Process().children(recursive=True)
     with LayerPool(2, None) as pool:
         found = tune_model(
-            model, TransformersEngine(model), texts, settings, [0, 1], None, tmp_path / "work",
-            progress, pool,
+            model, TransformersEngine(model), texts, settings, [0, 1], None, "analytic",
+            CpuCost(), tmp_path / "work", progress, pool,
         )  # fmt: skip
 
         journal = Journal(tmp_path / "journal.jsonl", {})
@@ -85,9 +84,9 @@ def test_workers_find_what_one_process_finds_and_say_what_they_cannot_read(
             pool.search(settings, [0], {}, nothing, journal, lambda _: None)
     assert set(psutil.Process().children(recursive=True)) <= set(before)
 
-    assert any(head.tau < 1.0 for head in found.heads_of(0))
+    assert any(head.tau < 1.0 for head in found.heads_of(found.level_index()))
     assert result(found) == result(tiny_profile)
-    assert progress.stages == pytest.approx({"Capturing": 0.0, "Tuning": 0.0})
+    assert all(left == pytest.approx(0.0) for left in progress.stages.values())
     assert str(refused.value).startswith(f"{tmp_path}/none/layer-000.calibration.safetensors: ")
     assert "\n" not in str(refused.value)
 
@@ -162,7 +161,7 @@ def test_killed_with_workers_and_resumed_with_workers_equals_one_process(
     assert result(load_profile(output)) == result(tiny_profile)
     captured = capsys.readouterr()
     assert all(
-        line.startswith(("running the model", "Capturing", "Tuning"))
+        line.startswith(("running the model", "Capturing", "Tuning", "Measuring"))
         for line in captured.err.splitlines()
     )
 

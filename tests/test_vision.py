@@ -118,7 +118,7 @@ def test_vllm_tunes_and_evaluates_it(
     assert tune.main([*job, "--dtype", "float32", "--block-size", "32"]) == 0
     profile = load_profile(output)
     assert [len(layer.levels[0].heads) for layer in profile.layers] == [4, 4]
-    assert any(head.tau < 1 for head in profile.heads_of(0))
+    assert any(head.tau < 1 for head in profile.heads_of(profile.level_index()))
     assert profile.tuned_on is not None
     assert profile.tuned_on.engine.startswith("vllm ")
     given = ["--profile", str(output), "--output", str(tmp_path / "q.json"), "--text", __file__]

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_afbs.files import printable
-from vllm_afbs.kernels import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile
 from vllm_afbs.tuning.allocation.acceptance import describe
+from vllm_afbs.tuning.level_rows import level_rows
 
 
 class ProgressBar:
@@ -59,14 +59,15 @@ class ProgressBar:
 
 
 def print_summary(profile: Profile, output: Path, report: Path) -> None:
-    """Prints one row per layer, the totals and the paths of the results.
+    """Prints one row per layer and per level, the totals and the paths of the results.
 
-    Errors and sparsities are means over all heads of the layer; a dense head counts as 0.
+    The layers' rows are of the default level. Errors and sparsities are means over all heads of the
+    layer; a dense head counts as 0.
     """
     # Rich would read a plain string as markup, and a name may contain anything.
     title = Text(f"{printable(profile.model_name)}, {profile.max_seq_len} tokens")
     table = Table(title=title)
-    for column in ("layer", "sparse", "tau", "theta", "error", "held-out", "sparsity", "held-out"):
+    for column in ("layer", "sparse", "tau", "error", "held-out", "sparsity", "held-out"):
         table.add_column(column, justify="right")
     level = profile.level_index()
     for index in profile.full_layers:
@@ -77,6 +78,7 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
     console.print(table)
     if described := describe_layers(profile):
         console.print(described, highlight=False)
+    console.print(_levels(profile))
     run = profile.tuner
     heads = profile.num_tuned_heads
     console.print(
@@ -96,6 +98,16 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
     )
 
 
+def _levels(profile: Profile) -> Table:
+    table = Table(title="levels: sparsity and predicted speedup of attention (* is the default)")
+    rows = level_rows(profile)
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 def describe_layers(profile: Profile) -> str | None:
     """How many of a model's layers have full attention; None if all do."""
     num_full, num_layers = len(profile.full_layers), len(profile.layers)
@@ -108,11 +120,9 @@ def _cells(heads: list[HeadProfile]) -> list[str]:
     sparse = [head for head in heads if head.tau < 1.0]
     longest = [head.calibration[-1] for head in heads if head.calibration]
     held_out = [head.validation for head in heads if head.validation is not None]
-    thetas = [head.theta for head in sparse if head.theta > THETA_OFF]
     return [
         f"{len(sparse)}/{len(heads)}",
         f"{_mean([head.tau for head in sparse]):.3f}" if sparse else "dense",
-        f"{_mean(thetas):.2f} ({len(thetas)})" if thetas else "off",
         # A layer that was not tuned has no measurements: it counts as dense.
         f"{sum(measured.error for measured in longest) / len(heads):.3f}",
         f"{sum(measured.error for measured in held_out) / len(heads):.3f}",

@@ -27,9 +27,9 @@ from vllm_afbs.errors import InputError
 from vllm_afbs.profile.schema import SCHEMA_VERSION
 
 FILE_NAME = "journal.jsonl"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever a line of the journal, or a step's result, changes its shape."""
-SEARCH_VERSION = 4
+SEARCH_VERSION = 5
 """Raised whenever the same settings lead the search elsewhere: a job ends as it was begun."""
 
 T = TypeVar("T")
@@ -69,9 +69,18 @@ class Result:
 
     def __post_init__(self) -> None:
         """Checks that all tensors have as many heads."""
-        lengths = {name: len(each) for name, each in vars(self).items() if torch.is_tensor(each)}
-        if len(set(lengths.values())) > 1:
+        lengths = {
+            name: {len(tensor) for tensor in _tensors(each)} for name, each in vars(self).items()
+        }
+        if len(set().union(*lengths.values())) > 1:
             raise ValueError(f"one value per head expected, got {lengths}")
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of an attribute: itself, or those of a tuple."""
+    return [
+        each for each in (value if isinstance(value, tuple) else [value]) if torch.is_tensor(each)
+    ]
 
 
 class Meter(Protocol):

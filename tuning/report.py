@@ -14,12 +14,15 @@ from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, Profile
 from vllm_afbs.tuning.allocation.acceptance import describe
-from vllm_afbs.tuning.allocation.budget import Damage
+from vllm_afbs.tuning.allocation.analytic import FACTORS
+from vllm_afbs.tuning.allocation.model_runs import Damage
 from vllm_afbs.tuning.journal import Entry
-from vllm_afbs.tuning.search.results import Attempt, Refined, Trial
+from vllm_afbs.tuning.level_rows import level_rows, measured_at
+from vllm_afbs.tuning.search.curve import Curve
 
 _STEP = re.compile(r"layer (?P<layer>\d+) (?P<stage>[a-z]+)")
-_DAMAGE = re.compile(r"damage of layer (?P<layer>\d+)")
+_CURVE = re.compile(r"layer \d+ curve")
+_DAMAGE = re.compile(r"damage of layers (?P<first>\d+) to (?P<last>\d+)")
 _TEMPLATE = "report.html.j2"
 _WORST = 10
 _SPENT = ("evaluations", "cost", "seconds")
@@ -31,7 +34,7 @@ def write_report(profile: Profile, steps: Sequence[Entry], path: Path) -> None:
 
     Args:
         profile: The profile.
-        steps: The job's journal, in its order. Without steps, the report leaves out convergence and
+        steps: The job's journal, in its order. Without steps, the report leaves out curves and
             cost by stage.
         path: The HTML file; replaced atomically.
 
@@ -49,6 +52,7 @@ def write_report(profile: Profile, steps: Sequence[Entry], path: Path) -> None:
             {"title": title, "note": note, "html": _html(figure, f"figure-{index}")}
             for index, (title, note, figure) in enumerate(_figures(profile, steps))
         ],
+        levels=level_rows(profile),
         worst=_worst(profile),
     )
     write_atomically(path, page)
@@ -61,6 +65,12 @@ def _html(figure: go.Figure, identifier: str) -> str:
 
 def _figures(profile: Profile, steps: Sequence[Entry]) -> Iterable[tuple[str, str, go.Figure]]:
     longest = profile.max_seq_len
+    yield (
+        "What each level costs and gains",
+        "Predicted time of prefill attention over that of dense attention, by prompt length, and "
+        "how far the model's predictions diverge from the dense model's.",
+        _levels(profile),
+    )
     yield (
         "Sparsity by layer and head",
         f"Share of the block products skipped on held-out text at {longest} tokens.",
@@ -78,29 +88,18 @@ def _figures(profile: Profile, steps: Sequence[Entry]) -> Iterable[tuple[str, st
         _heat_map(profile, _matrix(profile, lambda head: head.tau), "tau", "Viridis", (None, 1.0)),
     )
     yield (
-        "Error against sparsity",
-        "Each head on held-out text, and the heads that no other beats in both (Pareto front).",
-        _pareto(profile),
+        "Tolerance by layer",
+        "Each layer's tolerance at the default level, what it skips with it on held-out text, and "
+        "its share of the damage (KL divergence with it alone sparse at the job's tolerance, over "
+        "the sum of all layers; of deep models, consecutive layers are measured together).",
+        _budget(profile, steps),
     )
-    yield (
-        "Sparsity by context length",
-        "Mean over the heads that were measured at each calibrated length.",
-        _by_length(profile),
-    )
-    if profile.tuner.budget is not None:
-        yield (
-            "Budget by layer",
-            "Each layer's tolerance, what it skips with it on held-out text, and its share of the "
-            "damage before (KL divergence with that layer alone sparse at the job's tolerance, "
-            "over the sum of all layers).",
-            _budget(profile, steps),
-        )
     if steps:
         yield (
-            "Convergence",
-            "Best mean sparsity found so far at the longest length, by evaluations a head, "
-            "mean over layers.",
-            _convergence(profile, steps),
+            "Sparsity by tolerance",
+            "What heads skip at the longest length on the calibration text, mean over layers: the "
+            "curves that levels are read off.",
+            _curves(profile, steps),
         )
         yield (
             "Cost by stage",
@@ -145,9 +144,10 @@ def _budget(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
     means = [sum(map(_sparsity, each)) / len(each) for each in heads]
     figure.add_scatter(x=layers, y=means, yaxis="y2", name="sparsity", mode="lines+markers")
     kls = {
-        int(match["layer"]): step.read(Damage).kl
+        layer: step.read(Damage).kl / (int(match["last"]) + 1 - int(match["first"]))
         for step in steps
         if (match := _DAMAGE.fullmatch(step.step))
+        for layer in range(int(match["first"]), int(match["last"]) + 1)
     }
     total = sum(kls.values()) or 1.0
     shares = [kls[layer] / total for layer in sorted(kls)]
@@ -193,85 +193,42 @@ def _validated(profile: Profile) -> list[tuple[str, HeadProfile, float]]:
     ]
 
 
-def _pareto(profile: Profile) -> go.Figure:
-    heads = _validated(profile)
-    points = [(_sparsity(head), _error(head)) for _, head, _ in heads]
-    figure = go.Figure(
-        go.Scatter(
-            x=[sparsity for sparsity, _ in points],
-            y=[error for _, error in points],
-            text=[name for name, _, _ in heads],
-            mode="markers",
-            name="heads",
+def _levels(profile: Profile) -> go.Figure:
+    figure = go.Figure()
+    levels = [level for level in profile.levels if level.whole_model is not None]
+    for length in dict.fromkeys(each.length for level in levels for each in level.by_length):
+        found = {
+            level.name: (level.whole_model.kl, each.attention_time_ratio)
+            for level in levels
+            for each in level.by_length
+            if level.whole_model is not None and each.length == length
+        }
+        figure.add_scatter(
+            x=[kl for kl, _ in found.values()],
+            y=[ratio for _, ratio in found.values()],
+            text=list(found),
+            mode="lines+markers+text",
+            textposition="top center",
+            name=f"{length} tokens",
         )
-    )
-    front: list[tuple[float, float]] = []
-    for sparsity, error in sorted(points, key=lambda point: (-point[0], point[1])):
-        if not front or error < front[-1][1]:
-            front.append((sparsity, error))
-    figure.add_scatter(
-        x=[sparsity for sparsity, _ in front],
-        y=[error for _, error in front],
-        mode="lines",
-        line_shape="hv",
-        name="Pareto front",
-    )
-    figure.add_hline(profile.tuner.tolerance, line_dash="dot", annotation_text="tolerance")
-    return figure.update_layout(xaxis_title="sparsity", yaxis_title="relative L1 error")
-
-
-def _by_length(profile: Profile) -> go.Figure:
-    samples: dict[int, list[float]] = defaultdict(list)
-    for head in profile.heads_of(profile.level_index()):
-        for measured in head.calibration:
-            samples[measured.length].append(measured.sparsity)
-    lengths = sorted(samples)
-    means = [sum(samples[length]) / len(samples[length]) for length in lengths]
-    figure = go.Figure(go.Bar(x=[str(length) for length in lengths], y=means))
     return figure.update_layout(
-        xaxis_title="tokens", yaxis_title="mean sparsity", xaxis_type="category"
+        xaxis_title=f"KL divergence at {measured_at(profile)} tokens, nats",
+        xaxis_type="log",
+        yaxis_title="predicted time over dense",
     )
 
 
-def _convergence(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
-    """Mean over layers of the best sparsity so far, as if all layers were searched in step."""
-    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for step in steps:
-        match, reached = _STEP.match(step.step), _reached(step, profile.max_seq_len)
-        if match is None or reached is None:
-            continue
-        curve = curves[match["layer"]]
-        spent, best = curve[-1] if curve else (0.0, 0.0)
-        curve.append((spent + step.evaluations / profile.model.num_heads, max(best, reached)))
-    count = max((len(curve) for curve in curves.values()), default=0)
-    rows = [
-        [curve[min(index, len(curve) - 1)] for curve in curves.values()] for index in range(count)
+def _curves(profile: Profile, steps: Sequence[Entry]) -> go.Figure:
+    curves = [step.read(Curve) for step in steps if _CURVE.fullmatch(step.step)]
+    tolerances = [profile.tuner.tolerance * factor for factor in FACTORS]
+    means = [
+        sum(float(curve.sparsity_at(curve.read(each)).mean()) for curve in curves) / len(curves)
+        for each in tolerances
     ]
-    figure = go.Figure(
-        go.Scatter(
-            x=[sum(spent for spent, _ in row) / len(row) for row in rows],
-            y=[sum(best for _, best in row) / len(row) for row in rows],
-            mode="lines+markers",
-        )
+    figure = go.Figure(go.Scatter(x=tolerances, y=means, mode="lines+markers"))
+    return figure.update_layout(
+        xaxis_title="tolerance, relative L1", xaxis_type="log", yaxis_title="mean sparsity"
     )
-    return figure.update_layout(xaxis_title="evaluations a head", yaxis_title="mean sparsity")
-
-
-def _reached(step: Entry, longest: int) -> float | None:
-    """Mean sparsity that a step found at the longest length; None if it searched no tau.
-
-    A trial at another length has found nothing there: 0.
-    """
-    if step.kind == Refined.__name__:
-        return float(step.read(Refined).sparsity.mean())
-    trial: Trial | None = None
-    if step.kind == Trial.__name__:
-        trial = step.read(Trial)
-    elif step.kind == Attempt.__name__:
-        trial = step.read(Attempt).trial
-    if trial is None:
-        return None
-    return float(trial.sparsity.mean()) if trial.length == longest else 0.0
 
 
 def _cost(steps: Sequence[Entry]) -> go.Figure:
@@ -299,6 +256,7 @@ def _totals(profile: Profile) -> dict[str, str]:
     sparse = [head for head in heads if head.tau < 1.0]
     run, tuned = profile.tuner, profile.num_tuned_heads
     return {
+        "Default level": profile.default_level,
         **_layers(profile),
         "Sparse heads": f"{len(sparse)} of {len(heads)}",
         "Mean sparsity, held out": f"{sum(map(_sparsity, heads)) / len(heads):.3f}",
@@ -322,7 +280,12 @@ def _whole_model(profile: Profile) -> dict[str, str]:
     budget = profile.tuner.budget
     if budget is None:
         return {}
-    asked = "at least" if budget.goal == "sparsity" else "an increase of at most"
+    asked = {
+        "sparsity": "at least",
+        "speedup": "at least",
+        "perplexity": "an increase of at most",
+        "kl": "at most",
+    }[budget.goal]
     rows = {"Goal": f"{budget.goal}: {asked} {budget.target:g}"}
     for name, whole in (("one tolerance", budget.uniform), ("by layer", budget.allocated)):
         rows[f"Whole model, {name}"] = (

@@ -11,19 +11,24 @@ from typing import TYPE_CHECKING
 from vllm_afbs.captures import Capture
 from vllm_afbs.kernels import THETA_OFF
 from vllm_afbs.profile.schema import HeadProfile, LayerLevel, LayerProfile, Level, Profile
-from vllm_afbs.profile.tuner_run import BudgetRun, TextSource, TunedOn, TunerRun
+from vllm_afbs.profile.tuner_run import TextSource, TunedOn, TunerRun
 from vllm_afbs.tuning.allocation.acceptance import AcceptanceTest
-from vllm_afbs.tuning.allocation.budget import BudgetSearch
+from vllm_afbs.tuning.allocation.analytic import Division
 from vllm_afbs.tuning.allocation.goal import Goal
+from vllm_afbs.tuning.allocation.levels import LevelSearch, SearchKind, TunedLevel, Windows
+from vllm_afbs.tuning.allocation.model_runs import Layers, ModelRuns
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.engine import Engine, Model, SparseModel
+from vllm_afbs.tuning.cost import AttentionTime, CostModel
+from vllm_afbs.tuning.device import compute_device
+from vllm_afbs.tuning.engine import Engine, Model
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Result
+from vllm_afbs.tuning.level_rows import KL_BY_WINDOW, MEASURED_AT
 from vllm_afbs.tuning.progress import Progress
+from vllm_afbs.tuning.search.bracket import MIN_SPARSITY
 from vllm_afbs.tuning.search.explore import EXPLORE_Q_BLOCKS
-from vllm_afbs.tuning.search.layer import LayerSearch
-from vllm_afbs.tuning.search.refine import REFINE_Q_BLOCKS
+from vllm_afbs.tuning.search.layer import CURVE_Q_BLOCKS, LayerSearch
+from vllm_afbs.tuning.search.results import HELD_OUT_SLACK, LayerCurves
 from vllm_afbs.tuning.search.scorer import SearchSettings
-from vllm_afbs.tuning.search.validation import HELD_OUT_SLACK, MIN_SPARSITY
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
 
@@ -49,6 +54,8 @@ def tune(
     settings: SearchSettings,
     layers: Sequence[int],
     goal: Goal | None,
+    kind: SearchKind,
+    cost: CostModel,
     work: Path,
     progress: Progress,
     pool: "LayerPool | None" = None,
@@ -61,8 +68,10 @@ def tune(
         texts: The calibration texts; windows of the longest length are cut from them.
         settings: The search's settings.
         layers: Which layers with full attention to tune; the others run dense.
-        goal: What the whole model is to reach; None to keep the tolerance in every layer. A goal
-            needs all of these tuned.
+        goal: What the whole model is to reach; None to keep to the tolerance. A goal needs all of
+            the layers tuned.
+        kind: How the error is divided among layers.
+        cost: Predicts the time of attention.
         work: Directory for the journal and the captures, made if there is none. A job whose journal
             is there goes on.
         progress: Is told how far the job is.
@@ -76,7 +85,8 @@ def tune(
         OSError: The work directory cannot be written.
     """
     accepting = goal is not None and goal.kind == "perplexity"
-    cut = cut_windows(model.tokenizer(), texts, settings.longest, accepting=accepting)
+    unseen = accepting or kind == "ax"
+    cut = cut_windows(model.tokenizer(), texts, settings.longest, accepting=unseen)
     work.mkdir(exist_ok=True)
     journal = Journal(
         work / FILE_NAME,
@@ -95,27 +105,66 @@ def tune(
     captured = journal.step("capture", Captured, lambda: Captured(time.perf_counter() - start))
     progress.begin("Tuning", len(layers))
     search = LayerSearches(settings, layers, taken, journal, progress, pool)
-    tuned, budget = search.tuned({}), None
-    if goal is not None:
-        test = AcceptanceTest(cut.acceptance, journal, progress) if accepting else None
-
-        def load() -> SparseModel:
-            return engine.sparse_model(settings.block_q, settings.block_k)
-
-        outer = BudgetSearch(load, settings, cut.windows, journal, search, progress, test)
-        tuned, budget = outer.run(goal, tuned)
+    curves = search.curves()
+    parts = {f"unseen-{index}": part.tokens for index, part in enumerate(cut.acceptance)}
+    shape = model.fingerprint
+    # With a goal, or a search that has the last word on the longest windows, levels are measured
+    # there. On a CPU, a job without one would take past five minutes for that.
+    is_quick = goal is None and kind == "analytic" and compute_device().type == "cpu"
+    level_length = settings.lengths[-2] if is_quick else settings.longest
+    levels, default, budget = LevelSearch(
+        settings,
+        ModelRuns(
+            lambda: engine.sparse_model(settings.block_q, settings.block_k),
+            {**cut.windows, **parts},
+            journal,
+            lambda: progress.advance(1.0),
+        ),
+        search,
+        curves,
+        AttentionTime(cost, shape.head_dim, shape.num_heads),
+        Windows(taken.held_out, tuple(parts) if kind == "ax" else ()),
+        journal,
+        progress,
+        len(set(model.full_layers) - set(layers)),
+        level_length,
+    ).run(kind, goal, AcceptanceTest(cut.acceptance, journal, progress) if accepting else None)
     sources = [
         TextSource(
             name=text.name, sha256=text.sha256, num_tokens=num_tokens, coverage=text.coverage
         )
         for text, num_tokens in zip(texts, cut.num_tokens, strict=True)
     ]
-    return _profile(model, engine.tuned_on(), sources, settings, journal, captured, tuned, budget)
+    run = TunerRun(
+        version=version("vllm-afbs"),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        seed=settings.seed,
+        tolerance=settings.tolerance,
+        lengths=settings.lengths,
+        budget=budget,
+        settings={
+            "held_out_slack": HELD_OUT_SLACK,
+            "min_sparsity": MIN_SPARSITY,
+            "explore_q_blocks": EXPLORE_Q_BLOCKS,
+            "curve_q_blocks": CURVE_Q_BLOCKS,
+            "layers": list(layers),
+            "search": kind,
+            "time_from": cost.source,
+            MEASURED_AT: level_length,
+            KL_BY_WINDOW: {
+                level.name: level.runs.kls for level in levels if level.runs is not None
+            },
+        },
+        evaluations=int(journal.total("evaluations")),
+        cost=journal.total("cost"),
+        wall_seconds=journal.total("seconds") + captured.seconds,
+    )
+    return _profile(model, engine.tuned_on(), sources, settings, run, levels, default)
 
 
 @dataclass(frozen=True)
 class LayerSearches:
-    """The searches over a job's layers, one after another or in a pool; a ``budget.Search``.
+    """The searches over a job's layers, one after another or in a pool; a ``levels.Search``.
 
     Attributes:
         settings: The job's.
@@ -133,21 +182,41 @@ class LayerSearches:
     progress: Progress
     pool: "LayerPool | None" = None
 
-    def tuned(self, tolerances: Mapping[int, float]) -> dict[int, LayerLevel]:
-        """Tunes all layers; see ``budget.Search``."""
-        advance: Callable[[float], None] = self.progress.advance
-        if self.pool is not None:
-            self.pool.search(
-                self.settings, self.layers, tolerances, self.taken, self.journal, advance
-            )
-            advance = _ignore  # what follows only reads what the workers found
-        return {
-            layer: self._search(layer, advance).run(tolerances.get(layer)) for layer in self.layers
-        }
+    def curves(self) -> dict[int, LayerCurves]:
+        """Searches all layers."""
+        advance = self._pooled({})
+        return {layer: self._search(layer, advance).curves() for layer in self.layers}
 
-    def of_layer(self, layer: int) -> LayerSearch:
-        """The search over one layer; see ``budget.Search``."""
-        return self._search(layer, _ignore)
+    def settled(self, divisions: Sequence[Division]) -> list[Layers]:
+        """All layers for each division; see ``levels.Search``."""
+        wanted = {
+            layer: sorted({division[layer] for division in divisions}) for layer in self.layers
+        }
+        self._pooled(wanted)
+        heads = {
+            layer: self._search(layer, _ignore).settled(tolerances)
+            for layer, tolerances in wanted.items()
+        }
+        return [
+            {
+                layer: LayerLevel(heads=list(heads[layer][tolerance]), tolerance=tolerance)
+                for layer, tolerance in division.items()
+            }
+            for division in divisions
+        ]
+
+    def _pooled(self, tolerances: Mapping[int, Sequence[float]]) -> Callable[[float], None]:
+        """Has the pool do the steps, if there is one; returns whom to tell of further shares."""
+        advance: Callable[[float], None] = self.progress.advance
+        if self.pool is None:
+            return advance
+        if not tolerances:
+            self.pool.search(self.settings, self.layers, {}, self.taken, self.journal, advance)
+        else:
+            self.pool.search(
+                self.settings, self.layers, tolerances, self.taken, self.journal, _ignore
+            )
+        return _ignore  # what follows only reads what the workers found
 
     def _search(self, layer: int, on_progress: Callable[[float], None]) -> LayerSearch:
         return LayerSearch(self.settings, layer, self.taken, self.journal, on_progress)
@@ -162,33 +231,12 @@ def _profile(
     tuned_on: TunedOn,
     sources: list[TextSource],
     settings: SearchSettings,
-    journal: Journal,
-    captured: Captured,
-    tuned: dict[int, LayerLevel],
-    budget: BudgetRun | None,
+    run: TunerRun,
+    levels: Sequence[TunedLevel],
+    default: str,
 ) -> Profile:
     shape = model.fingerprint
     dense = LayerLevel(heads=[HeadProfile(tau=1.0, theta=THETA_OFF)] * shape.num_heads)
-    full = {layer: tuned.get(layer, dense) for layer in model.full_layers}
-    run = TunerRun(
-        version=version("vllm-afbs"),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        seed=settings.seed,
-        tolerance=settings.tolerance,
-        lengths=settings.lengths,
-        budget=budget,
-        settings={
-            "held_out_slack": HELD_OUT_SLACK,
-            "min_sparsity": MIN_SPARSITY,
-            "explore_q_blocks": EXPLORE_Q_BLOCKS,
-            "refine_q_blocks": REFINE_Q_BLOCKS,
-            "layers": list(tuned),
-        },
-        evaluations=int(journal.total("evaluations")),
-        cost=journal.total("cost"),
-        wall_seconds=journal.total("seconds") + captured.seconds,
-    )
-    level = Level.of_run(run, list(full.values()))
     return Profile(
         model_name=model.name,
         model=shape,
@@ -198,10 +246,20 @@ def _profile(
         block_k=settings.block_k,
         min_seq_len=settings.lengths[0],
         max_seq_len=settings.lengths[-1],
-        levels=[level],
-        default_level=level.name,
+        levels=[
+            Level(
+                name=level.name,
+                tolerance=level.tolerance,
+                whole_model=None if level.runs is None else level.runs.whole,
+                by_length=level.by_length,
+            )
+            for level in levels
+        ],
+        default_level=default,
         layers=[
-            LayerProfile(levels=[full[layer]] if layer in full else [])
+            LayerProfile(levels=[level.layers.get(layer, dense) for level in levels])
+            if layer in model.full_layers
+            else LayerProfile(levels=[])
             for layer in range(shape.num_layers)
         ],
         calibration_texts=sources,

@@ -123,7 +123,7 @@ class LayerPool:
         self,
         settings: SearchSettings,
         layers: Sequence[int],
-        tolerances: Mapping[int, float],
+        tolerances: Mapping[int, Sequence[float]],
         capture: Capture,
         journal: Journal,
         on_progress: Callable[[float], None],
@@ -133,7 +133,7 @@ class LayerPool:
         Args:
             settings: The job's settings.
             layers: Which layers.
-            tolerances: Tolerances of the layers that have their own.
+            tolerances: The tolerances that each layer is to be settled at; none to search only.
             capture: Their Q, K and V, in a directory that every worker can read.
             journal: Gets the steps as they are finished.
             on_progress: Called with each further share of a layer that is done.
@@ -154,7 +154,7 @@ class LayerPool:
                 known = journal.entries(f"layer {layer} ")
                 worker = idle.pop()
                 stream = worker.search.remote(
-                    settings, layer, tolerances.get(layer), capture, known, self._share.threads
+                    settings, layer, tolerances.get(layer, ()), capture, known, self._share.threads
                 )
                 running[stream] = layer, worker
             if not running:
@@ -174,7 +174,7 @@ class LayerPool:
 def search_layer(
     settings: SearchSettings,
     layer: int,
-    tolerance: float | None,
+    tolerances: Sequence[float],
     capture: Capture,
     known: list[Entry],
     threads: int,
@@ -184,7 +184,7 @@ def search_layer(
     Args:
         settings: The job's settings.
         layer: Which layer.
-        tolerance: The layer's own; None for the job's.
+        tolerances: What to settle it at.
         capture: Its Q, K and V.
         known: Its steps that were done before, which are replayed and not yielded.
         threads: CPU threads to use.
@@ -194,7 +194,7 @@ def search_layer(
     search = LayerSearch(settings, layer, capture, Steps(known, events.put), events.put)
     # The search reports by callback, which a generator cannot yield from: hence the thread.
     with ThreadPoolExecutor(max_workers=1) as thread:
-        running = thread.submit(search.run, tolerance)
+        running = thread.submit(search.settled, tolerances)
         running.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:
             yield event

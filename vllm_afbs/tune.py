@@ -101,11 +101,15 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
         settings = _settings(options, model)
         layers = _layers(options.layers, model.fingerprint.num_layers, model.tunable_layers)
         goal = _goal(options)
+        from vllm_afbs.cost_models import cost_model
         from vllm_afbs.tuning.run import tune
 
         say_engine(engine)
         with _layer_pool(options) as pool, ProgressBar() as progress:
-            profile = tune(model, engine, texts, settings, layers, goal, work, progress, pool)
+            profile = tune(
+                model, engine, texts, settings, layers, goal, options.search,
+                cost_model(options.block_q, options.block_k), work, progress, pool,
+            )  # fmt: skip
     write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
     write_atomically(options.output, profile.to_json())
     return profile
@@ -113,19 +117,23 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
 
 def _goal(options: argparse.Namespace) -> "Goal | None":
     from vllm_afbs.errors import InputError
-    from vllm_afbs.tuning.allocation.goal import Goal
+    from vllm_afbs.tuning.allocation.goal import OPTIONS, Goal
 
-    if options.target_sparsity is not None:
-        goal = Goal("sparsity", options.target_sparsity)
-    elif options.max_perplexity_increase is not None:
-        goal = Goal("perplexity", options.max_perplexity_increase)
-    else:
+    given = {
+        "sparsity": options.target_sparsity,
+        "speedup": options.target_speedup,
+        "perplexity": options.max_perplexity_increase,
+        "kl": options.max_kl,
+    }
+    goals = [Goal(kind, given[kind]) for kind in OPTIONS if given[kind] is not None]
+    if not goals:
         return None
+    option = OPTIONS[goals[0].kind]
     if options.layers is not None:
-        raise InputError(
-            "--layers: all layers expected with --target-sparsity or --max-perplexity-increase"
-        )
-    return goal
+        raise InputError(f"--layers: all layers expected with {option}")
+    if options.search == "one-tolerance":
+        raise InputError(f"--search: analytic or ax expected with {option}, got {options.search}")
+    return goals[0]
 
 
 def _layer_pool(options: argparse.Namespace) -> "AbstractContextManager[LayerPool | None]":

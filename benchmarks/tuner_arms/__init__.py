@@ -13,8 +13,10 @@ spread too.
 
 Arms for every layer:
 
-- *afbs*: what ``vllm_afbs.tune`` runs, its validation on held-out text included; and without
-  Bayesian optimisation, binary search, validation or low fidelity (``stages``).
+- *afbs*: what ``vllm_afbs.tune`` runs, its validation on held-out text included. It spends its
+  evaluations on a curve of tolerances, of which the job's is measured here.
+- *theta trials*: the tuner before, which tuned the guard theta by Bayesian optimisation; and that
+  without Bayesian optimisation, binary search, validation or low fidelity (``stages``).
 - *spargeattn*, *grid*, *random*, *one setting* (``sweeps``).
 
 For some layers: *oracle* (``sweeps``), the best that these thresholds allow on the calibration

@@ -19,14 +19,14 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.theta_tuner.layer import LayerSearch
+from benchmarks.theta_tuner.results import Candidate, Explored, Refined
 from benchmarks.tuner_arms.arms import Best
 from benchmarks.tuner_arms.sweeps import LEAST_DEPTH, MOST_DEPTH
 from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.kernels import HeadThresholds
-from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, tau_of
+from vllm_afbs.tuning.search.depth import MAX_DEPTH, MIN_DEPTH, START_SLOPE, tau_of
 from vllm_afbs.tuning.search.evaluator import HeadScores
-from vllm_afbs.tuning.search.layer import LayerSearch
-from vllm_afbs.tuning.search.results import Candidate, Explored, Refined
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 
 SINGLE_TRIALS = 20
@@ -96,7 +96,7 @@ def _optimise(
         return float(scores.sparsity), float(scores.error)
 
     # Imported here: it takes seconds, and most arms do without.
-    from vllm_afbs.tuning.search.bayes import for_ax
+    from vllm_afbs.tuning.allocation.bayes import for_ax
 
     with for_ax(settings.seed):
         _run_ax(score, settings, num_trials)

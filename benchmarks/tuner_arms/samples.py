@@ -12,6 +12,7 @@ from statistics import fmean
 import torch
 
 from benchmarks.domains import Domain
+from benchmarks.theta_tuner.layer import LayerSearch
 from benchmarks.tuner_arms import per_head, stages, sweeps
 from benchmarks.tuner_arms.arms import Arm, Found, HeadCapture, swept
 from benchmarks.tuner_arms.unseen import Choice, Meter
@@ -20,7 +21,6 @@ from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.source import SourceModel, open_model
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.journal import Journal
-from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
 from vllm_afbs.tuning.texts import Text
 from vllm_afbs.tuning.windows import cut_windows
@@ -28,11 +28,14 @@ from vllm_afbs.tuning.windows import cut_windows
 BLOCK = 128
 
 ON_ALL_LAYERS: dict[str, Arm] = {
-    "afbs": stages.searched(LayerSearch),
-    "afbs without BO": stages.searched(stages.WithoutBayes),
-    "afbs without validation": stages.searched(stages.WithoutValidation),
-    "afbs without binary search": stages.searched(stages.WithoutBinarySearch),
-    "afbs without low fidelity": stages.searched(stages.WithoutLowFidelity, stages.nearly_longest),
+    "afbs": stages.curved,
+    "theta trials": stages.searched(LayerSearch),
+    "theta trials without BO": stages.searched(stages.WithoutBayes),
+    "theta trials without validation": stages.searched(stages.WithoutValidation),
+    "theta trials without binary search": stages.searched(stages.WithoutBinarySearch),
+    "theta trials without low fidelity": stages.searched(
+        stages.WithoutLowFidelity, stages.nearly_longest
+    ),
     "one setting": sweeps.one_setting,
     "random": swept(sweeps.random_search),
     "grid": swept(sweeps.grid),
@@ -162,7 +165,7 @@ def figures(choices: Sequence[Choice], seen: Meter, unseen: Meter) -> dict[str, 
 def captured(plan: Plan, file: Path, seed: int) -> Iterator[Capture]:
     """A text's tensors, the text begun at the seed's place in it; gone at the end."""
     model = open_model(plan.model)
-    text = _begun_at(seed / plan.seeds, file.read_text(encoding="utf-8"))
+    text = begun_at(seed / plan.seeds, file.read_text(encoding="utf-8"))
     cut = cut_windows(model.tokenizer(), [Text(file.name, text)], plan.lengths[-1])
     layers = range(model.fingerprint.num_layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +174,7 @@ def captured(plan: Plan, file: Path, seed: int) -> Iterator[Capture]:
         )
 
 
-def _begun_at(share: float, text: str) -> str:
+def begun_at(share: float, text: str) -> str:
     """The text from a paragraph on, and what came before it at its end."""
     start = max(0, text.find("\n\n", int(share * len(text)))) if share else 0
     return text[start:] + "\n\n" + text[:start]

@@ -1,4 +1,7 @@
-"""Our search, and the same with a part taken out.
+"""Our search, and the one before it with a part taken out.
+
+- *afbs*: what ``vllm_afbs.tune`` runs for every layer (``tuning.search.layer``).
+- *theta trials*: the tuner before (``benchmarks.theta_tuner``), and that without a part.
 
 All but one end in the same validation on held-out text as ``vllm_afbs.tune``, which also repairs
 what a taken-out part would have done better: an ablation shows in the sparsity as well as in the
@@ -18,17 +21,18 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.theta_tuner.explore import Explorer
+from benchmarks.theta_tuner.layer import LayerSearch
+from benchmarks.theta_tuner.results import Explored, Refined, Validated
 from benchmarks.tuner_arms.arms import Arm, Found, by_layer
 from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile
-from vllm_afbs.tuning.journal import FILE_NAME, Journal
+from vllm_afbs.tuning.journal import FILE_NAME, Journal, Steps
+from vllm_afbs.tuning.search.bracket import MIN_SPARSITY
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
-from vllm_afbs.tuning.search.explore import Explorer
-from vllm_afbs.tuning.search.layer import LayerSearch
-from vllm_afbs.tuning.search.results import Explored, Refined, Validated
+from vllm_afbs.tuning.search.layer import LayerSearch as CurveLayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
-from vllm_afbs.tuning.search.validation import MIN_SPARSITY
 
 
 def searched(
@@ -53,6 +57,19 @@ def searched(
         return Found(found.tau, found.theta, *spent, float(validation))
 
     return by_layer(tune)
+
+
+def _curved(settings: SearchSettings, layer: int, capture: Capture) -> Found:
+    journal = Steps([], lambda _: None)
+    search = CurveLayerSearch(settings, layer, capture, journal, lambda _: None)
+    found = HeadThresholds.of(search.settled([settings.tolerance])[settings.tolerance])
+    validation = journal.entry(f"layer {layer} held out").evaluations
+    spent = journal.total("evaluations"), journal.total("cost")
+    return Found(found.tau, found.theta, *spent, float(validation))
+
+
+curved = by_layer(_curved)
+"""The product's search, at the job's tolerance; what it spends is for all tolerances."""
 
 
 class _WithoutTheta(Explorer):

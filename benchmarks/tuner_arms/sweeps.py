@@ -17,7 +17,7 @@ import torch
 from benchmarks.tuner_arms.arms import Best, Found
 from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
-from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, tau_of
+from vllm_afbs.tuning.search.depth import MAX_DEPTH, MIN_DEPTH, tau_of
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 

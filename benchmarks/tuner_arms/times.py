@@ -98,5 +98,5 @@ def _time(name: str, settings: SearchSettings, scope: Scope, taken: Capture) -> 
 def _warm_up(tuners: Sequence[str], settings: SearchSettings, scope: Scope, taken: Capture) -> None:
     """Has everything imported and the device started before the first arm's clock is."""
     layer = scope.layers[0]
-    for name in {"one setting", "afbs", "single-fidelity BO"} & set(tuners):
+    for name in {"one setting", "theta trials", "single-fidelity BO"} & set(tuners):
         choose(name, settings, Scope([layer], scope.num_heads, [(layer, 0)]), taken)

@@ -9,7 +9,7 @@ import torch
 from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.tuning.device import compute_device
-from vllm_afbs.tuning.search.bracket import MAX_DEPTH, MIN_DEPTH, START_SLOPE, depth_of, tau_of
+from vllm_afbs.tuning.search.depth import MAX_DEPTH, MIN_DEPTH, START_SLOPE, depth_of, tau_of
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
 from vllm_afbs.tuning.search.scorer import SearchSettings
 

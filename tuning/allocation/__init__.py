@@ -1,5 +1,7 @@
-"""The search over the layers' tolerances, for a goal that the user set for the whole model.
+"""The search for a profile's levels: how the error is divided among layers.
 
-``goal`` says what is wanted, ``levels`` divides a budget among layers, and ``budget`` measures,
-divides and measures again until the goal is reached.
+``model_runs`` runs the whole model. ``analytic`` predicts what a division costs and gains, and
+``division`` finds the best one for a budget. ``front_search`` looks for better ones, with ``bayes``
+(Ax), and ``front`` compares them. ``goal`` says what a user wants, and ``goal_search`` finds the
+division that reaches it; ``acceptance`` has it confirmed. ``levels`` makes the levels of all that.
 """

@@ -3,22 +3,41 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import Literal, NamedTuple
 
 from vllm_afbs.profile.tuner_run import WholeModel
 from vllm_afbs.tuning.allocation.acceptance import CONFIDENCE, Increase
-from vllm_afbs.tuning.allocation.levels import Levels
+from vllm_afbs.tuning.allocation.analytic import Analytic, Division
 
 _SPARSITY_SLACK = 0.01
-"""Sparsity above the wanted one that is not worth another attempt, whatever the model."""
+"""Sparsity, or share of the time ratio, beyond the wanted one that is not worth another attempt,
+whatever the model."""
 _LEAST_USED = 0.8
-"""Share of an allowed increase in perplexity: using less is worth another attempt."""
+"""Share of an allowed damage: using less is worth another attempt."""
 _AIM = 0.9
-"""Share of the allowed increase that an attempt aims at: midway between ``_LEAST_USED`` and 1."""
+"""Share of the allowed damage that an attempt aims at: midway between ``_LEAST_USED`` and 1."""
 _MOVES = (0.2, 5.0)
 """Bounds of a budget's change: a larger miss says little about how far to go."""
+
+GoalKind = Literal["sparsity", "speedup", "perplexity", "kl"]
+OPTIONS: dict[GoalKind, str] = {
+    "sparsity": "--target-sparsity",
+    "speedup": "--target-speedup",
+    "perplexity": "--max-perplexity-increase",
+    "kl": "--max-kl",
+}
+
+
+class Measured(NamedTuple):
+    """What a candidate was measured to do.
+
+    Attributes:
+        whole: The whole model, on held-out text.
+        time_ratio: Predicted time of its attention at the longest length over that of dense.
+    """
+
+    whole: WholeModel
+    time_ratio: float
 
 
 @dataclass(frozen=True)
@@ -26,68 +45,95 @@ class Goal:
     """What the whole model is to reach.
 
     Attributes:
-        kind: ``sparsity``: skip at least ``value`` of the block products, with the least damage.
-            ``perplexity``: let perplexity grow by at most ``value``, with the most sparsity.
-        value: A ratio.
+        kind: ``sparsity``: skip at least ``value`` of the block products. ``speedup``: have
+            attention at the longest length predicted at least ``value`` times as fast. Both with
+            the least damage. ``perplexity``: let perplexity grow by at most ``value``. ``kl``: let
+            predictions diverge by at most ``value`` nats. Both in the least time.
+        value: A ratio, or nats.
     """
 
-    kind: Literal["sparsity", "perplexity"]
+    kind: GoalKind
     value: float
 
-    def reached(self, measured: WholeModel) -> float:
+    @property
+    def wants_speed(self) -> bool:
+        """Whether the goal says how fast, and not how exact."""
+        return self.kind in ("sparsity", "speedup")
+
+    def reached(self, measured: Measured) -> float:
         """What a measurement says of the goal, in ``value``'s unit.
 
         A worse model may predict one text better by luck, so the increase in perplexity counts as
         at least what the KL divergence from the dense predictions implies.
         """
+        whole = measured.whole
         if self.kind == "sparsity":
-            return measured.sparsity
-        grown = measured.perplexity / measured.dense_perplexity
-        return max(grown, math.exp(measured.kl)) - 1.0
+            return whole.sparsity
+        if self.kind == "speedup":
+            return 1.0 / measured.time_ratio
+        if self.kind == "kl":
+            return whole.kl
+        grown = whole.perplexity / whole.dense_perplexity
+        return max(grown, math.exp(whole.kl)) - 1.0
 
     def allows(self, reached: float) -> bool:
         """Whether the goal is reached."""
-        return reached >= self.value if self.kind == "sparsity" else reached <= self.value
+        return reached >= self.value if self.wants_speed else reached <= self.value
 
     def is_met_closely(self, reached: float) -> bool:
         """Whether the goal is reached and another attempt could gain little."""
         if self.kind == "sparsity":
             return self.value <= reached <= self.value + _SPARSITY_SLACK
+        if self.kind == "speedup":
+            return self.value <= reached <= self.value * (1.0 + 2.0 * _SPARSITY_SLACK)
         return _LEAST_USED * self.value <= reached <= self.value
 
-    def prefers(self, one: WholeModel, other: WholeModel) -> bool:
+    def prefers(self, one: Measured, other: Measured) -> bool:
         """Whether one measurement is better than another; the goal allows both."""
-        return one.kl < other.kl if self.kind == "sparsity" else one.sparsity > other.sparsity
+        if self.wants_speed:
+            return one.whole.kl < other.whole.kl
+        return one.time_ratio < other.time_ratio
 
     def first_budget(self) -> float:
-        """The first attempt's budget: a sparsity, or a KL divergence in nats."""
+        """The first attempt's budget: a sparsity, a time ratio, or a KL divergence in nats."""
         if self.kind == "sparsity":
             return self.value + _SPARSITY_SLACK / 2
-        return _AIM * math.log1p(self.value)
+        if self.kind == "speedup":
+            return (1.0 - _SPARSITY_SLACK) / self.value
+        return _AIM * self._damage(self.value)
 
-    def allocation(self, levels: Levels, budget: float) -> torch.Tensor:
-        """The best level of each layer within a budget, ``[num_layers]``, int64."""
+    def division(self, analytic: Analytic, budget: float) -> Division:
+        """The best division of a budget."""
         if self.kind == "sparsity":
-            return levels.within_density(1.0 - budget)
-        return levels.within_damage(budget)
+            return analytic.within_density(1.0 - budget)
+        if self.kind == "speedup":
+            return analytic.within_time(budget)
+        return analytic.within_damage(budget)
 
     def next_budget(self, budget: float, reached: float) -> float:
         """The budget, moved by as much as the goal was missed."""
         if self.kind == "sparsity":
             return budget + self.value + _SPARSITY_SLACK / 2 - reached
-        factor = _AIM * math.log1p(self.value) / max(math.log1p(reached), 1e-12)
+        if self.kind == "speedup":
+            return budget + (1.0 - _SPARSITY_SLACK) / self.value - 1.0 / reached
+        factor = _AIM * self._damage(self.value) / max(self._damage(reached), 1e-12)
         return budget * min(max(factor, _MOVES[0]), _MOVES[1])
 
-    def missed(self, reached: list[float]) -> str:
+    def _damage(self, value: float) -> float:
+        """A value of the goal as a KL divergence, in nats."""
+        return value if self.kind == "kl" else math.log1p(value)
+
+    def missed(self, reached: Sequence[float]) -> str:
         """The message for a user whose goal no attempt reached."""
-        if self.kind == "sparsity":
+        option = OPTIONS[self.kind]
+        if self.wants_speed:
             return (
-                f"--target-sparsity: {self.value:g} expected, {max(reached):.4f} was reached; give "
-                "a lower one"
+                f"{option}: {self.value:g} expected, {max(reached):.4f} was reached; give a lower "
+                "one"
             )
         return (
-            f"--max-perplexity-increase: {self.value:g} expected at most, {min(reached):.4g} was "
-            "reached; give a higher one"
+            f"{option}: {self.value:g} expected at most, {min(reached):.4g} was reached; give a "
+            "higher one"
         )
 
     def refused(self, increases: Sequence[Increase]) -> str:

@@ -1,124 +1,112 @@
-"""What the stages of a layer's search hand on, and what the journal keeps of them.
-
-A ``Trial`` is one search on tau under one theta per head. ``explore`` makes one ``Explored`` of a
-layer's trials, ``refine`` a ``Refined`` and ``validation`` the ``Validated`` heads of the profile.
-"""
+"""What the stages of a layer's search hand on, and what the journal keeps of them."""
 
 from dataclasses import dataclass
 
-from vllm_afbs.kernels import HeadThresholds
+import torch
+
+from vllm_afbs.kernels import THETA_OFF, HeadThresholds
 from vllm_afbs.profile.schema import HeadProfile
-from vllm_afbs.tuning.journal import Float32, Float64, Result
+from vllm_afbs.tuning.journal import Result
+from vllm_afbs.tuning.search.bracket import MIN_SPARSITY
+from vllm_afbs.tuning.search.curve import Curve
+from vllm_afbs.tuning.search.depth import MAX_DEPTH, tau_of
+
+HELD_OUT_SLACK = 1.2
+"""Accepted held-out error, in units of the tolerance: a promise, not fitted to any model."""
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate(Result):
-    """Thresholds that the heads may take.
-
-    Unless they are ``Refined``, tau is read off a line and was not scored itself.
+class HeldOut(Result):
+    """A layer's curves on held-out text at the longest length.
 
     Attributes:
-        theta: ``[num_heads]``, fp32.
-        tau: Where the line meets the tolerance, ``[num_heads]``, fp32; 1 (dense) if nowhere.
-        slope: ``-d log(error) / d depth``, ``[num_heads]``, fp32; see ``bracket``.
-        sparsity: Share of the block products skipped, ``[num_heads]``, fp64; 0 where dense.
+        texts: A curve for each text, over all of its windows.
     """
 
-    theta: Float32
-    tau: Float32
-    slope: Float32
-    sparsity: Float64
+    texts: tuple[Curve, ...]
+
+    def error_at(self, depth: torch.Tensor) -> torch.Tensor:
+        """Each head's largest error of any text, ``[num_heads]``."""
+        return torch.stack([text.error_at(depth) for text in self.texts]).amax(dim=0)
+
+    def sparsity_at(self, depth: torch.Tensor) -> torch.Tensor:
+        """Each head's mean sparsity, ``[num_heads]``."""
+        return torch.stack([text.sparsity_at(depth) for text in self.texts]).mean(dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCurves:
+    """All that a layer's search has measured: what every tolerance is read off.
+
+    Attributes:
+        lengths: The calibration text's curve at each length, shortest first.
+        held_out: Those of held-out text.
+        tolerance: The job's: the one that every head was settled at on held-out text, too.
+        searched: The tolerances that the calibration text's curve was searched for.
+    """
+
+    lengths: dict[int, Curve]
+    held_out: HeldOut
+    tolerance: float
+    searched: tuple[float, ...]
 
     @property
-    def thresholds(self) -> HeadThresholds:
-        """Tau and theta."""
-        return HeadThresholds(self.tau, self.theta)
+    def longest(self) -> Curve:
+        """The calibration text's at the longest length."""
+        return self.lengths[max(self.lengths)]
+
+    def depth(self, tolerance: float) -> torch.Tensor:
+        """Each head's depth at a tolerance, ``[num_heads]``; infinite where it runs dense.
+
+        Within the tolerance on the calibration text, and within ``HELD_OUT_SLACK`` times as much on
+        every held-out text. At a tolerance that was searched for, the former was measured, and at
+        the job's the latter, too. All else is read off the curves.
+        """
+        accepts = HELD_OUT_SLACK * tolerance
+        was_searched, was_settled = tolerance in self.searched, tolerance == self.tolerance
+        longest = self.longest
+        depth = longest.measured(tolerance) if was_searched else longest.read(tolerance)
+        for text in self.held_out.texts:
+            deeper = text.measured(accepts) if was_settled else text.read(accepts)
+            above = text.error_at(depth) > accepts
+            depth = torch.where(above, torch.maximum(depth, deeper), depth)
+        least = torch.minimum(self.longest.sparsity_at(depth), self.held_out.sparsity_at(depth))
+        # In fp32: a tenth is 1 - 0.9, which is less than 0.1 in fp64.
+        return torch.where(least.float() >= MIN_SPARSITY, depth, torch.inf)
+
+    def thresholds(self, tolerance: float) -> HeadThresholds:
+        """Each head's thresholds at a tolerance."""
+        return _thresholds(self.depth(tolerance))
+
+    def at_shortest(self) -> tuple[HeadThresholds, float]:
+        """Thresholds near the job's tolerance at the shortest length, and the error they make.
+
+        Those of the longest length would not do: they may drop nothing at a short one.
+
+        Returns:
+            The thresholds, and the mean over heads of the squared error; both off the line.
+        """
+        shortest = self.lengths[min(self.lengths)]
+        depth = shortest.estimate(self.tolerance)
+        depth = torch.where(depth <= MAX_DEPTH, depth, torch.inf)
+        return _thresholds(depth), float(shortest.error_at(depth).square().mean())
+
+    def sparsity(self, tolerance: float) -> float:
+        """Mean sparsity of the heads on held-out text at a tolerance."""
+        return float(self.held_out.sparsity_at(self.depth(tolerance)).mean())
 
 
 @dataclass(frozen=True, eq=False)
-class Trial(Candidate):
-    """A trial of stage 1.
+class Settled(Result):
+    """A layer's heads at one tolerance.
 
     Attributes:
-        sparsity: In fp32, ``[num_heads]``: trials are compared with each other only.
-        length: Tokens of context that it was made at.
-    """
-
-    sparsity: Float32
-    length: int
-
-
-@dataclass(frozen=True, eq=False)
-class ThetaTrial(Trial):
-    """A trial of stage 1 with one quantile of theta for the whole layer.
-
-    Attributes:
-        quantile: Share of the blocks with a self-similarity below theta; see
-            ``LayerEvaluator.theta_at``.
-    """
-
-    quantile: float
-
-
-@dataclass(frozen=True, eq=False)
-class Attempt(Result):
-    """A theta trial, or None where no further quantile promised anything new."""
-
-    trial: ThetaTrial | None
-
-
-@dataclass(frozen=True, eq=False)
-class Explored(Result):
-    """Where stage 1 ended, at the longest length.
-
-    Attributes:
-        best: What each head skips most with.
-        without_theta: The trial with theta off.
-    """
-
-    best: Candidate
-    without_theta: Candidate
-
-
-@dataclass(frozen=True, eq=False)
-class Refined(Candidate):
-    """Where stage 2 ended: thresholds that were scored within the tolerance.
-
-    Attributes:
-        error: Relative L1 on the calibration text, ``[num_heads]``, fp64; 0 where dense.
-    """
-
-    error: Float64
-
-
-@dataclass(frozen=True, eq=False)
-class Validated(Result):
-    """Where stage 3 ended.
-
-    Attributes:
-        heads: The heads' entries in the profile.
+        heads: Their entries in the profile.
     """
 
     heads: tuple[HeadProfile, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class LevelSparsities(Result):
-    """What a layer is expected to skip at several tolerances.
-
-    Attributes:
-        sparsities: Mean over heads, for each tolerance.
-    """
-
-    sparsities: tuple[float, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class ShortestErrors(Result):
-    """What the trial without theta does at the shortest length.
-
-    Attributes:
-        error: Relative L1, ``[num_heads]``, fp32; 0 where dense.
-    """
-
-    error: Float32
+def _thresholds(depth: torch.Tensor) -> HeadThresholds:
+    tau = tau_of(depth).float()
+    return HeadThresholds(tau, torch.full_like(tau, THETA_OFF))

@@ -75,16 +75,39 @@ def tuning_parser(program: str) -> argparse.ArgumentParser:
         "--target-sparsity",
         type=_ratio,
         metavar="RATIO",
-        help="divide the error among layers so that the model skips at least this share of its "
-        "block products and its predictions change as little as possible",
+        help="serve, unless asked otherwise, a level that skips at least this share of the block "
+        "products and changes the model's predictions as little as possible",
+    )
+    goal.add_argument(
+        "--target-speedup",
+        type=_speedup,
+        metavar="RATIO",
+        help="the same for attention at the longest length that is predicted to be this many times "
+        "as fast as dense attention",
     )
     goal.add_argument(
         "--max-perplexity-increase",
         type=_ratio,
         metavar="RATIO",
-        help="divide the error among layers so that the model skips as many block products as "
-        "possible while its perplexity grows by at most this ratio, for instance 0.01, with 95 %% "
-        "confidence on windows of the texts that the search has not seen",
+        help="serve, unless asked otherwise, the fastest level whose perplexity grows by at most "
+        "this ratio, for instance 0.01, with 95 %% confidence on windows of the texts that the "
+        "search has not seen",
+    )
+    goal.add_argument(
+        "--max-kl",
+        type=_nats,
+        metavar="NATS",
+        help="the same for a mean KL divergence of at most so much from the dense model's "
+        "predictions, measured on held-out windows, for instance 0.01",
+    )
+    parser.add_argument(
+        "--search",
+        choices=("one-tolerance", "analytic", "ax"),
+        default="analytic",
+        help="how levels divide the error among layers: analytic, by a law and a few runs "
+        "of the model; ax, also by Bayesian optimisation around that (about 24 more runs, and "
+        "texts as long as for --max-perplexity-increase), which was not shown to be better; or "
+        "one-tolerance, which runs no sparse model and makes one level (default: %(default)s)",
     )
     parser.add_argument(
         "--block-q", type=positive, default=128, help="rows of a query block (default: 128)"
@@ -133,6 +156,20 @@ def _layer_ranges(text: str) -> list[range]:
             raise argparse.ArgumentTypeError(f"expected layers, for instance 0-3,7, got {text!r}")
         ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
     return ranges
+
+
+def _nats(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0.0):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def _speedup(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 1.0):
+        raise argparse.ArgumentTypeError(f"expected a number above 1, got {text}")
+    return value
 
 
 def _ratio(text: str) -> float:

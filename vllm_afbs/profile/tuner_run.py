@@ -74,9 +74,10 @@ class Acceptance(Record):
 class BudgetRun(Record):
     """How tolerances were divided among layers to reach a goal for the whole model."""
 
-    goal: Literal["sparsity", "perplexity"]
+    goal: Literal["sparsity", "speedup", "perplexity", "kl"]
     target: Annotated[float, Field(gt=0)] = Field(
-        description="Least sparsity, or largest increase of perplexity, as a ratio."
+        description="Least sparsity or speedup of attention, or largest increase of perplexity, as "
+        "ratios; or largest divergence, in nats."
     )
     uniform: WholeModel = Field(description="With the tuner's tolerance in every layer.")
     allocated: WholeModel = Field(description="With each layer's own.")

@@ -214,3 +214,26 @@ def _interpolate(rows: list[Measurement], kernel: KernelChoice, density: float) 
         if density <= high:
             return below + (above - below) * (density - low) / (high - low)
     return points[-1][1]
+
+
+def prefill_seconds(
+    card: str, kind: LayerKind, num_heads: int, kv_len: int, density: float
+) -> float:
+    """Predicts what one layer's prefill of a whole prompt takes the fastest kernel, host included.
+
+    Args:
+        card: The kind of card, which was measured.
+        kind: The kind of layer.
+        num_heads: Query heads.
+        kv_len: Tokens of the prompt.
+        density: Share of the causal block products that is computed, in (0, 1]; 1 is dense.
+    """
+    num_scores = num_heads * kv_len * (kv_len + 1) / 2
+    device = _seconds_per_score(card, kind, _half_octaves(kv_len), round(density, 3))
+    host = measurements()[card].host_seconds
+    kernels = {"dense"} if density >= 1.0 else device.keys()
+    return min(
+        seconds * num_scores + host[kernel]
+        for kernel, seconds in device.items()
+        if kernel in kernels
+    )

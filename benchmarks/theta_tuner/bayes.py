@@ -14,13 +14,11 @@ objects, which Ax does not promise to keep: pyproject.toml caps its version.
 
 import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from ax.adapter.registry import Generators
 from ax.core.arm import Arm
 from ax.core.data import Data, DataRow
@@ -36,6 +34,7 @@ from ax.generators.torch.botorch_modular.utils import ModelConfig
 from botorch.acquisition.max_value_entropy_search import qMultiFidelityMaxValueEntropy
 from botorch.models.gp_regression_fidelity import SingleTaskMultiFidelityGP
 from botorch.models.transforms.input import Normalize
+from vllm_afbs.tuning.allocation.bayes import for_ax
 
 MAX_QUANTILE = 0.4
 """Largest quantile that is tried. Blocks below theta are always computed: where they are 0.4 of the
@@ -67,27 +66,6 @@ _ACQUISITION: dict[str, Any] = {
     },
     "optimizer_kwargs": {"num_restarts": 2, "raw_samples": 16, "options": {"maxiter": 20}},
 }
-
-
-@contextmanager
-def for_ax(seed: int) -> Iterator[None]:
-    """What Ax needs around it.
-
-    Fitting needs gradients, which the caller may have switched off. Ax draws from the global random
-    state, which belongs to the caller. Nobody reads Ax's warnings.
-
-    Args:
-        seed: Of the random state that Ax gets.
-    """
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(mode=False),
-        torch.enable_grad(),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,13 @@ tolerance. Then tau is raised for as long as the same blocks are dropped.
 
 import torch
 
+from benchmarks.theta_tuner.bracket import AtTheta, TauSearch
+from benchmarks.theta_tuner.explore import best_of
+from benchmarks.theta_tuner.results import Candidate, Explored, Refined
 from vllm_afbs.captures import CALIBRATION
-from vllm_afbs.kernels import THETA_OFF, HeadThresholds
-from vllm_afbs.tuning.search.bracket import (
-    MAX_DEPTH,
-    MIN_DEPTH,
-    AtTheta,
-    TauSearch,
-    depth_of,
-    tau_of,
-)
-from vllm_afbs.tuning.search.explore import best_of
-from vllm_afbs.tuning.search.results import Candidate, Explored, Refined
+from vllm_afbs.kernels import THETA_OFF
+from vllm_afbs.tuning.search.bracket import MIN_SPARSITY
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
-from vllm_afbs.tuning.search.validation import MIN_SPARSITY
 
 REFINE_Q_BLOCKS = 32
 """Query blocks scored while refining; chosen on SmolLM2-135M at lengths to 8192."""
@@ -29,7 +22,6 @@ REFINE_STEPS = 9
 Enough for heads whose error falls in steps. With five, one of 45 heads of SmolLM2-135M stayed dense
 that some tau accepts, which cost 0.015 of the mean sparsity at equal error.
 """
-_LEAST_ERROR = 1e-6  # a head that keeps nearly all blocks has next to none
 
 
 def refine(settings: SearchSettings, scorer: LayerScorer, explored: Explored) -> Refined:
@@ -70,34 +62,3 @@ def refine_tau(
     scorer.count(evaluator, search.evaluations)
     tau = layer.raised(best.tau)
     return Refined(start.theta, tau, search.slope, best.sparsity, error=best.error)
-
-
-def expected(
-    settings: SearchSettings,
-    scorer: LayerScorer,
-    explored: Explored,
-    refined: Refined,
-    tolerance: float,
-) -> Candidate:
-    """Where each head should begin at another tolerance, read off its line of log error.
-
-    Args:
-        settings: The settings with which the layer was explored and refined.
-        scorer: The layer's evaluators.
-        explored: Where stage 1 ended.
-        refined: Where stage 2 ended.
-        tolerance: The other tolerance, relative L1.
-    """
-    accepted = refined.tau < 1.0
-    # If stage 2 left a head dense, stage 1 has said where it would meet the tolerance.
-    theta = torch.where(accepted, refined.theta, explored.best.theta)
-    tau = torch.where(accepted, refined.tau, explored.best.tau)
-    slope = torch.where(accepted, refined.slope, explored.best.slope)
-    error = torch.where(accepted, refined.error.float(), settings.tolerance)
-    further = torch.log(error.clamp_min(_LEAST_ERROR) / tolerance) / slope
-    depth = (depth_of(tau).clamp_max(MAX_DEPTH) + further).clamp_min(MIN_DEPTH)
-    moved = torch.where(depth < MAX_DEPTH, tau_of(depth), 1.0)
-    evaluator = scorer.evaluator(CALIBRATION, settings.longest, REFINE_Q_BLOCKS)
-    sparsity = evaluator.sparsity(HeadThresholds(moved, theta))
-    sparsity = torch.where((moved < 1.0) & (sparsity >= MIN_SPARSITY), sparsity, 0.0)
-    return Candidate(theta, moved, slope, sparsity)

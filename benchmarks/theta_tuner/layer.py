@@ -1,0 +1,93 @@
+"""AFBS-BO for one layer: explore on short contexts, refine on the longest, validate on other text.
+
+1. *Explore* (``explore``): Ax proposes quantiles (which set each head's theta) and lengths. Inside
+   a trial, each head's tau is searched roughly. Each head takes the theta with which it skips most
+   at the longest length, where leaving theta off is always tried.
+2. *Refine* (``refine``): tau is searched again with more query rows. A head with a theta is refined
+   without it, too, and keeps it only if it gains from it here.
+3. *Validate* (``validation``): heads whose error on held-out text is above 1.2 x the tolerance back
+   off and, if that does not help, run dense; so do heads that would skip less than a tenth.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from benchmarks.theta_tuner.explore import EXPLORE_Q_BLOCKS, Explorer
+from benchmarks.theta_tuner.refine import REFINE_Q_BLOCKS, refine
+from benchmarks.theta_tuner.results import (
+    Explored,
+    Refined,
+    Validated,
+)
+from benchmarks.theta_tuner.validation import validate
+from vllm_afbs.captures import Capture
+from vllm_afbs.profile.schema import LayerLevel
+from vllm_afbs.tuning.journal import Steps
+from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
+
+# Shares of a layer's time, for the progress bar only.
+_EXPLORE_SHARE, _REFINE_SHARE, _VALIDATE_SHARE = 0.4, 0.2, 0.4
+
+T = TypeVar("T")
+
+
+class LayerSearch:
+    """The search over one layer.
+
+    Args:
+        settings: The job's settings.
+        layer: Which layer.
+        capture: Its Q, K and V.
+        journal: Where steps are kept; a journal, or what a worker sends to one.
+        on_progress: Called with each further share of the layer that is done; they add up to 1.
+    """
+
+    def __init__(
+        self,
+        settings: SearchSettings,
+        layer: int,
+        capture: Capture,
+        journal: Steps,
+        on_progress: Callable[[float], None],
+    ) -> None:
+        self._settings = settings
+        self._layer = layer
+        self._scorer = LayerScorer(settings, layer, capture)
+        self._journal = journal
+        self._on_progress = on_progress
+
+    def run(self) -> LayerLevel:
+        """Runs or replays the three stages."""
+        refined = self._refined(self._explore())
+        self._on_progress(_REFINE_SHARE)
+        validated = self._step(
+            "validate", Validated, lambda: self._validate(refined, self._settings)
+        )
+        self._on_progress(_VALIDATE_SHARE)
+        return LayerLevel(heads=list(validated.heads))
+
+    def _step(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
+        return self._journal.step(f"layer {self._layer} {name}", kind, compute, self._scorer)
+
+    def _explorer(self) -> Explorer:
+        return Explorer(
+            self._settings,
+            self._layer,
+            self._scorer,
+            self._step,
+            lambda share: self._on_progress(_EXPLORE_SHARE * share),
+        )
+
+    def _refined(self, explored: Explored) -> Refined:
+        return self._step("refine", Refined, lambda: self._refine(explored))
+
+    # The stages; benchmarks replace one or another.
+
+    def _explore(self) -> Explored:
+        return self._explorer().run()
+
+    def _refine(self, explored: Explored) -> Refined:
+        return refine(self._settings, self._scorer, explored)
+
+    def _validate(self, refined: Refined, settings: SearchSettings) -> Validated:
+        return validate(settings, self._scorer, refined, (EXPLORE_Q_BLOCKS, REFINE_Q_BLOCKS))
