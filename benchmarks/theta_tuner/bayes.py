@@ -34,6 +34,7 @@ from ax.generators.torch.botorch_modular.utils import ModelConfig
 from botorch.acquisition.max_value_entropy_search import qMultiFidelityMaxValueEntropy
 from botorch.models.gp_regression_fidelity import SingleTaskMultiFidelityGP
 from botorch.models.transforms.input import Normalize
+
 from vllm_afbs.tuning.allocation.bayes import for_ax
 
 MAX_QUANTILE = 0.4
