@@ -99,12 +99,14 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
 
 
 def _levels(profile: Profile) -> Table:
+    """One column per level, which a terminal has room for."""
     table = Table(title="levels: sparsity and predicted speedup of attention (* is the default)")
-    rows = level_rows(profile)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row.values())
+    names, *others = zip(*(row.items() for row in level_rows(profile)), strict=True)
+    table.add_column(names[0][0])
+    for _, name in names:
+        table.add_column(name.replace(" *", "*"), justify="right")
+    for cells in others:
+        table.add_row(cells[0][0], *(value.replace(", ", "\n") for _, value in cells))
     return table
 
 
