@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.theta_tuner.bayes import LayerOptimizer, Observation
 from benchmarks.theta_tuner.bracket import TauSearch
 from benchmarks.theta_tuner.explore import HEAD_GAIN, INITIAL_THETA_TRIALS, STEPS, Explorer
-from benchmarks.theta_tuner.layer import LayerSearch
+from benchmarks.theta_tuner.layer import ThetaLayerSearch
 from benchmarks.theta_tuner.refine import REFINE_STEPS
 from benchmarks.theta_tuner.results import Attempt, Explored, Refined, Trial
 from benchmarks.theta_tuner.validation import validate
@@ -144,7 +144,7 @@ def test_layer_search_comes_close_to_an_exhaustive_grid(
     taken = captured(tmp_path, lengths[-1], layer_of)
     job = SearchSettings(lengths, TOLERANCE, block, block, seed=1)
     journal = Journal(tmp_path / "journal.jsonl", {})
-    heads = LayerSearch(job, 0, taken, journal, lambda _: None).run().heads
+    heads = ThetaLayerSearch(job, 0, taken, journal, lambda _: None).run().heads
 
     evaluator = LayerEvaluator(taken.load(0, "calibration"), lengths[-1], block, block)
     others = [
@@ -190,7 +190,7 @@ def test_refining_takes_the_largest_tau_that_skips_the_same(
     taken = captured(tmp_path, 512, layer_of)
     job = SearchSettings([256, 512], TOLERANCE, 32, 32, seed=1)
     journal = Journal(tmp_path / "journal.jsonl", {})
-    LayerSearch(job, 0, taken, journal, lambda _: None).run()
+    ThetaLayerSearch(job, 0, taken, journal, lambda _: None).run()
     refined = journal.result("layer 0 refine", Refined)
     theta, tau = refined.theta, refined.tau
     evaluator = LayerScorer(job, 0, taken).evaluator("calibration", 512, None)
@@ -203,7 +203,7 @@ def test_refining_takes_the_largest_tau_that_skips_the_same(
     assert ((higher < scores.sparsity) | (depth_of(tau) > MAX_DEPTH - 0.1))[sparse].all()
 
 
-class Misled(LayerSearch):
+class Misled(ThetaLayerSearch):
     """Stage 1 has read a gain from theta off a few rows, for every head."""
 
     def _explore(self) -> Explored:

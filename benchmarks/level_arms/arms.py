@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.theta_tuner.layer import LayerSearch as ThetaSearch
+from benchmarks.theta_tuner.layer import ThetaLayerSearch
 from benchmarks.tuner_arms import sweeps
 from benchmarks.tuner_arms.arms import Found as LayerFound
 from benchmarks.tuner_arms.arms import HeadCapture
@@ -152,7 +152,7 @@ def _other(
 def _theta_trials(job: Job) -> list[ArmLevel]:
     def tune(settings: SearchSettings, layer: int) -> HeadThresholds:
         steps = Steps([], lambda _: None)
-        heads = ThetaSearch(settings, layer, job.taken, steps, lambda _: None).run().heads
+        heads = ThetaLayerSearch(settings, layer, job.taken, steps, lambda _: None).run().heads
         return HeadThresholds.of(heads)
 
     return _other(job, "theta trials", tune)

@@ -9,9 +9,6 @@
    off and, if that does not help, run dense; so do heads that would skip less than a tenth.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
-
 from benchmarks.theta_tuner.explore import EXPLORE_Q_BLOCKS, Explorer
 from benchmarks.theta_tuner.refine import REFINE_Q_BLOCKS, refine
 from benchmarks.theta_tuner.results import (
@@ -20,41 +17,16 @@ from benchmarks.theta_tuner.results import (
     Validated,
 )
 from benchmarks.theta_tuner.validation import validate
-from vllm_afbs.captures import Capture
 from vllm_afbs.profile.schema import LayerLevel
-from vllm_afbs.tuning.journal import Steps
-from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
+from vllm_afbs.tuning.search.layer import LayerSearch
+from vllm_afbs.tuning.search.scorer import SearchSettings
 
 # Shares of a layer's time, for the progress bar only.
 _EXPLORE_SHARE, _REFINE_SHARE, _VALIDATE_SHARE = 0.4, 0.2, 0.4
 
-T = TypeVar("T")
 
-
-class LayerSearch:
-    """The search over one layer.
-
-    Args:
-        settings: The job's settings.
-        layer: Which layer.
-        capture: Its Q, K and V.
-        journal: Where steps are kept; a journal, or what a worker sends to one.
-        on_progress: Called with each further share of the layer that is done; they add up to 1.
-    """
-
-    def __init__(
-        self,
-        settings: SearchSettings,
-        layer: int,
-        capture: Capture,
-        journal: Steps,
-        on_progress: Callable[[float], None],
-    ) -> None:
-        self._settings = settings
-        self._layer = layer
-        self._scorer = LayerScorer(settings, layer, capture)
-        self._journal = journal
-        self._on_progress = on_progress
+class ThetaLayerSearch(LayerSearch):
+    """The search over one layer."""
 
     def run(self) -> LayerLevel:
         """Runs or replays the three stages."""
@@ -65,9 +37,6 @@ class LayerSearch:
         )
         self._on_progress(_VALIDATE_SHARE)
         return LayerLevel(heads=list(validated.heads))
-
-    def _step(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
-        return self._journal.step(f"layer {self._layer} {name}", kind, compute, self._scorer)
 
     def _explorer(self) -> Explorer:
         return Explorer(

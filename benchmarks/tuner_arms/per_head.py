@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.theta_tuner.layer import LayerSearch
+from benchmarks.theta_tuner.layer import ThetaLayerSearch
 from benchmarks.theta_tuner.results import Candidate, Explored, Refined
 from benchmarks.tuner_arms.arms import Best
 from benchmarks.tuner_arms.sweeps import LEAST_DEPTH, MOST_DEPTH
@@ -46,7 +46,7 @@ def single_fidelity(scorer: LayerScorer, settings: SearchSettings) -> Best:
     return best
 
 
-class PaperSearch(LayerSearch):
+class PaperSearch(ThetaLayerSearch):
     """The paper's three stages, for a layer of one head."""
 
     def _explore(self) -> Explored:

@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 
 from benchmarks.domains import Domain
-from benchmarks.theta_tuner.layer import LayerSearch
+from benchmarks.theta_tuner.layer import ThetaLayerSearch
 from benchmarks.tuner_arms import per_head, stages, sweeps
 from benchmarks.tuner_arms.arms import Arm, Found, HeadCapture, swept
 from benchmarks.tuner_arms.unseen import Choice, Meter
@@ -29,7 +29,7 @@ BLOCK = 128
 
 ON_ALL_LAYERS: dict[str, Arm] = {
     "afbs": stages.curved,
-    "theta trials": stages.searched(LayerSearch),
+    "theta trials": stages.searched(ThetaLayerSearch),
     "theta trials without BO": stages.searched(stages.WithoutBayes),
     "theta trials without validation": stages.searched(stages.WithoutValidation),
     "theta trials without binary search": stages.searched(stages.WithoutBinarySearch),

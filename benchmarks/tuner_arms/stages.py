@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.theta_tuner.explore import Explorer
-from benchmarks.theta_tuner.layer import LayerSearch
+from benchmarks.theta_tuner.layer import ThetaLayerSearch
 from benchmarks.theta_tuner.results import Explored, Refined, Validated
 from benchmarks.tuner_arms.arms import Arm, Found, by_layer
 from vllm_afbs.captures import CALIBRATION, Capture
@@ -31,12 +31,12 @@ from vllm_afbs.profile.schema import HeadProfile
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Steps
 from vllm_afbs.tuning.search.bracket import MIN_SPARSITY
 from vllm_afbs.tuning.search.evaluator import LayerEvaluator
-from vllm_afbs.tuning.search.layer import LayerSearch as CurveLayerSearch
+from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
 
 
 def searched(
-    search_type: type[LayerSearch],
+    search_type: type[ThetaLayerSearch],
     adapt: Callable[[SearchSettings], SearchSettings] = lambda settings: settings,
 ) -> Arm:
     """The arm that a search in stages makes.
@@ -61,7 +61,7 @@ def searched(
 
 def _curved(settings: SearchSettings, layer: int, capture: Capture) -> Found:
     journal = Steps([], lambda _: None)
-    search = CurveLayerSearch(settings, layer, capture, journal, lambda _: None)
+    search = LayerSearch(settings, layer, capture, journal, lambda _: None)
     found = HeadThresholds.of(search.settled([settings.tolerance])[settings.tolerance])
     validation = journal.entry(f"layer {layer} held out").evaluations
     spent = journal.total("evaluations"), journal.total("cost")
@@ -81,7 +81,7 @@ class _WithoutTheta(Explorer):
         return Explored(best=trial, without_theta=trial)
 
 
-class WithoutBayes(LayerSearch):
+class WithoutBayes(ThetaLayerSearch):
     """No Bayesian optimisation, so no theta."""
 
     def _explore(self) -> Explored:
@@ -90,7 +90,7 @@ class WithoutBayes(LayerSearch):
         ).run()
 
 
-class WithoutBinarySearch(LayerSearch):
+class WithoutBinarySearch(ThetaLayerSearch):
     """No refinement of tau."""
 
     def _refine(self, explored: Explored) -> Refined:
@@ -100,7 +100,7 @@ class WithoutBinarySearch(LayerSearch):
         return Refined(best.theta, best.tau, best.slope, best.sparsity.double(), error=error)
 
 
-class WithoutValidation(LayerSearch):
+class WithoutValidation(ThetaLayerSearch):
     """No held-out text."""
 
     def _validate(self, refined: Refined, settings: SearchSettings) -> Validated:
@@ -116,7 +116,7 @@ class _AllRows(Explorer):
         return self._scorer.evaluator(CALIBRATION, length, None)
 
 
-class WithoutLowFidelity(LayerSearch):
+class WithoutLowFidelity(ThetaLayerSearch):
     """No fewer rows; the lengths are ``nearly_longest``."""
 
     def _explore(self) -> Explored:
