@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.profiles import uniform_profile
 from tests.problems import SCALE, make_problem
+from tests.profiles import of_levels
 from tests.tuning_jobs import IN_PROCESS
 from vllm_afbs.evaluate.__main__ import main
 from vllm_afbs.evaluate.baselines import UniformTau, of_profile
@@ -252,6 +253,23 @@ def arguments(model: Path, profile: Path, output: Path, *more: str) -> list[str]
     few = ["--windows", "2", "--prefixes", "3", "--continuations", "2", "--new-tokens", "4"]
     where = ["--model", str(model), "--profile", str(profile), "--output", str(output), *IN_PROCESS]
     return [*where, *tests, *few, *more]
+
+
+def test_a_level_is_evaluated_with_its_own_thresholds(
+    tiny_model: Path, profile: Profile, tmp_path: Path
+) -> None:
+    shape = profile.model
+    sparser = uniform_profile(shape, 0.3, 0.7, [128, 256], block_q=BLOCK, block_k=BLOCK)
+    file = tmp_path / "profile.json"
+    write_atomically(file, of_levels({"slow": profile, "fast": sparser}, "slow").to_json())
+    found = {}
+    for name, more in (("slow", []), ("fast", ["--level", "fast"])):
+        output = tmp_path / f"{name}.json"
+        assert main([*arguments(tiny_model, file, output, *more), "--tests", "perplexity"]) == 0
+        found[name] = json.loads(output.read_text())
+        assert found[name]["level"] == name
+    assert found["slow"]["sparsity"] < found["fast"]["sparsity"]
+    assert found["slow"]["profile_id"] == found["fast"]["profile_id"]
 
 
 def test_the_command_line_writes_json_csv_and_a_picture(

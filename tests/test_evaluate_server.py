@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.profiles import uniform_profile
+from tests.profiles import of_levels
 from tests.test_evaluate import BLOCK, arguments
 from vllm_afbs.evaluate.__main__ import main
 from vllm_afbs.files import write_atomically
@@ -25,6 +26,7 @@ class FakeServer(ThreadingHTTPServer):
     Attributes:
         max_model_len: Most tokens of a prompt and its answer.
         profile_id: Of the profile that it claims to run.
+        level: Of the profile, which it claims to serve; None to say nothing of levels.
         prompts: Lengths of the prompts with their answers, in order.
         broken: Answers sent instead of the right ones, by path.
     """
@@ -33,6 +35,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.max_model_len: Any = REACH
         self.profile_id = profile_id
+        self.level: str | None = None
         self.prompts: list[int] = []
         self.broken: dict[str, str] = {}
 
@@ -73,7 +76,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/metrics":
             labels = f'profile_id="{self.server.profile_id}"'
-            self._send(200, f"vllm_afbs_profile_info{{{labels}}} 1\n")
+            metrics = f"vllm_afbs_profile_info{{{labels}}} 1\n"
+            if self.server.level is not None:
+                on = {"slow": 0.0, "fast": 0.0, self.server.level: 1.0}
+                metrics += "".join(
+                    f'vllm_afbs_level{{level="{name}"}} {value}\n' for name, value in on.items()
+                )
+            self._send(200, metrics)
         else:
             self._send(200, json.dumps(self.server.models()))
 
@@ -98,7 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def profile(tiny_model: Path) -> Profile:
     shape = open_model(str(tiny_model)).fingerprint
-    return uniform_profile(shape, 0.6, 0.5, [128, REACH], block_q=BLOCK, block_k=BLOCK)
+    blocks = {"block_q": BLOCK, "block_k": BLOCK}
+    by_name = {
+        name: uniform_profile(shape, tau, sparsity, [128, REACH], **blocks)
+        for name, tau, sparsity in (("slow", 0.9, 0.2), ("fast", 0.6, 0.5))
+    }
+    return of_levels(by_name, "fast")
 
 
 @pytest.fixture
@@ -143,6 +157,42 @@ def test_the_default_length_fits_the_server_with_what_is_generated(
     assert evaluation.run("--tests", "prefixes", "agreement") == 0
     assert json.loads(evaluation.output.read_text())["length"] == REACH
     assert max(server.prompts) == REACH
+
+
+@pytest.mark.parametrize(
+    ("serves", "asked", "evaluated"),
+    [(None, [], "fast"), ("slow", [], "slow"), ("slow", ["--level", "slow"], "slow")],
+)
+def test_the_level_is_the_one_that_the_server_serves(
+    serves: str | None,
+    asked: list[str],
+    evaluated: str,
+    server: FakeServer,
+    evaluation: Evaluation,
+) -> None:
+    server.level = serves
+    assert evaluation.run("--tests", "prefixes", *asked) == 0
+    assert json.loads(evaluation.output.read_text())["level"] == evaluated
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ("fast", "--level: slow expected, which http"),
+        ("none", "--level: one of slow, fast expected, got 'none'"),
+    ],
+)
+def test_another_level_than_the_servers_is_refused(
+    asked: str,
+    complaint: str,
+    server: FakeServer,
+    evaluation: Evaluation,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.level = "slow"
+    assert evaluation.run("--level", asked) == 2
+    assert complaint in capsys.readouterr().err
+    assert not server.prompts
 
 
 def test_a_larger_server_takes_what_the_profile_makes_sparse(

@@ -78,6 +78,7 @@ def _evaluate(
     profile.check_model(model.fingerprint, str(options.profile))
     # Servers come first: one that cannot be used is refused before anything is read or run.
     servers = _servers(options, profile, model)
+    level = _level(options, profile, servers.get("--server"))
     amounts = _amounts(options, profile, model, servers)
     text = _text(options, profile, model)
     if text.coverage:
@@ -88,7 +89,7 @@ def _evaluate(
     from vllm_afbs.evaluate.suite import ask, make_suite
 
     suite = make_suite(model.tokenizer(), text, amounts)
-    dense, sparse = _predictors(servers, profile, model, engine)
+    dense, sparse = _predictors(servers, profile.with_default(level), model, engine)
     if len(servers) < 2:
         say_engine(engine)
     start = time.monotonic()
@@ -103,6 +104,7 @@ def _evaluate(
         "rope": model.fingerprint.rope,
         "profile": str(options.profile),
         "profile_id": profile.profile_id,
+        "level": level,
         "text": {"name": text.name, "sha256": text.sha256, "coverage": text.coverage},
         "through": options.server or engine.tuned_on().engine,
         "dense_through": options.dense_server or engine.tuned_on().engine,
@@ -202,6 +204,27 @@ def _servers(
         for option, (url, profile_id) in named.items()
         if url
     }
+
+
+def _level(options: argparse.Namespace, profile: "Profile", server: "Served | None") -> str:
+    """Name of the level that is evaluated."""
+    from vllm_afbs.errors import InputError
+    from vllm_afbs.profile.errors import ProfileError
+
+    wanted: str = options.level or profile.default_level
+    try:
+        profile.level_index(wanted)
+    except ProfileError as error:
+        raise InputError(f"--{error}") from None
+    if server is None:
+        return wanted
+    served = server.level or profile.default_level
+    if options.level not in (None, served):
+        raise InputError(
+            f"--level: {served} expected, which {options.server} serves now, or POST {wanted} to "
+            "its /afbs/level first"
+        )
+    return served
 
 
 def _predictors(

@@ -25,6 +25,12 @@ def evaluation_parser(program: str) -> argparse.ArgumentParser:
     add_model_options(parser, "the checkpoint that the profile was tuned for: directory or hub id")
     parser.add_argument("--profile", required=True, type=Path, help="the profile to evaluate")
     parser.add_argument(
+        "--level",
+        metavar="NAME",
+        help="the level of the profile to evaluate (default: the profile's default, or with "
+        "--server the one that it serves)",
+    )
+    parser.add_argument(
         "--output",
         required=True,
         type=Path,

@@ -20,6 +20,7 @@ from vllm_afbs.evaluate.predictor import TOP, NextToken, until_end
 
 _PRODUCTS = "vllm_afbs_block_products_total"
 _PROFILE = "vllm_afbs_profile_info"
+_LEVEL = "vllm_afbs_level"
 _MISREAD = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 """What reading an answer raises that is none of vLLM's."""
 
@@ -36,6 +37,7 @@ class Served:
     Attributes:
         max_model_len: Most tokens of a prompt and its answer together; None if the server does not
             say.
+        level: Name of the profile's level that the server serves; None if it does not say.
 
     Raises:
         InputError: The server does not answer, or runs another profile.
@@ -57,6 +59,7 @@ class Served:
             self.max_model_len = None if most is None else int(most)
             self._before = scrape(self._url)
             runs = _served_profile(self._before)
+            self.level = _served_level(self._before)
         if profile_id is not None and profile_id != runs:
             raise InputError(
                 f"{self._url}: a server with profile {profile_id} expected, "
@@ -140,3 +143,11 @@ class Served:
 def _served_profile(counters: Counters) -> str | None:
     """Identity of the profile that a server says it runs; None if it runs without one."""
     return next((dict(labels)["profile_id"] for name, labels in counters if name == _PROFILE), None)
+
+
+def _served_level(counters: Counters) -> str | None:
+    """Name of the level that a server says it serves; None if it says nothing of levels."""
+    served = (
+        dict(labels)["level"] for (name, labels), on in counters.items() if name == _LEVEL and on
+    )
+    return next(served, None)

@@ -256,6 +256,15 @@ class Profile(ProfileHeader):
             raise ProfileError(f"level: one of {', '.join(names)} expected, got {name!r}")
         return names.index(self.default_level if name is None else name)
 
+    def with_default(self, name: str) -> "Profile":
+        """This profile with another default level, which is served unless another is asked for.
+
+        Raises:
+            ProfileError: There is no level of this name; the message lists those there are.
+        """
+        self.level_index(name)
+        return self.model_copy(update={"default_level": name})
+
     def heads_of(self, level: int) -> list[HeadProfile]:
         """The heads of all layers with full attention at a level, layer by layer."""
         return [
