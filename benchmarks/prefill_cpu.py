@@ -1,7 +1,8 @@
 """Sparse prefill attention on CPU beside vLLM's own CPU_ATTN, for given sparsities.
 
     python -m benchmarks.prefill_cpu --output results.csv
-    python -m benchmarks.prefill_cpu --blocks 128x128 64x64 --lengths 8192 --output results.csv
+
+``--blocks 128x128 64x64`` compares shapes of blocks.
 
 The sparse time covers everything that the backend does for a layer: scoring K in the cache,
 selection, building the tile tables, regrouping Q and the output, and the kernel. The selector runs

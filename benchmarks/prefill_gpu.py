@@ -1,7 +1,8 @@
 """Sparse prefill attention on an NVIDIA GPU beside dense FlashAttention, for given densities.
 
     python -m benchmarks.prefill_gpu --output results.csv
-    python -m benchmarks.prefill_gpu --block-q 64 --block-k 64 --page-size 128 --output results.csv
+
+``--block-q 64 --block-k 64 --page-size 128``, for example, takes smaller blocks on pages of 128.
 
 Three ways on the same numbers: FlashAttention dense, version 3 of it over tiles, and our Triton
 kernel (at density 1 it is the dense Triton kernel). The sparse times are everything the backend

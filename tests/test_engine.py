@@ -135,7 +135,8 @@ def test_candidates_are_measured_as_by_transformers(model: Path, engine: VllmEng
 
 def test_pages_that_blocks_do_not_fit_are_no_candidate(engine: VllmEngine) -> None:
     heads = HeadThresholds(torch.full((4,), 0.5), torch.full((4,), -1.0))
-    with pytest.raises(InputError, match=r"2 layers of the profile dense: layer 0 \(page_size;"):
+    line = r"2 layers of the profile dense: layer 0 \(page_size;.*; --search one-tolerance tunes"
+    with pytest.raises(InputError, match=line):
         engine.sparse_model(16, 16).compare(WINDOWS[CALIBRATION], {0: heads, 1: heads})
     # What failed is served all the same, so dense has to be asked for again.
     engine.serve(None)

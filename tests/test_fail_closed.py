@@ -103,8 +103,8 @@ def test_what_a_layer_is_given_decides(
 ATTRIBUTES: list[tuple[str, str, Any, Reason]] = [
     *[(each, "dcp_world_size", 2, "context_parallel") for each in PLATFORMS],
     *[(each, "pcp_world_size", 2, "context_parallel") for each in PLATFORMS],
-    # measured.json lists Hopper with FlashAttention 3 alone.
-    *[("cuda", "card", Card(90, each), "unmeasured_gpu") for each in (2, 4, None)],
+    # measured.json lists Hopper alone, with FlashAttention 2 and 3.
+    *[("cuda", "card", Card(90, each), "unmeasured_gpu") for each in (4, None)],
     *[("cuda", "card", Card(*each), "unmeasured_gpu") for each in ((80, 2), (100, 4), (0, 3))],
 ]
 

@@ -332,4 +332,4 @@ def test_a_profile_without_the_weights_digest_is_read(tiny_profile: Profile) -> 
     assert data.pop("model_weights_sha256")
     older = parse_profile(json.dumps(data).encode(), "p.json")
     assert older.model_weights_sha256 is None
-    assert older.schema_version == uniform_profile().schema_version == 3
+    assert older.schema_version == uniform_profile().schema_version == 4

@@ -109,7 +109,8 @@ def test_the_system_gives_no_more_memory(
 
 
 @pytest.mark.parametrize(
-    "place", ["texts.read_texts", "run.tune", "search.scorer.LayerScorer.score", "capture.capture"]
+    "place",
+    ["texts.read_texts", "run.tune", "search.evaluator.LayerEvaluator.score", "capture.capture"],
 )
 def test_running_out_anywhere_is_one_line(
     place: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -27,7 +27,7 @@ def only_error(text: str) -> str:
     (line,) = [
         line
         for line in text.splitlines()
-        if not line.startswith(("running the model", "Capturing", "Tuning"))
+        if not line.startswith(("running the model", "Capturing", "Tuning", "Measuring"))
     ]
     return line
 

@@ -98,6 +98,8 @@ def test_vllm_tunes_a_hybrid_whose_last_layers_share_keys(
     directory, output = models["gemma-4"], tmp_path / "profile.json"
     save_byte_tokenizer(directory)
     job = command(directory, output, "--tolerance", "0.3", "--dtype", "float32")
+    # vLLM's pages of this model do not fit into blocks, so it cannot run it sparse.
+    job += ["--search", "one-tolerance"]
     job[job.index(arguments.TRANSFORMERS)] = arguments.VLLM
     assert tune.main(job) == 0
     profile = load_profile(output)

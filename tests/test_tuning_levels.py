@@ -198,14 +198,14 @@ def analytic_of(damage: Sequence[float]) -> Analytic:
 
 
 def test_no_division_of_as_much_time_is_predicted_to_do_less() -> None:
-    """Against every division of four layers among five of the factors."""
+    """Against every division of four layers among three of the factors."""
     analytic = analytic_of(Uneven.weights)
     chosen = analytic.divided(1.0)
     uniform = analytic.one_tolerance(1.0)
     limit = analytic.total(uniform)
     assert analytic.total(chosen) <= limit
     assert analytic.time_ratio(chosen) < analytic.time_ratio(uniform)
-    factors = [0.25, 0.5, 1.0, 2.0, 4.0]
+    factors = [0.25, 1.0, 4.0]
     for each in itertools.product(factors, repeat=4):
         division = {layer: 0.05 * factor for layer, factor in enumerate(each)}
         if analytic.total(division) <= analytic.total(chosen):

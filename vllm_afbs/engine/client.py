@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vllm_afbs.captures import Capture, HeadCounts
-from vllm_afbs.engine.layers import Workers
+from vllm_afbs.engine.layers import RunsDenseError, Workers
 from vllm_afbs.engine.process import EngineProcess
 from vllm_afbs.engine.sparse_model import EngineSparseModel
 from vllm_afbs.errors import InputError
@@ -261,7 +261,7 @@ class VllmEngine:
         self._served = text, always_sparse
         if dense:
             layer, reason = next(iter(dense.items()))
-            raise InputError(
+            raise RunsDenseError(
                 f"{self.name}: vLLM runs {len(dense)} layers of the profile dense: layer {layer} "
                 f"({reason}; docs/operations.md says what to change)"
             )

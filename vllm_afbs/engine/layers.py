@@ -11,6 +11,10 @@ from vllm_afbs.captures import HeadCounts, LayerWriter, read_tensors
 from vllm_afbs.errors import InputError
 
 
+class RunsDenseError(InputError):
+    """VLLM runs layers dense that a profile has sparse."""
+
+
 class Workers:
     """What vLLM's workers said of their layers.
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_afbs.engine.layers import RunsDenseError
+from vllm_afbs.errors import InputError
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import (
@@ -117,4 +119,9 @@ class EngineSparseModel:
             self._engine.serve(None)
             return
         profile = candidate(self._engine.fingerprint, thresholds, *self._blocks, len(tokens))
-        self._engine.serve(profile, always_sparse=True)
+        try:
+            self._engine.serve(profile, always_sparse=True)
+        except RunsDenseError as error:
+            raise InputError(
+                f"{error}; --search one-tolerance tunes the model without running it sparse"
+            ) from None

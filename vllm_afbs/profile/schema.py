@@ -8,8 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
-from pydantic_core import to_json
+from pydantic import Field, TypeAdapter, model_validator
 
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
@@ -290,7 +289,7 @@ class Profile(ProfileHeader):
                 {name: head.get(name) for name in HeadProfile.model_fields}
                 for head in layer["heads"]
             ]
-        return to_json(data, indent=1).decode() + "\n"
+        return TypeAdapter(dict[str, Any]).dump_json(data, indent=1).decode() + "\n"
 
     def check_model(self, model: ModelFingerprint, source: str) -> None:
         """Refuses a model other than the one that was tuned.
