@@ -1,6 +1,7 @@
 """What several test modules share."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked ``gpu``, visibly, where there is no CUDA device."""
+    """Skips, visibly, tests marked ``gpu`` without a CUDA device, and ``slow`` ones unless asked."""
+    if "AFBS_SLOW_TESTS" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: set AFBS_SLOW_TESTS=1"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

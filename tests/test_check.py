@@ -352,6 +352,7 @@ def test_a_fault_of_ours_is_one_line(
 
 
 @pytest.mark.machine
+@pytest.mark.slow
 def test_a_server_says_once_what_the_check_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

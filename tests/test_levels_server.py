@@ -16,7 +16,7 @@ from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_comma
 from vllm_afbs.files import write_atomically
 from vllm_afbs.observability.instance import DIRECTORY_VARIABLE
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 SPARSE_LAYERS = {"exact": (), "middle": (0,), "fast": (1,)}
 PROFILE = of_levels(

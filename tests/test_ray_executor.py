@@ -21,7 +21,7 @@ from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import instance
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-afbs[ray]'")
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 PROMPT_LEN, BLOCK = 900, 32
 PLUGIN = """

@@ -5,7 +5,6 @@ driver is replaced by one that only names the target, and every launch stops aft
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,12 +113,15 @@ def test_every_kernel_compiles(compiled: dict[str, list[Any]], capability: int) 
 
 
 SHAPES = [(128, 64), (64, 128), (64, 64)]
-ALL_SHAPES = list(itertools.product((89, 90), SHAPES, (64, 128)))
-"""On the GPU that was measured, and on the one with the least shared memory."""
 
 
 @pytest.mark.parametrize(
-    ("capability", "shape", "head_dim"), [*ALL_SHAPES, (80, (64, 64), 128), (100, (64, 64), 128)]
+    ("capability", "shape", "head_dim"),
+    [
+        *((90, shape, 128) for shape in SHAPES),
+        (90, (64, 64), 64),
+        (89, (64, 64), 128),  # with the least shared memory
+    ],
 )
 def test_every_kernel_compiles_for_every_shape(
     compiled: dict[str, list[Any]], capability: int, shape: tuple[int, int], head_dim: int
@@ -131,7 +133,7 @@ def test_every_kernel_compiles_for_every_shape(
     check_compiled(compiled, capability, batch)
 
 
-@pytest.mark.parametrize("capability", [each for each in CAPABILITIES if each >= 89])
+@pytest.mark.parametrize("capability", [89, 90])
 def test_every_kernel_compiles_for_fp8(compiled: dict[str, list[Any]], capability: int) -> None:
     """GPUs before 8.9 do not know E4M3."""
     batch = make_batch([(300, 640)], 128, 128, 128, torch.bfloat16, "cpu", True)

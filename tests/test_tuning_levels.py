@@ -247,8 +247,8 @@ def searched(folder: Path, proposer: str, model: Uneven) -> FrontSearch:
 def test_a_search_ends_in_measured_divisions_and_resumes_to_the_same(
     proposer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front_search, "NUM_DESIGN", 2)
-    monkeypatch.setattr(front_search, "NUM_PROPOSED", 2)
+    monkeypatch.setattr(front_search, "NUM_DESIGN", 1)
+    monkeypatch.setattr(front_search, "NUM_PROPOSED", 1)
     model = Uneven()
     search = searched(tmp_path / "whole", proposer, model)
     found = search.run()
@@ -262,7 +262,7 @@ def test_a_search_ends_in_measured_divisions_and_resumes_to_the_same(
         assert all(0.05 / 4 <= tolerance <= 0.05 * 4 for tolerance in each.division.values())
     entries = read_entries_of(tmp_path / "whole")
     proposals = [entry for entry in entries if entry.kind == "Proposal"]
-    assert len(proposals) == 4
+    assert len(proposals) == 2
     # Cut off in the middle, as by a kill, and gone on with.
     lines = (tmp_path / "whole" / FILE_NAME).read_text().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
