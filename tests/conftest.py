@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, visibly, tests marked ``gpu`` without a CUDA device, and ``slow`` ones unless asked."""
+    """Skips, visibly, ``gpu`` tests without a CUDA device, and ``slow`` ones unless asked."""
     if "AFBS_SLOW_TESTS" not in os.environ:
         for item in items:
             if item.get_closest_marker("slow"):
