@@ -25,7 +25,7 @@ CUDA_BACKEND_PATH = "vllm_afbs.backends.cuda.backend.AfbsCUDABackend"
 CUDA_IMAGES_BACKEND_PATH = "vllm_afbs.backends.cuda.images.AfbsImagesBackend"
 
 KNOWN_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")
-"""Run on CUDA, run on the CPU, and read but not run."""
+"""Run on CUDA, on the CPU, and on CUDA."""
 
 
 def unknown_version() -> str | None:

@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace, serve: Sequence[str]) -> int:
 
 def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "Profile":
     """Does the whole job; returns what was written."""
-    # Ax takes seconds to import, and so does vLLM, in its own process.
+    # Torch takes seconds to import, and so does vLLM, in its own process.
     threading.Thread(target=importlib.import_module, args=["vllm_afbs.tuning.run"]).start()
     from vllm_afbs.engine.opening import opened, say_engine
     from vllm_afbs.files import write_atomically

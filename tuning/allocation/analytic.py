@@ -76,29 +76,29 @@ class Analytic:
 
     def total(self, division: Division) -> float:
         """Predicted damage of a division."""
-        squares = [self._square(layer, tolerance) for layer, tolerance in division.items()]
+        squares = [self._read(*each)[1] for each in division.items()]
         return float((self.damage * torch.tensor(squares, dtype=torch.float64)).sum())
 
     def time_ratio(self, division: Division) -> float:
         """Predicted time of attention at the longest length, over that of dense attention."""
-        densities = [self._density(layer, tolerance) for layer, tolerance in division.items()]
+        densities = [self._read(*each)[0] for each in division.items()]
         return self.time.ratio(self.length, densities)
 
     def is_sparse(self, layer: int, tolerance: float) -> bool:
         """Whether the server would run a layer sparse at a tolerance."""
-        return self._density(layer, tolerance) < 1.0
+        return self._read(layer, tolerance)[0] < 1.0
 
-    def _density(self, layer: int, tolerance: float) -> float:
-        longest, depth = self.curves[layer].longest, self.curves[layer].depth(tolerance)
-        sparsity = float(longest.sparsity_at(depth).mean())
-        return 1.0 - sparsity if sparsity >= MIN_LAYER_SPARSITY else 1.0
+    def _read(self, layer: int, tolerance: float) -> tuple[float, float]:
+        """A layer's density, and the mean over heads of its squared error, off its curves.
 
-    def _square(self, layer: int, tolerance: float) -> float:
-        """Mean over heads of the squared error, 0 for a layer that would run dense."""
-        if self._density(layer, tolerance) >= 1.0:
-            return 0.0
+        A layer that the server would run dense has 1 and 0.
+        """
         curves = self.curves[layer]
-        return float(curves.longest.error_at(curves.depth(tolerance)).square().mean())
+        depth = curves.depth(tolerance)
+        sparsity = float(curves.longest.sparsity_at(depth).mean())
+        if sparsity < MIN_LAYER_SPARSITY:
+            return 1.0, 0.0
+        return 1.0 - sparsity, float(curves.longest.error_at(depth).square().mean())
 
     @cached_property
     def _times(self) -> Choices:
@@ -112,13 +112,8 @@ class Analytic:
     @cached_property
     def _densities(self) -> Choices:
         tolerances = [self.tolerance * factor for factor in FACTORS]
-        density, square = (
-            torch.tensor(
-                [[value(layer, each) for each in tolerances] for layer in self.curves],
-                dtype=torch.float64,
-            )
-            for value in (self._density, self._square)
-        )
+        read = [[self._read(layer, each) for each in tolerances] for layer in self.curves]
+        density, square = torch.tensor(read, dtype=torch.float64).unbind(-1)
         return Choices(density, self.damage[:, None] * square)
 
     def _division(self, choices: torch.Tensor) -> Division:

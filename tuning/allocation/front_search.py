@@ -40,6 +40,7 @@ _NOISE = 0.1
 2,048 tokens as the spread between windows."""
 
 Proposer = Literal["ax", "ax, one objective", "random", "coordinate"]
+Source = Literal["base", "design", "model"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Found:
 
     division: Division
     point: Point
-    source: Literal["base", "design", "model"]
+    source: Source
 
 
 @dataclass
@@ -104,7 +105,7 @@ class FrontSearch:
     seed: int
     proposer: Proposer = "ax"
     name: str = "front"
-    _tried: list[tuple[tuple[float, ...], Point, str]] = field(default_factory=list, init=False)
+    _tried: list[tuple[tuple[float, ...], Point, Source]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._groups = groups_of(list(self.analytic.curves), NUM_GROUPS)
@@ -119,7 +120,10 @@ class FrontSearch:
             self._try(self._proposal(index, "design"), "design", low)
         for index in range(NUM_PROPOSED):
             self._try(self._proposal(index, "model"), "model", low)
-        found = [self._measured(parameters, "base", high) for parameters, _, _ in self._tried[:5]]
+        found = [
+            self._measured(parameters, "base", high)
+            for parameters, _, _ in self._tried[: len(OVERALL)]
+        ]
         best = front([point for _, point, _ in self._tried])
         others = [self._tried[index] for index in best if index >= len(OVERALL)]
         for index in spread([point for _, point, _ in others], NUM_PROMOTED):
@@ -141,15 +145,15 @@ class FrontSearch:
             for layer, tolerance in self.base(2.0**overall).items()
         }
 
-    def _try(self, parameters: tuple[float, ...], source: str, fidelity: Fidelity) -> None:
+    def _try(self, parameters: tuple[float, ...], source: Source, fidelity: Fidelity) -> None:
         found = self._measured(parameters, source, fidelity)
         self._tried.append((parameters, found.point, source))
 
-    def _measured(self, parameters: tuple[float, ...], source: str, fidelity: Fidelity) -> Found:
+    def _measured(self, parameters: tuple[float, ...], source: Source, fidelity: Fidelity) -> Found:
         division = self.division(parameters)
         kl = self.runs.kl(thresholds_of(self.analytic, division), fidelity.windows, fidelity.length)
         point = Point(self.analytic.time_ratio(division), max(kl, 1e-9))
-        return Found(division, point, source)  # type: ignore[arg-type]
+        return Found(division, point, source)
 
     def _proposal(self, index: int, stage: str) -> tuple[float, ...]:
         def compute() -> Proposal:

@@ -91,10 +91,6 @@ class LayerCurves:
         depth = torch.where(depth <= MAX_DEPTH, depth, torch.inf)
         return _thresholds(depth), float(shortest.error_at(depth).square().mean())
 
-    def sparsity(self, tolerance: float) -> float:
-        """Mean sparsity of the heads on held-out text at a tolerance."""
-        return float(self.held_out.sparsity_at(self.depth(tolerance)).mean())
-
 
 @dataclass(frozen=True, eq=False)
 class Settled(Result):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
     from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,23 @@ def server_config(options: "Namespace") -> "VllmConfig":
         RefusedError: vLLM or our admission refuses what was given.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
 
     check_directory(options.model)
     try:
         with refusals_of_vllm():
-            arguments = AsyncEngineArgs.from_cli_args(options)
-            # By this vLLM chooses the sizes of steps that the user did not give.
-            context = UsageContext.OPENAI_API_SERVER
-            config: VllmConfig = arguments.create_engine_config(context)
+            return as_served(AsyncEngineArgs.from_cli_args(options))
     except SystemExit as error:  # admission's one line
         raise RefusedError(str(error.code).removeprefix("vllm-afbs: ")) from None
+
+
+def as_served(arguments: "EngineArgs") -> "VllmConfig":
+    """The configuration of an engine whose steps are as large as a server's.
+
+    VLLM chooses these sizes by who asks, if the user does not, and keeps them in the arguments.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    config: VllmConfig = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
     return config
 
 

@@ -43,14 +43,11 @@ class Host:
         Args:
             arguments: What ``vllm serve`` would be given.
         """
-        from vllm.usage.usage_lib import UsageContext
-
+        from vllm_afbs.check.layers import as_served
         from vllm_afbs.engine.arguments import parse
 
         self._arguments, unused = parse(arguments)
-        # vLLM keeps in the arguments what it chooses, such as the size of a step: a server's.
-        context = UsageContext.OPENAI_API_SERVER
-        config = self._config = self._arguments.create_engine_config(context)
+        config = self._config = as_served(self._arguments)
         model = config.model_config
         return {
             "unused": unused,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vllm_afbs.observability import instance, metrics
+from vllm_afbs.observability import instance, metric_files, metrics
 from vllm_afbs.observability.server_file import Follower, ServerFile
 
 logger = logging.getLogger("vllm.afbs")
@@ -93,6 +93,11 @@ class KillSwitch(Follower):
     def keeps_new(self, followed: str) -> bool:
         """See ``Follower``; the age of a switch that is off tells since when."""
         return followed == _ON
+
+    def keep(self) -> None:
+        """See ``Follower``. Every worker has one switch, so it keeps the metrics' files as well."""
+        super().keep()
+        metric_files.restore_files()
 
     def changed(self, before: str | None, now: str, is_there: bool) -> None:
         """See ``Follower``."""

@@ -170,7 +170,6 @@ class Follower(ABC):
                 metric_files.warn_once(f"{self._file} cannot be kept new: {error.strerror}.")
         with self._lock:
             self._acknowledge(only_if_gone=True)
-        metric_files.restore_files()
 
     def _take(self, followed: str, is_there: bool) -> None:
         if followed == self._followed:

@@ -162,10 +162,9 @@ def fastest_kernel(
         num_scores: Scores that dense causal attention computes, over all heads.
         kernels: Kernels to choose among; those that were not measured are left out.
     """
-    device = _seconds_per_score(card, kind, _half_octaves(kv_len), round(density, 2))
-    host = measurements()[card].host_seconds
-    measured = (kernel for kernel in KERNEL_CHOICES if kernel in kernels and kernel in device)
-    return min(measured, key=lambda kernel: device[kernel] * num_scores + host[kernel])
+    seconds = _seconds(card, kind, kv_len, round(density, 2), num_scores)
+    measured = (kernel for kernel in KERNEL_CHOICES if kernel in kernels and kernel in seconds)
+    return min(measured, key=lambda kernel: seconds[kernel])
 
 
 def dense_seconds(card: str, kind: LayerKind, kv_len: int, num_scores: int) -> float:
@@ -188,6 +187,15 @@ def dense_seconds(card: str, kind: LayerKind, kv_len: int, num_scores: int) -> f
 def _half_octaves(kv_len: int) -> int:
     # Rounded, so that the chunks of a long prompt share cached results.
     return round(2 * math.log2(kv_len))
+
+
+def _seconds(
+    card: str, kind: LayerKind, kv_len: int, density: float, num_scores: float
+) -> dict[KernelChoice, float]:
+    """What each measured kernel takes the device and the host together."""
+    device = _seconds_per_score(card, kind, _half_octaves(kv_len), density)
+    host = measurements()[card].host_seconds
+    return {kernel: each * num_scores + host[kernel] for kernel, each in device.items()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -229,11 +237,5 @@ def prefill_seconds(
         density: Share of the causal block products that is computed, in (0, 1]; 1 is dense.
     """
     num_scores = num_heads * kv_len * (kv_len + 1) / 2
-    device = _seconds_per_score(card, kind, _half_octaves(kv_len), round(density, 3))
-    host = measurements()[card].host_seconds
-    kernels = {"dense"} if density >= 1.0 else device.keys()
-    return min(
-        seconds * num_scores + host[kernel]
-        for kernel, seconds in device.items()
-        if kernel in kernels
-    )
+    seconds = _seconds(card, kind, kv_len, round(density, 3), num_scores)
+    return seconds["dense"] if density >= 1.0 else min(seconds.values())
