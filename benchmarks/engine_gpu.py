@@ -4,8 +4,8 @@
 
 Every row is the wall time of one command, from the start of its process to its end, vLLM's start
 included. The first command on a machine compiles Python's and Triton's code, so run ``32k`` twice.
-``32k-one`` makes one level and runs no sparse model. A job's log and report lie in ``--work``. Profiles are tuned on Python's own source code
-and measured on its language reference.
+``32k-one`` makes one level and runs no sparse model. A job's log and report lie in ``--work``.
+Profiles are tuned on Python's own source code and measured on its language reference.
 """
 
 import argparse
