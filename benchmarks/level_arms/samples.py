@@ -99,7 +99,7 @@ class Sampled:
     def job(self, shape: Shape) -> Job:
         """What arms with blocks of a shape share: curves, damages and readings."""
         settings, layers = self.plan.settings(shape, self.seed), self.taken.layers
-        header = {**asdict(self.plan), "shape": shape, "windows": list(self.windows)}
+        header = {**asdict(self.plan), "shape": list(shape), "windows": list(self.windows)}
         journal = Journal(self.folder / f"journal-{shape[0]}x{shape[1]}.jsonl", header)
         curves = LayerSearches(settings, layers, self.taken, journal, _Silent()).curves()
         sparse_model = self.engine.sparse_model(*shape)
