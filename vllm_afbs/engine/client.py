@@ -69,10 +69,12 @@ class VllmEngine:
 
     Args:
         arguments: What ``vllm serve`` would be given: the model, and any of its arguments.
+        block_k: Keys of the key blocks that it will serve, which pages have to fit; None for none.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], block_k: int | None = None) -> None:
         self._arguments = list(arguments)
+        self._block_k = block_k
         self._log_file = Path()
         self._process: EngineProcess | None = None
         self._described: Description | None = None
@@ -239,7 +241,9 @@ class VllmEngine:
             options = (each.replace("_", "-") for each in self._arguments)
             given = any(each.startswith("--gpu-memory-utilization") for each in options)
             facts = self._running().call(
-                "load", gpu_memory_utilization=None if given else self._gpu_share
+                "load",
+                gpu_memory_utilization=None if given else self._gpu_share,
+                block_k=self._block_k,
             )
             self._workers = Workers(self.name, facts)
         return self._workers
