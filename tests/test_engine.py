@@ -22,7 +22,9 @@ from tests.quantised_checkpoints import quantise
 from tests.tuning_jobs import IN_PROCESS, save_byte_tokenizer, save_tiny_model, start
 from vllm_afbs import tune
 from vllm_afbs.captures import CALIBRATION, Capture
+from vllm_afbs.engine import client, room
 from vllm_afbs.engine.client import VllmEngine
+from vllm_afbs.engine.process import EngineProcess
 from vllm_afbs.errors import InputError
 from vllm_afbs.evaluate import __main__ as evaluate
 from vllm_afbs.evaluate.baselines import of_profile
@@ -210,12 +212,23 @@ def test_sinks_and_soft_caps_are_captured_and_kept(
 
 
 def test_a_quantised_checkpoint_is_tuned_and_measured(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights in 8 bits, which transformers would decode and vLLM computes with."""
     checkpoint, output = tmp_path / "w8a8", tmp_path / "profile.json"
     quantise(model, checkpoint, "W8A8")
+    started: list[Path] = []
+
+    def start_process(log_file: Path) -> EngineProcess:
+        started.append(log_file)
+        return EngineProcess(log_file)
+
+    monkeypatch.setattr(client, "EngineProcess", start_process)
     assert tune.main([str(checkpoint), "--output", str(output), *SMALL]) == 0
+    assert len(started) == 1, "small enough to stay loaded while layers are tuned"
     tuned = load_profile(output)
     assert tuned.tuned_on is not None
     assert tuned.tuned_on.quantization == "compressed-tensors"
@@ -353,3 +366,12 @@ def test_a_cpu_keeps_what_a_few_prompts_need() -> None:
     assert host._cache_bytes(config) == 131_072 * 30 * 3 * 64 * 2 * 2
     model.max_model_len = 100
     assert host._cache_bytes(config) == host.LEAST_CACHE_BYTES
+
+
+def test_vllm_stays_loaded_where_it_leaves_the_search_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "device_bytes", lambda: 80 * 10**9)
+    assert room.fits_beside_the_search(16 * 10**9, 16 * 10**9)
+    assert not room.fits_beside_the_search(16 * 10**9, 17 * 10**9)
+    assert not room.fits_beside_the_search(70 * 10**9, 10**9)

@@ -132,5 +132,8 @@ class Engine(Protocol):
             block_k: Keys of a key block.
         """
 
-    def release(self) -> None:
-        """Frees what the loaded model takes. It is loaded again when it is needed again."""
+    def make_room(self) -> None:
+        """Frees what the loaded model takes, if the search could lack it.
+
+        It is loaded again when it is needed again.
+        """

@@ -101,7 +101,7 @@ def tune(
     # A step keeps only the seconds: whether there is a capture, its files say.
     start = time.perf_counter()
     taken = capture(model, engine, cut.windows, layers, work, progress.advance)
-    engine.release()  # the search needs the memory
+    engine.make_room()
     captured = journal.step("capture", Captured, lambda: Captured(time.perf_counter() - start))
     progress.begin("Tuning", len(layers))
     search = LayerSearches(settings, layers, taken, journal, progress, pool)

@@ -16,6 +16,11 @@ import torch
 from vllm_afbs.captures import Capture, HeadCounts
 from vllm_afbs.engine.layers import RunsDenseError, Workers
 from vllm_afbs.engine.process import EngineProcess
+from vllm_afbs.engine.room import (
+    BESIDE_THE_SEARCH,
+    WITHOUT_THE_SEARCH,
+    fits_beside_the_search,
+)
 from vllm_afbs.engine.sparse_model import EngineSparseModel
 from vllm_afbs.errors import InputError
 from vllm_afbs.models.hub import Checkpoint, find_checkpoint
@@ -25,8 +30,7 @@ from vllm_afbs.profile.schema import Profile
 from vllm_afbs.profile.tuner_run import TunedOn
 from vllm_afbs.profile.weights import weights_sha256
 
-BESIDE_THE_SEARCH = 0.5
-"""Share of a GPU that vLLM may take, unless it is given another, while layers are tuned there."""
+_MEMORY_OPTIONS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Description:
         quantization: How its weights are quantised, if they are.
         kv_cache_dtype: Of its keys and values.
         version: VLLM's.
+        num_ranks: GPUs that share its weights.
+        cache_bytes: A rank's share of the keys and values of a longest prompt.
         digest: Of all that Q, K and V depend on beside the weights and the tokens.
         eos_token_id: Token ids that end an answer, by the configuration.
     """
@@ -60,6 +66,8 @@ class Description:
     quantization: str | None
     kv_cache_dtype: str
     version: str
+    num_ranks: int
+    cache_bytes: int
     digest: str
     eos_token_id: Any
 
@@ -80,7 +88,7 @@ class VllmEngine:
         self._described: Description | None = None
         self._workers: Workers | None = None
         self._served: tuple[str | None, bool] = (None, False)
-        self._gpu_share: float | None = None
+        self._tunes = False
         self._checkpoint: Checkpoint | None = None
 
     def __enter__(self) -> "VllmEngine":
@@ -118,7 +126,7 @@ class VllmEngine:
 
     def _end(self, error: BaseException | None) -> None:
         """Ends vLLM's process, and removes its log unless the error's line names it."""
-        self.release()
+        self._stop()
         if str(self._log_file) not in str(error):
             self._log_file.unlink(missing_ok=True)
 
@@ -206,6 +214,7 @@ class VllmEngine:
         on_progress: Callable[[float], None],
     ) -> None:
         """See ``tuning.engine.Engine``."""
+        self._tunes = True
         shape = self.fingerprint
         counts = HeadCounts(shape.num_heads, shape.num_kv_heads, shape.head_dim)
         workers = self.loaded()
@@ -224,27 +233,24 @@ class VllmEngine:
 
     def sparse_model(self, block_q: int, block_k: int) -> EngineSparseModel:
         """See ``tuning.engine.Engine``."""
-        self._gpu_share = BESIDE_THE_SEARCH
+        self._tunes = True
         return EngineSparseModel(self, block_q, block_k)
 
-    def release(self) -> None:
-        """Ends vLLM's process; it is started again when the model is run again."""
-        if self._process is not None:
-            self._process.end()
-        self._process, self._workers, self._served = None, None, (None, False)
+    def make_room(self) -> None:
+        """Ends vLLM's process if it takes too much; it is started again when it is needed."""
+        if not self._stays_loaded():
+            self._stop()
 
     # Both the tuner and the evaluation.
 
     def loaded(self) -> Workers:
         """Loads the model, if that is not done."""
         if self._workers is None:
-            options = (each.replace("_", "-") for each in self._arguments)
-            given = any(each.startswith("--gpu-memory-utilization") for each in options)
-            facts = self._running().call(
-                "load",
-                gpu_memory_utilization=None if given else self._gpu_share,
-                block_k=self._block_k,
-            )
+            share = None
+            if self._tunes and not self._memory_is_given():
+                share = BESIDE_THE_SEARCH if self._stays_loaded() else WITHOUT_THE_SEARCH
+            running = self._running()
+            facts = running.call("load", gpu_memory_utilization=share, block_k=self._block_k)
             self._workers = Workers(self.name, facts)
         return self._workers
 
@@ -313,6 +319,28 @@ class VllmEngine:
         """Block products so far, by outcome."""
         found: dict[str, float] = self._running().call("products")
         return found
+
+    def _memory_is_given(self) -> bool:
+        options = [each.replace("_", "-") for each in self._arguments]
+        return any(each.startswith(_MEMORY_OPTIONS) for each in options)
+
+    def _stays_loaded(self) -> bool:
+        """Whether vLLM stays loaded while layers are tuned."""
+        assert self._checkpoint is not None
+        if self._memory_is_given():
+            return False
+        try:
+            files = self._checkpoint.weight_files()
+        except InputError:  # in a format whose size says little of what is loaded
+            return False
+        described = self.description
+        weight_bytes = sum(file.stat().st_size for file in files) // described.num_ranks
+        return fits_beside_the_search(weight_bytes, described.cache_bytes)
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.end()
+        self._process, self._workers, self._served = None, None, (None, False)
 
     def _running(self) -> EngineProcess:
         if self._process is None:

@@ -61,6 +61,8 @@ class Host:
             "quantization": model.quantization,
             "kv_cache_dtype": str(config.cache_config.cache_dtype),
             "version": compat.installed_version(),
+            "num_ranks": config.parallel_config.world_size,
+            "cache_bytes": _cache_bytes(config),
             "digest": _digest(config),
             "eos_token_id": model.hf_text_config.eos_token_id,
         }

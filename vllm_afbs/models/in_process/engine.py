@@ -76,7 +76,7 @@ class TransformersEngine:
         """See ``Engine``."""
         return EndToEnd(self._model, block_q, block_k)
 
-    def release(self) -> None:
+    def make_room(self) -> None:
         """See ``Engine``; nothing stays loaded after a capture."""
 
 
