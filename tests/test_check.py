@@ -24,6 +24,7 @@ from vllm_afbs.commands import extras
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
 from vllm_afbs.files import write_atomically
 from vllm_afbs.observability.instance import DIRECTORY_VARIABLE
+from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
 
@@ -194,12 +195,23 @@ def test_lora_for_the_base_model_alone_turns_nothing_off(
     assert lines[-1].startswith("on: 3 of 4 layers sparse from 1,024 to 4,096 tokens; 1 dense: ")
 
 
-@pytest.mark.parametrize("block_size", ["96", "256"])
+@pytest.mark.parametrize(
+    ("block_k", "given"),
+    [(128, ["--block-size", "96"]), (128, ["--block-size", "256"]), (64, []),
+     (64, ["--block-size", "128"])],
+)  # fmt: skip
 def test_blocks_are_split_into_pages_that_key_blocks_consist_of(
-    block_size: str, model: Path, profile: Path, capsys: pytest.CaptureFixture[str]
+    block_k: int,
+    given: list[str],
+    model: Path,
+    profile: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ["--model", model, "--profile", profile, OURS, "--block-size", block_size]
-    status, lines, _ = outcome(capsys, *given)
+    served = load_profile(profile).model_copy(update={"block_k": block_k})
+    path = tmp_path / "profile.json"
+    write_atomically(path, served.to_json())
+    status, lines, _ = outcome(capsys, "--model", model, "--profile", path, OURS, *given)
     assert status == 0
     assert lines[-1].startswith("on: 3 of 4 layers sparse")
 

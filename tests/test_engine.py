@@ -44,8 +44,7 @@ WINDOWS = {
     CALIBRATION: [(7 * i + i // 9) % 256 for i in range(LENGTH)],
     "validation-0-0": [(11 * i + 3) % 256 for i in range(LENGTH)],
 }
-SERVE = ["--dtype", "float32", "--block-size", str(BLOCK), "--max-num-batched-tokens", "256"]
-SERVE += ["--max-num-seqs", "4"]
+SERVE = ["--dtype", "float32", "--max-num-batched-tokens", "256", "--max-num-seqs", "4"]
 TEXT = Path(__file__)
 SMALL = ["--lengths", "256", "512", "--block-q", str(BLOCK), "--block-k", str(BLOCK)]
 SMALL += ["--tolerance", "0.3"]
@@ -72,7 +71,7 @@ def small_cache() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[VllmEngine]:
     """An engine with chunks of 256 tokens, shared by all that leave it as it was."""
-    with VllmEngine([str(model), *SERVE]) as running:
+    with VllmEngine([str(model), *SERVE], BLOCK) as running:
         yield running
 
 
@@ -179,7 +178,7 @@ def test_ranks_write_what_one_rank_does(
 ) -> None:
     # vLLM's CPU workers each want cores of their own; they may share one all the same.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
-    with VllmEngine([str(model), *SERVE, "--tensor-parallel-size", "2"]) as two:
+    with VllmEngine([str(model), *SERVE, "--tensor-parallel-size", "2"], BLOCK) as two:
         found = capture(two, two, WINDOWS, [0, 1], tmp_path, lambda _: None)
     assert_same(found, captured)
     assert not list(tmp_path.rglob("*.rank*"))
@@ -195,7 +194,7 @@ def test_sinks_and_soft_caps_are_captured_and_kept(
     (full,) = hybrids.full_layers(name)
     weights = load_file(directory / "model.safetensors")
     sinks = weights.get(f"model.layers.{full}.self_attn.sinks")
-    with VllmEngine([str(directory), *SERVE]) as hybrid:
+    with VllmEngine([str(directory), *SERVE], BLOCK) as hybrid:
         taken = capture(hybrid, hybrid, WINDOWS, [full], tmp_path, lambda _: None)
         found = taken.load(full, CALIBRATION)
         assert found.softcap == softcap
@@ -221,7 +220,6 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
     """Weights in 8 bits, which transformers would decode and vLLM computes with."""
     checkpoint, output = tmp_path / "w8a8", tmp_path / "profile.json"
     quantise(model, checkpoint, "W8A8")
-    serve = ["--block-size", str(BLOCK)]
     started: list[Path] = []
 
     def start_process(log_file: Path) -> EngineProcess:
@@ -229,7 +227,7 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
         return EngineProcess(log_file)
 
     monkeypatch.setattr(client, "EngineProcess", start_process)
-    assert tune.main([str(checkpoint), "--output", str(output), *SMALL, *serve]) == 0
+    assert tune.main([str(checkpoint), "--output", str(output), *SMALL]) == 0
     assert len(started) == 1, "small enough to stay loaded while layers are tuned"
     tuned = load_profile(output)
     assert tuned.tuned_on is not None
@@ -238,7 +236,7 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
     assert any(layer.levels[tuned.level_index()].is_sparse for layer in tuned.layers)
     given = ["--profile", str(output), "--output", str(tmp_path / "q.json"), "--text", str(TEXT)]
     given += ["--tests", "perplexity", "prefixes", "--prefixes", "4", "--windows", "2"]
-    assert evaluate.main([str(checkpoint), *given, *serve]) == 0
+    assert evaluate.main([str(checkpoint), *given]) == 0
     report = json.loads((tmp_path / "q.json").read_text())
     assert report["through"] == tuned.tuned_on.engine
     assert report["sparsity"] > 0.05

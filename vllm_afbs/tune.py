@@ -93,7 +93,7 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
     from vllm_afbs.tuning.report import write_report
     from vllm_afbs.tuning.texts import read_texts
 
-    with opened(options, serve) as (model, engine):
+    with opened(options, serve, options.block_k) as (model, engine):
         texts = read_texts(options.calibration, options.calibration_column, model.tokenizer)
         for text in texts:
             if text.coverage:

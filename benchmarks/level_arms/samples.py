@@ -132,11 +132,11 @@ def sample(
     given = argparse.Namespace(
         engine=plan.engine, model=plan.model, revision=None, hf_overrides=None
     )
-    # One page size serves all shapes, so that vLLM starts once.
-    page = min(ARMS[name].shape[1] for name in names)
-    serve = [plan.model, "--block-size", str(page), "--max-model-len", str(plan.lengths[-1])]
+    # Pages for the smallest key blocks serve all shapes, so that vLLM starts once.
+    block_k = min(ARMS[name].shape[1] for name in names)
+    serve = [plan.model, "--max-model-len", str(plan.lengths[-1])]
     figures: dict[str, Figures] = {}
-    with opened(given, serve) as (model, engine), torch.inference_mode():
+    with opened(given, serve, block_k) as (model, engine), torch.inference_mode():
         windows = _windows(plan, domain, seed, model.tokenizer())
         cut = {name: tokens for name, tokens in windows.items() if not name.startswith("unseen")}
         taken = capture(model, engine, cut, model.tunable_layers, folder, lambda _: None)

@@ -77,10 +77,12 @@ class VllmEngine:
 
     Args:
         arguments: What ``vllm serve`` would be given: the model, and any of its arguments.
+        block_k: Keys of the key blocks that it will serve, which pages have to fit; None for none.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], block_k: int | None = None) -> None:
         self._arguments = list(arguments)
+        self._block_k = block_k
         self._log_file = Path()
         self._process: EngineProcess | None = None
         self._described: Description | None = None
@@ -247,7 +249,8 @@ class VllmEngine:
             share = None
             if self._tunes and not self._memory_is_given():
                 share = BESIDE_THE_SEARCH if self._stays_loaded() else WITHOUT_THE_SEARCH
-            facts = self._running().call("load", gpu_memory_utilization=share)
+            running = self._running()
+            facts = running.call("load", gpu_memory_utilization=share, block_k=self._block_k)
             self._workers = Workers(self.name, facts)
         return self._workers
 

@@ -67,11 +67,14 @@ class Host:
             "eos_token_id": model.hf_text_config.eos_token_id,
         }
 
-    def load(self, gpu_memory_utilization: float | None) -> list[dict[str, Any]]:
+    def load(
+        self, gpu_memory_utilization: float | None, block_k: int | None
+    ) -> list[dict[str, Any]]:
         """Loads the model that was described.
 
         Args:
             gpu_memory_utilization: Share of the GPU that vLLM may take; None for what it was given.
+            block_k: Keys of the key blocks that it will be given; None for pages of any size.
 
         Returns:
             For each of vLLM's workers, what ``DrivenWorker.afbs_layers`` says.
@@ -89,6 +92,7 @@ class Host:
             self._arguments.max_model_len = model.max_model_len + 1
         if gpu_memory_utilization is not None:
             self._arguments.gpu_memory_utilization = gpu_memory_utilization
+        self._arguments.additional_config = {"afbs": {"block_k": block_k}}
         self._llm = LLM.from_engine_args(self._arguments)
         return [json.loads(each) for each in self._workers("afbs_layers")]
 
