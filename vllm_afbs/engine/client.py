@@ -16,7 +16,7 @@ import torch
 from vllm_afbs.captures import Capture, HeadCounts
 from vllm_afbs.engine.layers import RunsDenseError, Workers
 from vllm_afbs.engine.process import EngineProcess
-from vllm_afbs.engine.sparse_model import EngineSparseModel
+from vllm_afbs.engine.sparse_model import EngineAdapter, EngineSparseModel
 from vllm_afbs.errors import InputError
 from vllm_afbs.models.hub import Checkpoint, find_checkpoint
 from vllm_afbs.models.tokenizer import load_tokenizer
@@ -35,6 +35,7 @@ class Description:
 
     Attributes:
         unused: Arguments that were given and mean nothing here.
+        adapters: Digest of each LoRA adapter's files, by its name.
         model: Directory or hub id.
         revision: Of a model on the hub.
         tokenizer: Directory or hub id of its tokenizer.
@@ -50,6 +51,7 @@ class Description:
     """
 
     unused: list[str]
+    adapters: dict[str, str]
     model: str
     revision: str | None
     tokenizer: str
@@ -69,10 +71,12 @@ class VllmEngine:
 
     Args:
         arguments: What ``vllm serve`` would be given: the model, and any of its arguments.
+        with_adapters: Whether the LoRA adapters among them are used.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], with_adapters: bool = False) -> None:
         self._arguments = list(arguments)
+        self._with_adapters = with_adapters
         self._log_file = Path()
         self._process: EngineProcess | None = None
         self._described: Description | None = None
@@ -95,9 +99,7 @@ class VllmEngine:
             process = self._running()
             # That takes seconds, in which the process imports vLLM.
             importlib.import_module("transformers.models.auto.tokenization_auto")
-            described = self._described = Description(
-                **process.call("describe", arguments=self._arguments)
-            )
+            described = self._described = Description(**self._describe(process))
             self._checkpoint = find_checkpoint(described.model, described.revision)
         except BaseException as error:
             self._end(error)
@@ -220,10 +222,18 @@ class VllmEngine:
                 workers.join(taken.path(layer, window), counts)
             on_progress(float(len(taken.layers)))
 
-    def sparse_model(self, block_q: int, block_k: int) -> EngineSparseModel:
+    def sparse_model(
+        self, block_q: int, block_k: int, adapter: str | None = None
+    ) -> EngineSparseModel:
         """See ``tuning.engine.Engine``."""
         self._gpu_share = BESIDE_THE_SEARCH
-        return EngineSparseModel(self, block_q, block_k)
+        return EngineSparseModel(self, block_q, block_k, adapter)
+
+    @property
+    def adapters(self) -> list[EngineAdapter]:
+        """See ``tuning.engine.Engine``."""
+        given = self.description.adapters
+        return [EngineAdapter(self, name, sha256) for name, sha256 in given.items()]
 
     def release(self) -> None:
         """Ends vLLM's process; it is started again when the model is run again."""
@@ -272,6 +282,7 @@ class VllmEngine:
         positions: Sequence[int],
         keep: str | None = None,
         against: str | None = None,
+        adapter: str | None = None,
     ) -> tuple[torch.Tensor, float]:
         """Scores a prompt's tokens, as the model is served at the moment.
 
@@ -280,13 +291,15 @@ class VllmEngine:
             positions: Positions whose predictions are scored, ascending, without the last.
             keep: Name to keep the predictions under.
             against: Name of those to compare with.
+            adapter: Name of the LoRA adapter whose prompt it is.
 
         Returns:
             The losses in nats, fp32, and the mean KL divergence from those compared with.
         """
         found = self._running().call(
-            "score", tokens=list(tokens), positions=list(positions), keep=keep, against=against
-        )
+            "score", tokens=list(tokens), positions=list(positions), keep=keep, against=against,
+            adapter=adapter,
+        )  # fmt: skip
         return torch.tensor(found["losses"]), float(found["kl"])
 
     def next_tokens(
@@ -310,9 +323,19 @@ class VllmEngine:
         found: dict[str, float] = self._running().call("products")
         return found
 
+    def fallbacks(self) -> dict[str, float]:
+        """Prefills that layers left dense so far, by reason."""
+        found: dict[str, float] = self._running().call("fallbacks")
+        return found
+
     def _running(self) -> EngineProcess:
         if self._process is None:
             self._process = EngineProcess(self._log_file)
             if self._described is not None:
-                self._process.call("describe", arguments=self._arguments)
+                self._describe(self._process)
         return self._process
+
+    def _describe(self, process: EngineProcess) -> Any:
+        return process.call(
+            "describe", arguments=self._arguments, with_adapters=self._with_adapters
+        )
