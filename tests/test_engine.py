@@ -187,6 +187,17 @@ def test_pages_that_blocks_do_not_fit_are_no_candidate(engine: VllmEngine) -> No
     engine.serve(None)
 
 
+def test_an_adapter_that_vllm_would_run_dense_is_not_measured(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if its files had changed since the profile's digest was taken."""
+    monkeypatch.setitem(engine.description.adapters, "one", "0" * 64)
+    heads = HeadThresholds(torch.full((4,), 0.5), torch.full((4,), -1.0))
+    one, _ = (each.sparse_model(BLOCK, BLOCK) for each in engine.adapters)
+    with pytest.raises(InputError, match=r"--lora-modules: one: vLLM has loaded other files"):
+        one.compare(WINDOWS[CALIBRATION], {0: heads, 1: heads})
+
+
 def test_evaluations_agree(model: Path, engine: VllmEngine, profile: Path) -> None:
     """Losses, next tokens, answers and sparsity, beside the model in this process."""
     # Chunks have 256 tokens. In each so little is kept that the server leaves none dense.
@@ -233,6 +244,7 @@ def test_levels_are_validated_with_adapters(
     assert tune.main([str(model), "--output", str(output), *SMALL]) == 0
     assert asked == [True]
     assert "LoRA adapters: 'one' (" in capsys.readouterr().out
+    assert "LoRA adapters" in output.with_suffix(".html").read_text(encoding="utf-8")
     tuned = load_profile(output)
     assert {each.name: each.sha256 for each in tuned.adapters} == {
         name: adapter_sha256(path) for name, path in adapters.items()

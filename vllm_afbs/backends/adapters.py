@@ -12,7 +12,6 @@ without a graph, which those with long prompts are, model runner V1 says that no
 whatever is, and so does V2 in some microbatches.
 """
 
-import functools
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -123,10 +122,9 @@ def _note_files() -> None:
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     load = WorkerLoRAManager._load_adapter
-    if hasattr(load, "__wrapped__"):
+    if load.__module__ == __name__:
         return
 
-    @functools.wraps(load)
     def noted(manager: Any, request: Any) -> Any:
         adapter = load(manager, request)
         path = compat.adapter_path(request)
