@@ -74,7 +74,13 @@ class StepSorter:
         """Serves another profile from the next step on; None runs everything dense."""
         self._profile = profile
         self._dial = None
+        self._adapters: list[frozenset[str]] = [frozenset()]
         if profile is not None:
+            may_run = configuration.serves_adapters(self._vllm_config)
+            self._adapters = [
+                profile.validated_adapters(level) if may_run else frozenset()
+                for level in range(len(profile.levels))
+            ]
             levels = served_level.Levels.of(self._vllm_config, profile)
             self._dial = served_level.dial(levels)
 
@@ -101,7 +107,8 @@ class StepSorter:
             plain_causal=plain_causal,
             enabled=not has_prefill or self._kill_switch.is_enabled(),
             level=level,
-            may_have_adapter=self._tells_adapters_apart and adapters.may_be_active(),
+            may_have_adapter=self._tells_adapters_apart
+            and adapters.may_be_active(self._adapters[level]),
             num_decode_rows=self._num_decode_rows,
         )
 

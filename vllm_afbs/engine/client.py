@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,14 +13,11 @@ from typing import Any
 import torch
 
 from vllm_afbs.captures import Capture, HeadCounts
+from vllm_afbs.engine.description import Description
 from vllm_afbs.engine.layers import RunsDenseError, Workers
 from vllm_afbs.engine.process import EngineProcess
-from vllm_afbs.engine.room import (
-    BESIDE_THE_SEARCH,
-    WITHOUT_THE_SEARCH,
-    fits_beside_the_search,
-)
-from vllm_afbs.engine.sparse_model import EngineSparseModel
+from vllm_afbs.engine.room import memory_share, stays_loaded
+from vllm_afbs.engine.sparse_model import EngineAdapter, EngineSparseModel
 from vllm_afbs.errors import InputError
 from vllm_afbs.models.hub import Checkpoint, find_checkpoint
 from vllm_afbs.models.tokenizer import load_tokenizer
@@ -30,47 +26,6 @@ from vllm_afbs.profile.schema import Profile
 from vllm_afbs.profile.tuner_run import TunedOn
 from vllm_afbs.profile.weights import weights_sha256
 
-_MEMORY_OPTIONS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What vLLM says of a model before it loads it.
-
-    Attributes:
-        unused: Arguments that were given and mean nothing here.
-        model: Directory or hub id.
-        revision: Of a model on the hub.
-        tokenizer: Directory or hub id of its tokenizer.
-        fingerprint: What a served model has to match.
-        full_layers: Indices of the layers with full attention.
-        tunable_layers: Indices of those that also have keys and values of their own.
-        max_model_len: Longest context that a server would take, in tokens.
-        quantization: How its weights are quantised, if they are.
-        kv_cache_dtype: Of its keys and values.
-        version: VLLM's.
-        num_ranks: GPUs that share its weights.
-        cache_bytes: A rank's share of the keys and values of a longest prompt.
-        digest: Of all that Q, K and V depend on beside the weights and the tokens.
-        eos_token_id: Token ids that end an answer, by the configuration.
-    """
-
-    unused: list[str]
-    model: str
-    revision: str | None
-    tokenizer: str
-    fingerprint: Any
-    full_layers: list[int]
-    tunable_layers: list[int]
-    max_model_len: int
-    quantization: str | None
-    kv_cache_dtype: str
-    version: str
-    num_ranks: int
-    cache_bytes: int
-    digest: str
-    eos_token_id: Any
-
 
 class VllmEngine:
     """A model in vLLM's process, described at once and loaded when it is first run.
@@ -78,11 +33,15 @@ class VllmEngine:
     Args:
         arguments: What ``vllm serve`` would be given: the model, and any of its arguments.
         block_k: Keys of the key blocks that it will serve, which pages have to fit; None for none.
+        with_adapters: Whether the LoRA adapters among the arguments are used.
     """
 
-    def __init__(self, arguments: Sequence[str], block_k: int | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], block_k: int | None = None, with_adapters: bool = False
+    ) -> None:
         self._arguments = list(arguments)
         self._block_k = block_k
+        self._with_adapters = with_adapters
         self._log_file = Path()
         self._process: EngineProcess | None = None
         self._described: Description | None = None
@@ -105,9 +64,7 @@ class VllmEngine:
             process = self._running()
             # That takes seconds, in which the process imports vLLM.
             importlib.import_module("transformers.models.auto.tokenization_auto")
-            described = self._described = Description(
-                **process.call("describe", arguments=self._arguments)
-            )
+            described = self._described = Description(**self._describe(process))
             self._checkpoint = find_checkpoint(described.model, described.revision)
         except BaseException as error:
             self._end(error)
@@ -231,10 +188,18 @@ class VllmEngine:
                 workers.join(taken.path(layer, window), counts)
             on_progress(float(len(taken.layers)))
 
-    def sparse_model(self, block_q: int, block_k: int) -> EngineSparseModel:
+    def sparse_model(
+        self, block_q: int, block_k: int, adapter: str | None = None
+    ) -> EngineSparseModel:
         """See ``tuning.engine.Engine``."""
         self._tunes = True
-        return EngineSparseModel(self, block_q, block_k)
+        return EngineSparseModel(self, block_q, block_k, adapter)
+
+    @property
+    def adapters(self) -> list[EngineAdapter]:
+        """See ``tuning.engine.Engine``."""
+        given = self.description.adapters
+        return [EngineAdapter(self, name, sha256) for name, sha256 in given.items()]
 
     def make_room(self) -> None:
         """Ends vLLM's process if it takes too much; it is started again when it is needed."""
@@ -246,9 +211,7 @@ class VllmEngine:
     def loaded(self) -> Workers:
         """Loads the model, if that is not done."""
         if self._workers is None:
-            share = None
-            if self._tunes and not self._memory_is_given():
-                share = BESIDE_THE_SEARCH if self._stays_loaded() else WITHOUT_THE_SEARCH
+            share = memory_share(self._arguments, self._stays_loaded()) if self._tunes else None
             running = self._running()
             facts = running.call("load", gpu_memory_utilization=share, block_k=self._block_k)
             self._workers = Workers(self.name, facts)
@@ -282,6 +245,7 @@ class VllmEngine:
         positions: Sequence[int],
         keep: str | None = None,
         against: str | None = None,
+        adapter: str | None = None,
     ) -> tuple[torch.Tensor, float]:
         """Scores a prompt's tokens, as the model is served at the moment.
 
@@ -290,13 +254,15 @@ class VllmEngine:
             positions: Positions whose predictions are scored, ascending, without the last.
             keep: Name to keep the predictions under.
             against: Name of those to compare with.
+            adapter: Name of the LoRA adapter whose prompt it is.
 
         Returns:
             The losses in nats, fp32, and the mean KL divergence from those compared with.
         """
         found = self._running().call(
-            "score", tokens=list(tokens), positions=list(positions), keep=keep, against=against
-        )
+            "score", tokens=list(tokens), positions=list(positions), keep=keep, against=against,
+            adapter=adapter,
+        )  # fmt: skip
         return torch.tensor(found["losses"]), float(found["kl"])
 
     def next_tokens(
@@ -320,22 +286,17 @@ class VllmEngine:
         found: dict[str, float] = self._running().call("products")
         return found
 
-    def _memory_is_given(self) -> bool:
-        options = [each.replace("_", "-") for each in self._arguments]
-        return any(each.startswith(_MEMORY_OPTIONS) for each in options)
+    def fallbacks(self) -> dict[str, float]:
+        """Prefills that layers left dense so far, by reason."""
+        found: dict[str, float] = self._running().call("fallbacks")
+        return found
 
     def _stays_loaded(self) -> bool:
-        """Whether vLLM stays loaded while layers are tuned."""
         assert self._checkpoint is not None
-        if self._memory_is_given():
-            return False
-        try:
-            files = self._checkpoint.weight_files()
-        except InputError:  # in a format whose size says little of what is loaded
-            return False
         described = self.description
-        weight_bytes = sum(file.stat().st_size for file in files) // described.num_ranks
-        return fits_beside_the_search(weight_bytes, described.cache_bytes)
+        return stays_loaded(
+            self._arguments, self._checkpoint, described.num_ranks, described.cache_bytes
+        )
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -346,5 +307,10 @@ class VllmEngine:
         if self._process is None:
             self._process = EngineProcess(self._log_file)
             if self._described is not None:
-                self._process.call("describe", arguments=self._arguments)
+                self._describe(self._process)
         return self._process
+
+    def _describe(self, process: EngineProcess) -> Any:
+        return process.call(
+            "describe", arguments=self._arguments, with_adapters=self._with_adapters
+        )

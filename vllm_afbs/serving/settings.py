@@ -24,7 +24,8 @@ class Settings(BaseModel):
         per_head_metrics: Whether block products are also counted for each head.
         sample_rate: Share of a layer's sparse steps that are also computed dense and compared.
         lora: What runs sparse on a server with LoRA: ``base``, steps in which no adapter is
-            active. None: nothing.
+            active; ``validated``, also those with adapters that the profile was validated with.
+            None: nothing.
         level: Name of the profile's level to serve at start. None: the profile's default.
     """
 
@@ -35,7 +36,7 @@ class Settings(BaseModel):
     block_k: int | None = None
     per_head_metrics: bool = False
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    lora: Literal["base"] | None = None
+    lora: Literal["base", "validated"] | None = None
     level: str | None = None
 
 
