@@ -3,8 +3,9 @@
     python -m benchmarks.engine_gpu --model MODEL --output results.csv
 
 Every row is the wall time of one command, from the start of its process to its end, vLLM's start
-included. A job's log and report lie in ``--work``. Profiles are tuned on Python's own source code
-and measured on its language reference.
+included. The first command on a machine compiles Python's and Triton's code, so run ``32k`` twice.
+``32k-one`` makes one level and runs no sparse model. A job's log and report lie in ``--work``.
+Profiles are tuned on Python's own source code and measured on its language reference.
 """
 
 import argparse
@@ -139,6 +140,11 @@ def jobs(args: argparse.Namespace) -> Mapping[str, Sequence[Callable[[], list[Ro
     """What can be measured, by name."""
     return {
         "32k": [lambda: tuning_row(args, "32k", args.model, LENGTHS_32K)],
+        "32k-one": [
+            lambda: tuning_row(
+                args, "32k-one", args.model, [*LENGTHS_32K, "--search", "one-tolerance"]
+            )
+        ],
         "retrieval": [lambda: evaluated(
                 args, "32k", args.model, "retrieval", ["--per-task", str(args.per_task)]
             )],

@@ -53,7 +53,7 @@ def found_by(folder: Path, num_ranks: int, tokens: list[int], chunk: int) -> Fou
     target = folder / f"ranks-{num_ranks}"
     target.mkdir()
     windows = {CALIBRATION: tokens}
-    with VllmEngine(serve) as engine:
+    with VllmEngine(serve, BLOCK) as engine:
         taken = capture(engine, engine, windows, LAYERS, target, lambda _: None)
         positions = range(len(tokens) - 1)
         dense, _ = engine.score(tokens, positions)

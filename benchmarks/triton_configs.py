@@ -23,7 +23,7 @@ from benchmarks.prefill_gpu import BLOCK, Case, LayerCase, check_agreement
 from benchmarks.timing import time_in_turns
 from vllm_afbs.commands.results import Row, make_row, write_rows
 from vllm_afbs.files import write_atomically
-from vllm_afbs.kernels import PrefillFeatures, TileLists, build_tile_lists
+from vllm_afbs.kernels import TileLists, build_tile_lists
 from vllm_afbs.kernels.impl.triton_prefill import (
     CONFIGS,
     LaunchConfig,
@@ -49,7 +49,7 @@ def candidates(shape: TileShape) -> list[LaunchConfig]:
 
 def attend(case: Case, lists: TileLists, config: LaunchConfig) -> None:
     """Runs the kernel alone."""
-    triton_prefill(case.step, lists, case.output, case.scale, PrefillFeatures(), config)
+    triton_prefill(case.step, lists, case.output, case.scale, 0.0, config)
 
 
 def measure(shape: TileShape, page_size: int, rounds: int) -> tuple[list[Row], LaunchConfig]:

@@ -27,6 +27,7 @@ from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.captures import CALIBRATION, Capture, LayerTensors
 from vllm_afbs.commands.results import Row, make_row
+from vllm_afbs.commands.tuning_options import DEFAULT_BLOCK_K, DEFAULT_BLOCK_Q
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.recorder import ATTENTION, Recorder
@@ -131,7 +132,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=NUM_LAYERS)
     parser.add_argument("--tolerance", type=float, default=0.05)
     args = parser.parse_args()
-    settings = SearchSettings(sorted(args.lengths), args.tolerance, 128, 128, seed=0)
+    blocks = DEFAULT_BLOCK_Q, DEFAULT_BLOCK_K
+    settings = SearchSettings(sorted(args.lengths), args.tolerance, *blocks, seed=0)
     assets = prepare()
     model = stretched(open_model(str(assets.model_dir)), settings.longest)
     windows = cut_windows(

@@ -25,7 +25,7 @@ from vllm_afbs.kernels.impl.torch_selection import (
 )
 from vllm_afbs.kernels.impl.torch_tiles import build_tile_tables, tile_prefill
 from vllm_afbs.kernels.query_blocks import PrefillRequest, QueryBlocks, cut_query_blocks
-from vllm_afbs.kernels.step import PrefillFeatures, StepInputs
+from vllm_afbs.kernels.step import StepInputs
 from vllm_afbs.kernels.thresholds import MEAN_KEY_SHARE, THETA_OFF, HeadThresholds
 from vllm_afbs.kernels.tiles import PackedTiles, TileLists, TileTables, build_tile_lists
 
@@ -37,7 +37,6 @@ __all__ = [
     "BlockScores",
     "HeadThresholds",
     "PackedTiles",
-    "PrefillFeatures",
     "PrefillRequest",
     "QueryBlocks",
     "StepInputs",

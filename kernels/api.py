@@ -34,11 +34,10 @@ import torch
 from vllm_afbs.kernels.geometry import BlockGeometry
 from vllm_afbs.kernels.impl.torch_selection import torch_select, torch_tile_lists
 from vllm_afbs.kernels.reference import reference_prefill, reference_select, reference_tile_lists
-from vllm_afbs.kernels.step import PrefillFeatures, StepInputs, check_heads
+from vllm_afbs.kernels.step import StepInputs, check_heads
 from vllm_afbs.kernels.thresholds import HeadThresholds
 from vllm_afbs.kernels.tiles import DensePagedAttention, PackedTiles, TileLists
 
-_NO_FEATURES = PrefillFeatures()
 _LEAST_TRITON_BLOCK = 16  # rows of a matrix product in Triton
 
 
@@ -78,7 +77,7 @@ class SparsePrefill(Protocol):
         lists: TileLists,
         output: torch.Tensor,
         softmax_scale: float,
-        features: PrefillFeatures,
+        softcap: float,
     ) -> None:
         """See ``sparse_prefill``."""
 
@@ -191,7 +190,7 @@ def sparse_prefill(
     output: torch.Tensor,
     softmax_scale: float,
     *,
-    features: PrefillFeatures = _NO_FEATURES,
+    softcap: float = 0.0,
     implementation: Literal["reference", "triton"] = "triton",
 ) -> None:
     """Attends to the kept blocks of a step's long prefills.
@@ -205,7 +204,7 @@ def sparse_prefill(
         output: ``[num_tokens, num_heads, head_dim]``, any strides but the last; the rows of
             ``step.blocks`` are written, others are not touched.
         softmax_scale: Factor of the scores.
-        features: What else the model asks for.
+        softcap: Bounds the scaled scores: ``softcap * tanh(scores / softcap)``; 0 for none.
         implementation: Only ``triton`` does not wait for the device.
 
     Raises:
@@ -218,8 +217,6 @@ def sparse_prefill(
             f"lists must hold {step.num_tiles} tiles, "
             f"got {len(lists.block_lists)} lists and {len(lists.counts)} counts"
         )
-    if features.lambda_ is not None and features.lambda_.shape != (step.num_heads,):
-        raise ValueError(f"lambda_ must be [{step.num_heads}], got {list(features.lambda_.shape)}")
     chosen: SparsePrefill
     if implementation == "triton":
         _check_triton_blocks(step)
@@ -228,7 +225,7 @@ def sparse_prefill(
         chosen = triton_prefill
     else:
         chosen = {"reference": reference_prefill}[implementation]
-    chosen(step, lists, output, softmax_scale, features)
+    chosen(step, lists, output, softmax_scale, softcap)
 
 
 def attend_tiles(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_afbs.kernels.geometry import BlockGeometry
-from vllm_afbs.kernels.step import PrefillFeatures, StepInputs
+from vllm_afbs.kernels.step import StepInputs
 from vllm_afbs.kernels.thresholds import HeadThresholds
 from vllm_afbs.kernels.tiles import TileLists
 
@@ -84,7 +84,6 @@ def reference_attention(
     lambda_: torch.Tensor | None = None,
     *,
     softcap: float = 0.0,
-    window: int | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, BlockProducts]:
     """Attends to the kept blocks of one request with an online softmax.
@@ -102,8 +101,6 @@ def reference_attention(
         softmax_scale: Factor of the scores.
         lambda_: ``[num_heads]``, each <= 0; None skips no product with V.
         softcap: Bounds the scaled scores, ``softcap * tanh(scores / softcap)``; 0 for none.
-        window: A row at position ``p`` sees keys in ``(p - window, p]``, and blocks that no row
-            of the query block sees cost nothing; None for all keys up to ``p``.
         sinks: ``[num_heads]``, a logit of each head, neither scaled nor capped, that takes part in
             every row's softmax and has no value, as in gpt-oss; None for none.
 
@@ -128,15 +125,10 @@ def reference_attention(
             numerator = torch.zeros_like(rows)
             for j in keep[head, i].nonzero().flatten().tolist():
                 keys_at = j * geometry.block_k + torch.arange(len(key_blocks[j]))
-                if window is not None and keys_at[-1] <= positions[0] - window:
-                    continue
                 scores = rows @ key_blocks[j].T * softmax_scale
                 if softcap:
                     scores = softcap * torch.tanh(scores / softcap)
-                hidden = keys_at[None, :] > positions[:, None]
-                if window is not None:
-                    hidden |= keys_at[None, :] <= positions[:, None] - window
-                scores.masked_fill_(hidden, -torch.inf)
+                scores.masked_fill_(keys_at[None, :] > positions[:, None], -torch.inf)
                 local_max = scores.amax(-1)
                 new_max = torch.maximum(running_max, local_max)
                 # A row may have seen no key yet.
@@ -220,28 +212,23 @@ def reference_prefill(
     lists: TileLists,
     output: torch.Tensor,
     softmax_scale: float,
-    features: PrefillFeatures,
+    softcap: float,
 ) -> None:
     """Implements ``api.sparse_prefill``, one request after another.
 
     The result is exact to fp64 where ``output`` is fp64.
     """
-    lambda_ = None if features.lambda_ is None else features.lambda_.cpu()
     for request, span, query, key, value in step.each_request():
         geometry = request.geometry
         keep = torch.zeros(step.num_heads, *geometry.visible.shape, dtype=torch.bool)
         for head in range(step.num_heads):
             for tile, i in _tiles(step, span, head):
                 keep[head, i, lists.block_lists[tile, : int(lists.counts[tile])].long().cpu()] = 1
-        attended, products = reference_attention(
-            query.cpu(), key.cpu(), value.cpu(), keep, geometry, softmax_scale, lambda_,
-            softcap=features.softcap, window=features.window,
-            sinks=None if step.sinks is None else step.sinks.cpu(),
+        attended, _ = reference_attention(
+            query.cpu(), key.cpu(), value.cpu(), keep, geometry, softmax_scale,
+            softcap=softcap, sinks=None if step.sinks is None else step.sinks.cpu(),
         )  # fmt: skip
         output[request.rows] = attended.to(output)
-        if features.products is not None:
-            done = features.products.new_tensor([products.scored, products.weighed])
-            features.products.add_(done)
 
 
 def _tiles(step: StepInputs, span: slice, head: int) -> list[tuple[int, int]]:

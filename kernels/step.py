@@ -155,25 +155,6 @@ class StepInputs:
             yield request, span, self.query[request.rows].to(self.matmul_dtype), key, value
 
 
-@dataclass(frozen=True)
-class PrefillFeatures:
-    """What a model asks of attention beyond causal softmax; what is unused costs nothing.
-
-    Attributes:
-        softcap: Bounds the scaled scores: ``softcap * tanh(scores / softcap)``; 0 for none.
-        window: A row at position ``p`` sees keys in ``(p - window, p]``; None for all up to ``p``.
-        lambda_: ``[num_heads]``, fp32, each <= 0, as in ``reference.reference_attention``; None
-            skips no product with V.
-        products: ``[2]``, int64, counters that the computed block products of QK^T and of PV are
-            added to; None to count nothing.
-    """
-
-    softcap: float = 0.0
-    window: int | None = None
-    lambda_: torch.Tensor | None = None
-    products: torch.Tensor | None = None
-
-
 def check_heads(query: torch.Size, key: torch.Size) -> None:
     """Checks the shapes of a query and of the keys that it is to meet.
 

@@ -150,7 +150,8 @@ def _run(
         server = LLM(**llm)
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         given = [_prompt(*each) for each in zip(prompts, images, strict=True)]
-        requests = [None if path is None else LoRARequest("one", 1, path) for path in adapters]
+        numbers = {path: number for number, path in enumerate(dict.fromkeys(adapters), 1)}
+        requests = [path and LoRARequest(path, numbers[path], path) for path in adapters]
         outputs = []
         for turn in levels or [""]:
             if turn != "":

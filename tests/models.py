@@ -56,6 +56,33 @@ def save_small_model(directory: Path, max_position_embeddings: int = 1024) -> Pa
     return directory
 
 
+ADAPTER_RANK = 8
+
+
+def save_adapter(directory: Path, seed: int) -> Path:
+    """A LoRA adapter for ``SMALL_MODEL``'s shape, in the format of PEFT."""
+    directory.mkdir()
+    config = {
+        "peft_type": "LORA", "r": ADAPTER_RANK, "lora_alpha": 2 * ADAPTER_RANK, "bias": "none",
+        "target_modules": ["q_proj", "k_proj"],
+    }  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    width = SMALL_MODEL.num_heads * SMALL_MODEL.head_dim
+    widths = {"q_proj": width, "k_proj": SMALL_MODEL.num_kv_heads * SMALL_MODEL.head_dim}
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(SMALL_MODEL.num_layers):
+        for name, rows in widths.items():
+            module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            for part, shape in (
+                ("lora_A", (ADAPTER_RANK, width)),
+                ("lora_B", (rows, ADAPTER_RANK)),
+            ):
+                weights[f"{module}.{part}.weight"] = 0.3 * torch.randn(shape, generator=random)
+    save_file(weights, directory / "adapter_model.safetensors")
+    return directory
+
+
 def is_linear(name: str) -> bool:
     return "_proj." in name
 

@@ -22,6 +22,8 @@ from vllm_afbs.check import layers
 from vllm_afbs.commands import extras
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 from vllm_afbs.files import write_atomically
+from vllm_afbs.profile.adapters import AdapterLevel, AdapterProfile
+from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
 
@@ -182,22 +184,45 @@ def test_arguments_that_turn_everything_off(
     assert not any(line.endswith(": sparse") for line in lines)
 
 
-def test_lora_for_the_base_model_alone_turns_nothing_off(
-    model: Path, profile: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("setting", ["base", "validated"])
+def test_lora_that_may_run_sparse_turns_nothing_off(
+    setting: str, model: Path, profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setting = '{"afbs": {"lora": "base"}}'
-    given = ["--model", model, "--profile", profile, OURS, "--enable-lora"]
-    status, lines, error = outcome(capsys, *given, "--additional-config", setting)
+    adapters = [
+        AdapterProfile(
+            name=name, sha256=digit * 64, levels=[AdapterLevel(kl=0.01, holds=name == "sql")]
+        )
+        for name, digit in (("sql", "a"), ("chat", "b"))
+    ]
+    own = tmp_path / "profile.json"
+    listing = load_profile(profile).model_copy(update={"adapters": adapters})
+    write_atomically(own, listing.to_json())
+    given = ["--model", model, "--profile", own, OURS, "--enable-lora"]
+    config = json.dumps({"afbs": {"lora": setting}})
+    status, lines, error = outcome(capsys, *given, "--additional-config", config)
     assert status == 0, error
     assert lines[-1].startswith("on: 3 of 4 layers sparse from 1,024 to 4,096 tokens; 1 dense: ")
+    note = "note: LoRA adapters that may run sparse: 'sql' (all levels), 'chat' (no level)"
+    assert (note in lines) == (setting == "validated")
 
 
-@pytest.mark.parametrize("block_size", ["96", "256"])
+@pytest.mark.parametrize(
+    ("block_k", "given"),
+    [(128, ["--block-size", "96"]), (128, ["--block-size", "256"]), (64, []),
+     (64, ["--block-size", "128"])],
+)  # fmt: skip
 def test_blocks_are_split_into_pages_that_key_blocks_consist_of(
-    block_size: str, model: Path, profile: Path, capsys: pytest.CaptureFixture[str]
+    block_k: int,
+    given: list[str],
+    model: Path,
+    profile: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ["--model", model, "--profile", profile, OURS, "--block-size", block_size]
-    status, lines, _ = outcome(capsys, *given)
+    served = load_profile(profile).model_copy(update={"block_k": block_k})
+    path = tmp_path / "profile.json"
+    write_atomically(path, served.to_json())
+    status, lines, _ = outcome(capsys, "--model", model, "--profile", path, OURS, *given)
     assert status == 0
     assert lines[-1].startswith("on: 3 of 4 layers sparse")
 

@@ -33,16 +33,18 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block_k", [128, 64])
 def test_engine_answers_as_flash_attention_does(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    block_k: int, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By tiles, which need pages of the profile's key blocks."""
     from transformers import AutoConfig
 
     # Read once the engine has gone.
     monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(model_dir / "metrics"))
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model_dir))
     # Calibrated as sparse, so that it runs sparse, but with a tau that keeps nearly every block.
-    nearly_all = uniform_profile(fingerprint, 1 - 1e-6, 0.8, [8192, 32768])
+    nearly_all = uniform_profile(fingerprint, 1 - 1e-6, 0.8, [8192, 32768], block_k=block_k)
     path = model_dir / "profile.json"
     write_atomically(path, nearly_all.to_json())
     prompts = [[(11 * i + n) % 1000 for i in range(n)] for n in PROMPT_LENS]
@@ -62,7 +64,7 @@ def test_engine_answers_as_flash_attention_does(
     for mine, theirs in zip(sparse["answers"], stock["answers"], strict=True):
         assert total_variation(mine["next_token"], theirs["next_token"]) < 0.01
     # Each long prompt is prefilled twice alone (once to warm up) before the products are read.
-    visible = sum(BlockGeometry(q, kv, 128, 128).num_visible for q, kv in CHUNKS)
+    visible = sum(BlockGeometry(q, kv, 128, block_k).num_visible for q, kv in CHUNKS)
     products = sparse["block_products"]
     total = products["computed"] + products["skipped"]
     assert total == 2 * NUM_LAYERS * NUM_HEADS * visible * 2

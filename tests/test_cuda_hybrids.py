@@ -41,10 +41,12 @@ def small(name: str) -> HybridModel:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block_k", [128, 64])
 @pytest.mark.parametrize("name", MODELS)
 def test_full_layers_attend_as_flash_attention_does(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, block_k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By tiles, which need pages of the profile's key blocks, also out of blocks for Mamba."""
     # Read once the engine has gone.
     monkeypatch.setenv(instance.DIRECTORY_VARIABLE, str(tmp_path / "metrics"))
     model = small(name)
@@ -52,7 +54,8 @@ def test_full_layers_attend_as_flash_attention_does(
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(tmp_path))
     # Calibrated as sparse, so that it runs sparse, but with a tau that keeps nearly every block.
     profile = tmp_path / "profile.json"
-    nearly_all = uniform_profile(fingerprint, 1 - 1e-6, 0.8, [8192, MAX_MODEL_LEN])
+    lengths = [8192, MAX_MODEL_LEN]
+    nearly_all = uniform_profile(fingerprint, 1 - 1e-6, 0.8, lengths, block_k=block_k)
     write_atomically(profile, nearly_all.to_json())
     prompts = [[(11 * i + i // 7 + n) % 1000 for i in range(n)] for n in PROMPT_LENS]
     job = Job(
@@ -61,7 +64,8 @@ def test_full_layers_attend_as_flash_attention_does(
     )  # fmt: skip
     products = run_job(job)["block_products"]
 
-    visible = NUM_PREFILLS * sum(BlockGeometry(q, kv, 128, 128).num_visible for q, kv in CHUNKS)
+    cuts = [BlockGeometry(q_len, kv_len, 128, block_k) for q_len, kv_len in CHUNKS]
+    visible = NUM_PREFILLS * sum(cut.num_visible for cut in cuts)
     total = products["computed"] + products["skipped"]
     assert total == 2 * model.num_full * SMALLER["num_attention_heads"] * visible
     assert products["computed"] > 0.99 * total

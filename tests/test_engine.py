@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,15 @@ from safetensors.torch import load_file
 
 from benchmarks.profiles import uniform_profile
 from tests import hybrids
+from tests.models import ADAPTER_RANK, Weights, changed_model, save_adapter
 from tests.quantised_checkpoints import quantise
 from tests.tuning_jobs import IN_PROCESS, save_byte_tokenizer, save_tiny_model, start
 from vllm_afbs import tune
 from vllm_afbs.captures import CALIBRATION, Capture
+from vllm_afbs.engine import client, opening, room
 from vllm_afbs.engine.client import VllmEngine
+from vllm_afbs.engine.process import EngineProcess
+from vllm_afbs.engine.sparse_model import EngineAdapter
 from vllm_afbs.errors import InputError
 from vllm_afbs.evaluate import __main__ as evaluate
 from vllm_afbs.evaluate.baselines import of_profile
@@ -33,6 +38,8 @@ from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.profile.file import load_profile
+from vllm_afbs.profile.weights import adapter_sha256
+from vllm_afbs.tuning.allocation.adapters import LARGEST_KL_RATIO
 from vllm_afbs.tuning.capture import capture
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -42,8 +49,7 @@ WINDOWS = {
     CALIBRATION: [(7 * i + i // 9) % 256 for i in range(LENGTH)],
     "validation-0-0": [(11 * i + 3) % 256 for i in range(LENGTH)],
 }
-SERVE = ["--dtype", "float32", "--block-size", str(BLOCK), "--max-num-batched-tokens", "256"]
-SERVE += ["--max-num-seqs", "4"]
+SERVE = ["--dtype", "float32", "--max-num-batched-tokens", "256", "--max-num-seqs", "4"]
 TEXT = Path(__file__)
 SMALL = ["--lengths", "256", "512", "--block-q", str(BLOCK), "--block-k", str(BLOCK)]
 SMALL += ["--tolerance", "0.3"]
@@ -68,9 +74,19 @@ def small_cache() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[VllmEngine]:
-    """An engine with chunks of 256 tokens, shared by all that leave it as it was."""
-    with VllmEngine([str(model), *SERVE]) as running:
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LoRA adapters for it, by name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: save_adapter(folder / name, seed) for seed, name in enumerate(("one", "other"))}
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, adapters: dict[str, Path]) -> Iterator[VllmEngine]:
+    """An engine with chunks of 256 tokens, shared by all that leave it as it was.
+
+    Most run its base model, to which LoRA adapters that are loaded as well do nothing.
+    """
+    with VllmEngine([str(model), *SERVE, *lora(**adapters)], BLOCK, with_adapters=True) as running:
         yield running
 
 
@@ -87,6 +103,28 @@ def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("profile") / "profile.json"
     assert tune.main([str(model), "--output", str(output), *ONE_LEVEL, *IN_PROCESS]) == 0
     return output
+
+
+def lora(**adapters: Path) -> list[str]:
+    """What ``vllm serve`` is given for LoRA adapters."""
+    return ["--enable-lora", "--lora-modules", *(f"{n}={path}" for n, path in adapters.items())]
+
+
+def merged(model: Path, adapter: Path, directory: Path) -> Path:
+    """The model with an adapter added to its weights, by LoRA's formula."""
+    delta = load_file(adapter / "adapter_model.safetensors")
+    scale = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"] / ADAPTER_RANK
+
+    def change(weights: Weights) -> Weights:
+        found = dict(weights)
+        for name in weights:
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{prefix}.lora_A.weight" in delta:
+                a, b = delta[f"{prefix}.lora_A.weight"], delta[f"{prefix}.lora_B.weight"]
+                found[name] = weights[name] + scale * b @ a
+        return found
+
+    return changed_model(model, directory, change)
 
 
 def assert_same(one: Capture, other: Capture) -> None:
@@ -114,9 +152,16 @@ def test_captures_are_what_transformers_captures(
     assert_same(again, captured)
 
 
-def test_candidates_are_measured_as_by_transformers(model: Path, engine: VllmEngine) -> None:
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_candidates_are_measured_as_by_transformers(
+    model: Path, engine: VllmEngine, adapters: dict[str, Path], with_adapter: bool, tmp_path: Path
+) -> None:
+    """With a LoRA adapter, as if it were part of the weights."""
+    source: VllmEngine | EngineAdapter = engine
+    if with_adapter:
+        model, source = merged(model, adapters["one"], tmp_path / "merged"), engine.adapters[0]
     own = TransformersEngine(open_model(str(model))).sparse_model(BLOCK, BLOCK)
-    theirs = engine.sparse_model(BLOCK, BLOCK)
+    theirs = source.sparse_model(BLOCK, BLOCK)
     thresholds = {
         layer: HeadThresholds(torch.full((4,), tau), torch.full((4,), theta))
         for layer, tau, theta in ((0, 0.8, 0.1), (1, 0.6, -1.0))
@@ -140,6 +185,17 @@ def test_pages_that_blocks_do_not_fit_are_no_candidate(engine: VllmEngine) -> No
         engine.sparse_model(16, 16).compare(WINDOWS[CALIBRATION], {0: heads, 1: heads})
     # What failed is served all the same, so dense has to be asked for again.
     engine.serve(None)
+
+
+def test_an_adapter_that_vllm_would_run_dense_is_not_measured(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if its files had changed since the profile's digest was taken."""
+    monkeypatch.setitem(engine.description.adapters, "one", "0" * 64)
+    heads = HeadThresholds(torch.full((4,), 0.5), torch.full((4,), -1.0))
+    one, _ = (each.sparse_model(BLOCK, BLOCK) for each in engine.adapters)
+    with pytest.raises(InputError, match=r"--lora-modules: one: vLLM has loaded other files"):
+        one.compare(WINDOWS[CALIBRATION], {0: heads, 1: heads})
 
 
 def test_evaluations_agree(model: Path, engine: VllmEngine, profile: Path) -> None:
@@ -172,12 +228,48 @@ def test_evaluations_agree(model: Path, engine: VllmEngine, profile: Path) -> No
         assert there.generate([tokens[:60]], 3) == here.generate([tokens[:60]], 3)
 
 
+def test_levels_are_validated_with_adapters(
+    model: Path, engine: VllmEngine, adapters: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked = []
+
+    def opened(options: Any, serve: Sequence[str], block_k: int, with_adapters: bool) -> Any:
+        asked.append((block_k, with_adapters))
+        return nullcontext((engine, engine))
+
+    monkeypatch.setattr(opening, "opened", opened)
+    monkeypatch.setattr(engine, "make_room", lambda: None)  # to load it again would take seconds
+    output = tmp_path / "profile.json"
+    assert tune.main([str(model), "--output", str(output), *SMALL]) == 0
+    assert asked == [(BLOCK, True)]
+    assert "LoRA adapters: 'one' (" in capsys.readouterr().out
+    assert "LoRA adapters" in output.with_suffix(".html").read_text(encoding="utf-8")
+    tuned = load_profile(output)
+    assert {each.name: each.sha256 for each in tuned.adapters} == {
+        name: adapter_sha256(path) for name, path in adapters.items()
+    }
+    num_sparse = 0
+    for level, *of_adapters in zip(tuned.levels, *(a.levels for a in tuned.adapters), strict=True):
+        assert level.whole_model is not None
+        base = level.whole_model.kl
+        assert all(own.holds == (own.kl <= LARGEST_KL_RATIO * base) for own in of_adapters)
+        # Each diverges in its own way, but where no layer is sparse.
+        assert len({base, *(own.kl for own in of_adapters)}) == (3 if base else 1)
+        num_sparse += base > 0
+    assert num_sparse > 1
+
+    assert tune.main([str(model), "--output", str(output), *ONE_LEVEL]) == 2
+    assert "--lora-modules: --search analytic or ax expected" in capsys.readouterr().err
+    assert load_profile(output) == tuned
+
+
 def test_ranks_write_what_one_rank_does(
     model: Path, captured: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # vLLM's CPU workers each want cores of their own; they may share one all the same.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
-    with VllmEngine([str(model), *SERVE, "--tensor-parallel-size", "2"]) as two:
+    with VllmEngine([str(model), *SERVE, "--tensor-parallel-size", "2"], BLOCK) as two:
         found = capture(two, two, WINDOWS, [0, 1], tmp_path, lambda _: None)
     assert_same(found, captured)
     assert not list(tmp_path.rglob("*.rank*"))
@@ -193,7 +285,7 @@ def test_sinks_and_soft_caps_are_captured_and_kept(
     (full,) = hybrids.full_layers(name)
     weights = load_file(directory / "model.safetensors")
     sinks = weights.get(f"model.layers.{full}.self_attn.sinks")
-    with VllmEngine([str(directory), *SERVE]) as hybrid:
+    with VllmEngine([str(directory), *SERVE], BLOCK) as hybrid:
         taken = capture(hybrid, hybrid, WINDOWS, [full], tmp_path, lambda _: None)
         found = taken.load(full, CALIBRATION)
         assert found.softcap == softcap
@@ -211,13 +303,23 @@ def test_sinks_and_soft_caps_are_captured_and_kept(
 
 
 def test_a_quantised_checkpoint_is_tuned_and_measured(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights in 8 bits, which transformers would decode and vLLM computes with."""
     checkpoint, output = tmp_path / "w8a8", tmp_path / "profile.json"
     quantise(model, checkpoint, "W8A8")
-    serve = ["--block-size", str(BLOCK)]
-    assert tune.main([str(checkpoint), "--output", str(output), *SMALL, *serve]) == 0
+    started: list[Path] = []
+
+    def start_process(log_file: Path) -> EngineProcess:
+        started.append(log_file)
+        return EngineProcess(log_file)
+
+    monkeypatch.setattr(client, "EngineProcess", start_process)
+    assert tune.main([str(checkpoint), "--output", str(output), *SMALL]) == 0
+    assert len(started) == 1, "small enough to stay loaded while layers are tuned"
     tuned = load_profile(output)
     assert tuned.tuned_on is not None
     assert tuned.tuned_on.quantization == "compressed-tensors"
@@ -225,7 +327,7 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
     assert any(layer.levels[tuned.level_index()].is_sparse for layer in tuned.layers)
     given = ["--profile", str(output), "--output", str(tmp_path / "q.json"), "--text", str(TEXT)]
     given += ["--tests", "perplexity", "prefixes", "--prefixes", "4", "--windows", "2"]
-    assert evaluate.main([str(checkpoint), *given, *serve]) == 0
+    assert evaluate.main([str(checkpoint), *given]) == 0
     report = json.loads((tmp_path / "q.json").read_text())
     assert report["through"] == tuned.tuned_on.engine
     assert report["sparsity"] > 0.05
@@ -275,12 +377,44 @@ def test_arguments_that_mean_nothing_here_are_named(model: Path) -> None:
 
     serve = ["--port", "9", "--enable-prefix-caching", "--dtype", "float32", "--enable-lora"]
     serve += ["--attention-backend", "afbs"]
-    arguments, unused = parse([str(model), *serve])
-    assert unused == ["--enable-lora", "--enable-prefix-caching", "--port"]
-    assert arguments.dtype == "float32"
-    assert arguments.enforce_eager
-    assert not arguments.enable_prefix_caching
-    assert not arguments.enable_lora
+    for with_adapters in (False, True):  # there are none
+        parsed = parse([str(model), *serve], with_adapters)
+        assert parsed.unused == ["--enable-lora", "--enable-prefix-caching", "--port"]
+        assert parsed.engine.dtype == "float32"
+        assert parsed.engine.enforce_eager
+        assert not parsed.engine.enable_prefix_caching
+        assert not parsed.engine.enable_lora
+
+
+def test_adapters_are_for_those_who_ask(model: Path) -> None:
+    from vllm_afbs.engine.arguments import parse
+
+    serve = [str(model), *lora(one=model), "--max-lora-rank", "64"]
+    parsed = parse(serve, with_adapters=True)
+    assert parsed.unused == []
+    assert (parsed.engine.enable_lora, parsed.engine.max_lora_rank) == (True, 64)
+    (adapter,) = parsed.adapters
+    assert (adapter.lora_name, adapter.lora_int_id, adapter.lora_path) == ("one", 1, str(model))
+    parsed = parse(serve)
+    assert parsed.unused == ["--enable-lora", "--lora-modules"]
+    assert not parsed.adapters
+    assert not parsed.engine.enable_lora
+
+
+def test_adapters_that_are_refused(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """Before anything is loaded."""
+    from vllm_afbs.check.refusals import RefusedError
+    from vllm_afbs.engine.host import Host
+
+    adapter = adapters["one"]
+    for given, line in (
+        (lora(one=adapter)[1:], "--lora-modules: --enable-lora expected beside it"),
+        ([*lora(one=adapter), f"one={model}"], "a name for each adapter expected, got one twice"),
+        (lora(one=tmp_path), f"one: a directory with adapter_config.json .* got {tmp_path}"),
+        (lora(one=adapter, two=adapter), "two: other files expected than those of adapters before"),
+    ):
+        with pytest.raises(RefusedError, match=line):
+            Host().describe([str(model), *given], with_adapters=True)
 
 
 def test_steps_are_as_large_as_a_servers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +430,7 @@ def test_steps_are_as_large_as_a_servers(model: Path, monkeypatch: pytest.Monkey
         EngineArgs, "get_batch_defaults", lambda *_: ({serving: 1536}, {serving: 24})
     )
     host = Host()
-    host.describe([str(model)])
+    host.describe([str(model)], with_adapters=False)
     checked = server_config(parse_serve_arguments([str(model), "--attention-backend", "AFBS"]))
     for config in (host._config, host._arguments, checked):
         scheduler = getattr(config, "scheduler_config", config)
@@ -355,3 +489,12 @@ def test_a_cpu_keeps_what_a_few_prompts_need() -> None:
     assert host._cache_bytes(config) == 131_072 * 30 * 3 * 64 * 2 * 2
     model.max_model_len = 100
     assert host._cache_bytes(config) == host.LEAST_CACHE_BYTES
+
+
+def test_vllm_stays_loaded_where_it_leaves_the_search_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "device_bytes", lambda: 80 * 10**9)
+    assert room.fits_beside_the_search(16 * 10**9, 16 * 10**9)
+    assert not room.fits_beside_the_search(16 * 10**9, 17 * 10**9)
+    assert not room.fits_beside_the_search(70 * 10**9, 10**9)

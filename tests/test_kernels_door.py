@@ -12,7 +12,6 @@ from tests.problems import SCALE, make_problem
 from vllm_afbs.kernels import (
     HeadThresholds,
     PackedTiles,
-    PrefillFeatures,
     StepInputs,
     TileLists,
     TileTables,
@@ -122,19 +121,18 @@ def test_tiles_need_whole_pages_in_a_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lists", "output", "features", "message"),
+    ("lists", "output", "message"),
     [
-        (LISTS, STEP.query[:-1], PrefillFeatures(), "output must be"),
-        (TileLists(LISTS.block_lists[1:], LISTS.counts), STEP.query, PrefillFeatures(), "tiles"),
-        (TileLists(LISTS.block_lists, LISTS.counts[1:]), STEP.query, PrefillFeatures(), "counts"),
-        (LISTS, STEP.query, PrefillFeatures(lambda_=torch.zeros(5)), "lambda_ must be"),
+        (LISTS, STEP.query[:-1], "output must be"),
+        (TileLists(LISTS.block_lists[1:], LISTS.counts), STEP.query, "tiles"),
+        (TileLists(LISTS.block_lists, LISTS.counts[1:]), STEP.query, "counts"),
     ],
 )
 def test_prefill_refuses_what_does_not_fit_the_step(
-    lists: TileLists, output: torch.Tensor, features: PrefillFeatures, message: str
+    lists: TileLists, output: torch.Tensor, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        sparse_prefill(STEP, lists, output.clone(), SCALE, features=features)
+        sparse_prefill(STEP, lists, output.clone(), SCALE)
 
 
 @pytest.mark.parametrize("rows", [(29, 60), (30, 59)])

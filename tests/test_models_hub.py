@@ -25,7 +25,7 @@ from vllm_afbs.models.in_process.source import open_model
 from vllm_afbs.models.in_process.weights import load_weights
 from vllm_afbs.profile.file import parse_profile
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.profile.weights import served_weights_sha256, weights_sha256
+from vllm_afbs.profile.weights import adapter_sha256, served_weights_sha256, weights_sha256
 
 NAME = "someone/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -325,6 +325,25 @@ def test_the_weights_digest_tells_weights_apart(tiny_model: Path, tmp_path: Path
     assert known not in others
     assert weights_sha256(tmp_path) is None
     assert served_weights_sha256("a\0b") is None
+
+
+def test_an_adapters_digest_is_of_its_configuration_and_weights(tmp_path: Path) -> None:
+    adapter = tmp_path / "one"
+    adapter.mkdir()
+    found = [adapter_sha256(adapter)]
+    for name, content in (
+        ("adapter_model.safetensors", b"weights"),
+        ("adapter_config.json", b"{}"),
+        ("adapter_config.json", b"[]"),
+        ("adapter_model.safetensors", b"Weights"),
+        ("adapter_model.bin", b"weights"),
+    ):
+        (adapter / name).write_bytes(content)
+        found.append(adapter_sha256(adapter))
+    assert found[:2] == [None, None]
+    assert len(set(found[2:])) == 4
+    (adapter / "README.md").write_text("changes nothing")
+    assert adapter_sha256(adapter) == found[-1]
 
 
 def test_a_profile_without_the_weights_digest_is_read(tiny_profile: Profile) -> None:

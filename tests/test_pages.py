@@ -1,5 +1,7 @@
 """Pages that vLLM splits blocks into, and layers of both backends that are left to vLLM."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -23,7 +25,9 @@ from tests.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.backends.cpu import backend as cpu
 from vllm_afbs.backends.cuda import backend as cuda
-from vllm_afbs.backends.shared import split_page_sizes
+from vllm_afbs.profile.schema import Profile
+from vllm_afbs.serving import admission
+from vllm_afbs.serving.pages import cost_of_block_size, split_page_sizes
 from vllm_afbs.serving.plan import plan_layer
 
 
@@ -41,6 +45,98 @@ def test_blocks_are_split_into_the_largest_pages(
     assert cpu.AfbsCPUBackend.supports_block_size(block) == (on_cpu is not None)
 
 
+@pytest.fixture
+def serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Makes vLLM build for a server, as its workers do."""
+
+    def serve(profile: Profile | None, driven: int | None = None, named: int | None = None) -> None:
+        afbs: dict[str, object] = {} if driven is None else {"block_k": driven}
+        if profile is not None:
+            path = tmp_path / f"{profile.profile_id}.json"
+            path.write_text(profile.to_json())
+            afbs = {"profile": str(path), "profile_id": profile.profile_id}
+        cache = SimpleNamespace(block_size=named, user_specified_block_size=named is not None)
+        config = SimpleNamespace(cache_config=cache, additional_config={"afbs": afbs})
+        monkeypatch.setattr(compat, "current_config", lambda: config)
+
+    return serve
+
+
+@pytest.mark.parametrize("is_driven", [False, True])
+@pytest.mark.parametrize(
+    ("block_k", "preferred", "pages"),
+    [(128, 128, {128: 128, 384: 128, 672: 32}), (64, 64, {64: 64, 128: 64, 384: 64, 672: 32}),
+     (256, 128, {256: 128}), (32, 32, {128: 32}), (16, 16, {128: 16})],
+)  # fmt: skip
+def test_pages_are_key_blocks_or_parts_of_them(
+    block_k: int,
+    preferred: int,
+    pages: dict[int, int],
+    is_driven: bool,
+    serves: Callable[..., None],
+) -> None:
+    """Of the profile, or of the job in a driven engine, which has no profile at its start."""
+    if is_driven:
+        serves(None, driven=block_k)
+    else:
+        serves(uniform_profile(block_k=block_k))
+    assert cuda.AfbsCUDABackend.get_preferred_block_size(16) == preferred
+    for block, page in pages.items():
+        assert select_common_block_size(block, [cuda.AfbsCUDABackend]) == page
+        if page >= 32:  # vLLM's kernels on the CPU read no smaller ones
+            assert select_common_block_size(block, [cpu.AfbsCPUBackend]) == page
+    # Whatever the pages, the layers' own check agrees that they can be read.
+    impl, profile = make_impl("cpu"), uniform_profile(block_k=block_k)
+    readable = {page: impl.unsupported_feature(page, profile) for page in pages.values()}
+    assert set(readable.values()) == {None}
+
+
+def test_a_named_block_size_is_kept_where_it_can_be_read(serves: Callable[..., None]) -> None:
+    serves(uniform_profile(block_k=64), named=128)
+    assert select_common_block_size(128, [cuda.AfbsCUDABackend]) == 128
+    # On the CPU all layers would run dense.
+    assert select_common_block_size(128, [cpu.AfbsCPUBackend]) == 64
+    # No page fits, so none is better than another.
+    serves(uniform_profile(block_k=48))
+    assert select_common_block_size(128, [cpu.AfbsCPUBackend]) == 128
+
+
+def test_without_a_profile_pages_are_large(serves: Callable[..., None]) -> None:
+    serves(None)
+    assert cuda.AfbsCUDABackend.get_preferred_block_size(16) == 128
+
+
+@pytest.mark.parametrize(
+    ("block_size", "block_k", "page"),
+    [(128, 64, 128), (256, 64, 128), (64, 64, None), (16, 64, None), (128, 128, None),
+     (576, 64, None), (96, 64, None), (64, 32, 64)],
+)  # fmt: skip
+def test_what_a_named_block_size_costs_is_said(
+    block_size: int, block_k: int, page: int | None
+) -> None:
+    line = cost_of_block_size(block_size, block_k)
+    if page is None:
+        assert line is None
+    else:
+        assert line is not None
+        assert line.startswith(f"--block-size {block_size}: pages of {page} keys hold several ")
+        assert f"blocks of {block_k}" in line
+
+
+@pytest.mark.parametrize(("device", "named", "said"), [("cuda", True, 1), ("cpu", True, 0),
+                                                       ("cuda", False, 0)])  # fmt: skip
+def test_a_server_warns_of_that_cost_on_cuda(device: str, named: bool, said: int) -> None:
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(quantization=None),
+        kv_transfer_config=None,
+        device_config=SimpleNamespace(device_type=device),
+        cache_config=SimpleNamespace(block_size=128, user_specified_block_size=named),
+    )
+    lines = admission.notices(config, uniform_profile(block_k=64), "same")
+    assert [line.split(":")[0] for line in lines] == ["--block-size 128"] * said
+    assert admission.notices(config, uniform_profile(), "same") == []
+
+
 @pytest.mark.parametrize(
     ("ours", "stock"),
     [(cpu.AfbsCPUBackend, CPUAttentionBackend), (cuda.AfbsCUDABackend, FlashAttentionBackend)],
@@ -51,7 +147,7 @@ def test_blocks_that_stock_refuses_are_refused_and_no_others(ours: Any, stock: A
 
 
 def test_exact_sizes_of_vllms_own_backend_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert split_page_sizes([64]) == [64]
+    assert split_page_sizes([64]) == split_page_sizes([64], 32) == [64]
     assert split_page_sizes([MultipleOf(64)]) == [128, 64]
     # Up to 0.31 vLLM asks without a specification, and its backends take none.
     own = classmethod(lambda cls: [MultipleOf(32)])

@@ -89,6 +89,44 @@ def profiles(draw: st.DrawFn) -> Profile:
     return uniform_profile(**fields)
 
 
+ADAPTER = {"name": "one", "sha256": "a" * 64, "levels": [{"kl": 0.01, "holds": True}]}
+
+
+def test_adapters_are_read_and_change_the_id() -> None:
+    data = json.loads(uniform_profile().to_json())
+    assert "adapters" not in data  # profiles without keep their ids
+    other = ADAPTER | {"sha256": "b" * 64, "levels": [{"kl": 0.02, "holds": False}]}
+    profile = parse_profile(json.dumps(data | {"adapters": [ADAPTER, other]}).encode(), "p.json")
+    assert profile.validated_adapters(0) == {"a" * 64}
+    assert profile.profile_id != uniform_profile().profile_id
+    assert parse_profile(profile.to_json().encode(), "p.json") == profile
+    assert parse_profile(json.dumps(data).encode(), "p.json").validated_adapters(0) == set()
+
+
+@pytest.mark.parametrize(
+    ("adapters", "line"),
+    [
+        ({}, "adapters: Input should be a valid array"),
+        ([ADAPTER | {"sha256": "A" * 64}], "adapters.0.sha256: String should match"),
+        ([ADAPTER | {"path": "x"}], "adapters.0.path: Extra inputs are not permitted"),
+        ([ADAPTER | {"levels": [{"kl": -1.0, "holds": True}]}], "adapters.0.levels.0.kl: "),
+        ([ADAPTER | {"levels": [{"kl": 0.1, "holds": 1}]}], "adapters.0.levels.0.holds: "),
+        (
+            [ADAPTER | {"levels": []}],
+            "Value error, adapters.0.levels: 1 expected, one for each of levels, got 0",
+        ),
+        (
+            [ADAPTER, ADAPTER | {"name": "two"}],
+            "Value error, adapters.1.sha256: another digest expected, adapters.0 has this one",
+        ),
+    ],
+)
+def test_adapters_are_checked(adapters: Any, line: str) -> None:
+    data = json.loads(uniform_profile().to_json()) | {"adapters": adapters}
+    with pytest.raises(ProfileError, match=f"^p.json: {line}"):
+        parse_profile(json.dumps(data).encode(), "p.json")
+
+
 @given(profiles())
 def test_any_levels_are_read_as_they_were_written(profile: Profile) -> None:
     read = parse_profile(profile.to_json().encode(), "p.json")

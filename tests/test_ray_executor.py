@@ -76,7 +76,6 @@ def serve_command(directory: Path) -> list[str]:
         "--additional-config", json.dumps(settings),
         "--dtype", "float32",
         "--max-model-len", "1024",
-        "--block-size", str(BLOCK),
         "--served-model-name", "model",
         "--enforce-eager",
     ]  # fmt: skip

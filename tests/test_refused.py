@@ -43,6 +43,8 @@ def server_config(tmp_path: Path, hf_config: Any, **changes: Any) -> Any:
         "model_config": SimpleNamespace(hf_config=hf_config, quantization=None),
         "kv_transfer_config": None,
         "observability_config": SimpleNamespace(),
+        "cache_config": SimpleNamespace(block_size=16, user_specified_block_size=False),
+        "device_config": SimpleNamespace(device_type="cpu"),
     }
     return SimpleNamespace(**values | changes)
 

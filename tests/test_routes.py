@@ -25,11 +25,15 @@ from vllm_afbs.demo.server import HOST, free_port
 from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import fallbacks, kill_switch, metrics, routes, server_file
 from vllm_afbs.observability.routes import RoutesPlugin
+from vllm_afbs.profile.adapters import AdapterLevel, AdapterProfile
 from vllm_afbs.profile.schema import LayerProfile, Profile
 from vllm_afbs.serving import configuration
 
 CHROMIUM = shutil.which("chromium")
 LOCAL, REMOTE = "127.0.0.1", "192.0.2.7"
+ADAPTER = AdapterProfile(
+    name="<i>one</i>", sha256="a" * 64, levels=[AdapterLevel(kl=0.01, holds=True)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +59,7 @@ def make_app(
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="AFBS"), backend_per_kind={}),
         additional_config={"afbs": settings},
         observability_config=SimpleNamespace(),
+        lora_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(
             world_size=num_workers,
             data_parallel_size=1,
@@ -208,6 +213,15 @@ def test_the_status_tells_whose_weights_are_served(weights: str, tmp_path: Path)
     assert client.get("/afbs/status").json()["weights"] == weights
 
 
+@pytest.mark.parametrize(("setting", "lists"), [("validated", True), ("base", False)])
+def test_the_status_tells_which_adapters_may_run_sparse(
+    setting: str, lists: bool, tmp_path: Path
+) -> None:
+    client = client_of(make_app(tmp_path, uniform_profile(adapters=[ADAPTER]), lora=setting))
+    expected = [ADAPTER.model_dump()] if lists else []
+    assert client.get("/afbs/status").json()["adapters"] == expected
+
+
 def count_something() -> None:
     metrics.count_products(1, [1, 2, 3, 4], 10, range(4))
     metrics.count_tokens("sparse", 300)
@@ -326,8 +340,9 @@ def serving(app: FastAPI) -> Iterator[str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package chromium)")
 @pytest.mark.parametrize("per_head", [True, False], ids=["by-head", "by-layer"])
 def test_a_browser_draws_the_heat_map_without_an_error(per_head: bool, tmp_path: Path) -> None:
-    profile = uniform_profile(model_name="<b>model</b>")
-    app = make_app(tmp_path, profile, num_workers=1, weights="other", per_head_metrics=per_head)
+    profile = uniform_profile(model_name="<b>model</b>", adapters=[ADAPTER])
+    settings = {"per_head_metrics": per_head, "lora": "validated"}
+    app = make_app(tmp_path, profile, num_workers=1, weights="other", **settings)
     count_something()
     kill_switch.set_enabled(False)
     with serving(app) as url:
@@ -345,6 +360,7 @@ def test_a_browser_draws_the_heat_map_without_an_error(per_head: bool, tmp_path:
     assert "1 of 1 workers have not acknowledged" in done.stdout
     assert "not those that the profile was tuned on" in done.stdout
     assert "&lt;b&gt;model&lt;/b&gt;" in done.stdout
+    assert "&lt;i&gt;one&lt;/i&gt;: sparse at all levels" in done.stdout
     assert "75.0 %" in done.stdout
     cells = re.findall(r'<td title="([^"]*)"(?: style="[^"]*background: ([^;"]*))?', done.stdout)
     if per_head:

@@ -123,8 +123,8 @@ def test_additional_config_wins_over_the_environment(monkeypatch: pytest.MonkeyP
         ({"profile": 3}, "afbs.profile: "),
         ({"per_head_metrics": "yes"}, "afbs.per_head_metrics: "),
         ({"sample_rate": 1.5}, "afbs.sample_rate: "),
-        ({"lora": "validated"}, "afbs.lora: Input should be 'base'"),
-        ({"lora": True}, "afbs.lora: Input should be 'base'"),
+        ({"lora": "all"}, "afbs.lora: Input should be 'base' or 'validated'"),
+        ({"lora": True}, "afbs.lora: Input should be 'base' or 'validated'"),
         ({"sample_rate": float("nan")}, "afbs.sample_rate: "),
     ],
 )

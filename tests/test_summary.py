@@ -12,7 +12,7 @@ from tests.profiles import of_levels, uniform_profile
 from tests.test_fail_closed import PAGE_SIZE, make_config, name_of
 from vllm_afbs import compat
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission
+from vllm_afbs.serving import admission, configuration
 from vllm_afbs.serving.plan import plan_layer, plan_layers
 from vllm_afbs.serving.summary import Summary, report
 
@@ -110,7 +110,7 @@ def test_a_layer_without_a_cache_is_not_waited_for(
 ) -> None:
     config = model(tmp_path, monkeypatch)
     monkeypatch.setattr(compat, "cache_specs", lambda config: {name_of(0): None})
-    monkeypatch.setattr(compat, "num_decoder_layers", lambda config: 1)
+    monkeypatch.setattr(configuration, "num_decoder_layers", lambda config: 1)
     build(config, 0)
     assert logged == ["1 of 1 layers sparse from 1,024 to 8,192 tokens."]
 

@@ -18,7 +18,6 @@ from triton.backends.compiler import GPUTarget
 from tests.batches import Batch, draw_sinks, make_batch, quantise
 from tests.problems import SCALE
 from vllm_afbs.kernels import (
-    PrefillFeatures,
     attend_tiles,
     build_tile_lists,
     select_tile_lists,
@@ -77,7 +76,7 @@ def compiled(
         yield kernels
 
 
-def call_everything(batch: Batch, features: PrefillFeatures) -> None:
+def call_everything(batch: Batch) -> None:
     step, thresholds = batch.step, batch.problems[0].thresholds
     num_kept = torch.zeros(step.num_heads, dtype=torch.int64)
     output = torch.empty_like(step.query, dtype=torch.bfloat16)
@@ -87,18 +86,15 @@ def call_everything(batch: Batch, features: PrefillFeatures) -> None:
     attend_tiles(step, tiles, output, lambda *_: None)
     everything = torch.ones(step.num_heads, step.blocks.num_blocks, step.blocks.max_k_blocks)
     lists = build_tile_lists(everything.bool())
-    for each in (PrefillFeatures(), features):
-        sparse_prefill(step, lists, output, SCALE, features=each)
+    for softcap in (0.0, 30.0):
+        sparse_prefill(step, lists, output, SCALE, softcap=softcap)
     with_sinks = dataclasses.replace(step, sinks=draw_sinks(step.num_heads, "cpu"))
     attend_tiles(with_sinks, tiles, output, lambda query, *_: torch.empty(len(query)))
-    sparse_prefill(with_sinks, lists, output, SCALE, features=features)
+    sparse_prefill(with_sinks, lists, output, SCALE, softcap=30.0)
 
 
 def check_compiled(compiled: dict[str, list[Any]], capability: int, batch: Batch) -> None:
-    # Lambda takes whole blocks, which is more than fits on 8.9. It is not served.
-    lambda_ = None if capability == 89 else torch.full((6,), -8.0)
-    features = PrefillFeatures(softcap=30.0, window=256, lambda_=lambda_)
-    call_everything(batch, features)
+    call_everything(batch)
     assert compiled.keys() == KERNELS
     for name, kernels in compiled.items():
         for kernel in kernels:

@@ -3,7 +3,6 @@
 The Triton kernel runs compiled on a GPU, and in Triton's interpreter without one.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +12,6 @@ from tests.batches import Batch, draw_sinks, make_batch, quantise
 from tests.interpreted import INTERPRETED, assert_passes_interpreted, paged
 from tests.problems import SCALE, PagedDense, Problem, make_problem, relative_l1
 from vllm_afbs.kernels import (
-    PrefillFeatures,
     PrefillRequest,
     StepInputs,
     TileLists,
@@ -31,9 +29,7 @@ from vllm_afbs.kernels.impl.triton_prefill import (
     read_configs,
     triton_prefill,
 )
-from vllm_afbs.kernels.reference import BlockProducts, reference_attention
-
-PLAIN = PrefillFeatures()
+from vllm_afbs.kernels.reference import reference_attention
 
 
 def one_request(
@@ -81,15 +77,14 @@ def step_lists(batch: Batch, keeps: list[torch.Tensor]) -> TileLists:
 def reference(
     problem: Problem,
     keep: torch.Tensor,
-    features: PrefillFeatures,
+    softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, BlockProducts]:
-    return reference_attention(
+) -> torch.Tensor:
+    output, _ = reference_attention(
         problem.query, problem.key, problem.value, keep, problem.geometry, SCALE,
-        None if features.lambda_ is None else features.lambda_.cpu(),
-        softcap=features.softcap, window=features.window,
-        sinks=None if sinks is None else sinks.cpu(),
+        softcap=softcap, sinks=None if sinks is None else sinks.cpu(),
     )  # fmt: skip
+    return output
 
 
 def dense_error(problem: Problem, device: torch.device) -> float:
@@ -106,13 +101,13 @@ def dense_error(problem: Problem, device: torch.device) -> float:
         enable_gqa=True,
     ).transpose(0, 1)
     everything = geometry.visible.expand(problem.query.shape[1], -1, -1)
-    return relative_l1(output.cpu(), reference(problem, everything, PLAIN)[0])
+    return relative_l1(output.cpu(), reference(problem, everything))
 
 
 def check(
     batch: Batch,
     kind: str = "random",
-    features: PrefillFeatures = PLAIN,
+    softcap: float = 0.0,
     prefill: SparsePrefill = triton_prefill,
 ) -> None:
     """Compares an implementation with the reference, request by request.
@@ -120,57 +115,43 @@ def check(
     The budget is relative to what PyTorch's dense attention loses in the same dtype.
     """
     device = batch.query.device
-    counters = torch.zeros(2, dtype=torch.int64, device=device)
     keeps = [kept_blocks(problem, kind) for problem in batch.problems]
     lists = step_lists(batch, keeps)
     output = torch.full_like(batch.query, torch.nan, dtype=batch.step.matmul_dtype)
-    prefill(batch.step, lists, output, SCALE, replace(features, products=counters))
+    prefill(batch.step, lists, output, SCALE, softcap)
     others = torch.ones(len(output), dtype=torch.bool)
-    expected_products = torch.zeros(2, dtype=torch.int64)
     for request in batch.blocks.requests:
         index = request.table_row - 1
         problem = batch.problems[index]
         rows = slice(request.first_row, request.first_row + len(problem.query))
-        expected, products = reference(problem, keeps[index], features, batch.sinks)
+        expected = reference(problem, keeps[index], softcap, batch.sinks)
         error = relative_l1(output[rows].cpu(), expected)
         assert error <= 2 * dense_error(problem, device)
         others[rows] = False
-        expected_products += torch.tensor([products.scored, products.weighed])
     assert output.cpu()[others].isnan().all()
-    assert torch.equal(counters.cpu(), expected_products)
-    scored, weighed = counters.tolist()
-    if features.window is None:
-        assert scored == int(lists.counts.sum())
-    if features.lambda_ is None:
-        assert weighed == scored
-    else:
-        assert weighed < scored, "something is to be skipped"
 
 
 def api_prefill(
     step: StepInputs, lists: TileLists, output: torch.Tensor, softmax_scale: float,
-    features: PrefillFeatures,
+    softcap: float,
 ) -> None:  # fmt: skip
     """The default implementation, through the door."""
-    sparse_prefill(step, lists, output, softmax_scale, features=features)
+    sparse_prefill(step, lists, output, softmax_scale, softcap=softcap)
 
 
 def reference_prefill(
     step: StepInputs, lists: TileLists, output: torch.Tensor, softmax_scale: float,
-    features: PrefillFeatures,
+    softcap: float,
 ) -> None:  # fmt: skip
-    sparse_prefill(
-        step, lists, output, softmax_scale, features=features, implementation="reference"
-    )
+    sparse_prefill(step, lists, output, softmax_scale, softcap=softcap, implementation="reference")
 
 
 def tiles_prefill(
     step: StepInputs, lists: TileLists, output: torch.Tensor, softmax_scale: float,
-    features: PrefillFeatures,
+    softcap: float,
 ) -> None:  # fmt: skip
-    """Tiles of each request on a dense paged kernel, which has no features."""
-    assert features.products is not None
-    assert replace(features, products=None) == PLAIN
+    """Tiles of each request on a dense paged kernel, which caps nothing."""
+    assert not softcap
     assert softmax_scale == SCALE
     num_kv_heads, head_dim = step.key_cache.shape[2:]
     dense = PagedDense(
@@ -189,7 +170,6 @@ def tiles_prefill(
         pages = step.block_table[request.table_row]
         tables = build_tile_tables(own, request.geometry, pages, step.page_size, num_kv_heads)
         tile_prefill(query, output[request.rows], tables, dense)
-        features.products.add_(own.counts.sum())
 
 
 NEEDS_INTERPRETER = pytest.mark.skipif(
@@ -205,11 +185,11 @@ TRITON_IN_PARTS = pytest.param(
 
 def in_pairs(
     step: StepInputs, lists: TileLists, output: torch.Tensor, softmax_scale: float,
-    features: PrefillFeatures,
+    softcap: float,
 ) -> None:  # fmt: skip
     """Two key blocks at a time."""
     config = LaunchConfig(2 * step.blocks.block_k, 4, 1)
-    triton_prefill(step, lists, output, softmax_scale, features, config)
+    triton_prefill(step, lists, output, softmax_scale, softcap, config)
 
 
 TRITON_IN_PAIRS = pytest.param(in_pairs, id="interpreted-triton-in-pairs", marks=NEEDS_INTERPRETER)
@@ -217,32 +197,13 @@ REFERENCE = pytest.param(reference_prefill, id="reference")
 TILES = pytest.param(tiles_prefill, id="tiles")
 
 
-def make_features(names: str, num_heads: int, window: int, device: str) -> PrefillFeatures:
-    lambda_ = torch.linspace(-3.0, 0.0, num_heads, device=device)
-    return PrefillFeatures(
-        softcap=4.0 if "softcap" in names else 0.0,
-        window=window if "window" in names else None,
-        lambda_=lambda_ if "lambda" in names else None,
-    )
+FEATURES = ["softcap", "sinks", "softcap sinks"]
 
 
-def lower_odd_blocks(batch: Batch) -> None:
-    """Puts scores close together and those in odd key blocks 3 lower, to have V blocks to skip."""
-    page_size, head_dim = batch.key_cache.shape[1], batch.key_cache.shape[-1]
-    device = batch.query.device
-    for request in batch.blocks.requests:
-        query = batch.problems[request.table_row - 1].query
-        query *= 0.5 * head_dim**-0.5
-        query[..., 0] = 1.0
-        batch.query[request.first_row : request.first_row + len(query)] = query.to(device)
-        key = batch.problems[request.table_row - 1].key
-        odd = (torch.arange(len(key)) // request.geometry.block_k % 2).nonzero().flatten()
-        key[odd, :, 0] = -3.0 / SCALE
-        pages = batch.block_table[request.table_row, (odd // page_size).to(device)].long()
-        batch.key_cache[pages, (odd % page_size).to(device)] = key[odd].to(device)
-
-
-FEATURES = ["softcap", "window", "lambda", "sinks", "softcap window lambda sinks"]
+def check_features(batch: Batch, names: str, prefill: SparsePrefill = triton_prefill) -> None:
+    if "sinks" in names:
+        batch.sinks = draw_sinks(batch.query.shape[1], batch.query.device.type)
+    check(batch, "random", 4.0 if "softcap" in names else 0.0, prefill)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
@@ -310,12 +271,8 @@ def test_every_shape_equals_the_reference(
 @pytest.mark.parametrize("names", FEATURES)
 @pytest.mark.parametrize("prefill", [TRITON, TRITON_IN_PARTS, TRITON_IN_PAIRS, REFERENCE])
 def test_features_equal_the_reference(prefill: SparsePrefill, names: str) -> None:
-    if "lambda" in names and (isinstance(prefill, partial) or prefill is in_pairs):
-        pytest.skip("lambda takes blocks one by one")
     batch = make_batch([(70, 150), (33, 100)], 32, 16, 16, torch.float32, "cpu")
-    lower_odd_blocks(batch)
-    batch.sinks = draw_sinks(6, "cpu") if "sinks" in names else None
-    check(batch, "random", make_features(names, 6, 40, "cpu"), prefill)
+    check_features(batch, names, prefill)
 
 
 @pytest.mark.parametrize(
@@ -334,37 +291,24 @@ def test_fp8_is_read(
 ) -> None:
     batch = make_batch([(20, 20), (33, 70)], 32, 16, 24, torch.float32, "cpu")
     quantise(batch, dtype, with_query, per_head)
-    batch.sinks = draw_sinks(6, "cpu") if "sinks" in names else None
-    check(batch, "random", make_features(names, 6, 40, "cpu"), prefill)
+    check_features(batch, names, prefill)
 
 
-@pytest.mark.parametrize(
-    ("block_n", "lambda_"),
-    [(128, None), (24, None), (16, torch.zeros(4)), (64, torch.zeros(4))],
-    ids=str,
-)
-def test_keys_that_are_no_part_and_no_pair_of_blocks_are_refused(
-    block_n: int, lambda_: torch.Tensor | None
-) -> None:
+@pytest.mark.parametrize("block_n", [24, 128])
+def test_keys_that_are_no_part_and_no_pair_of_blocks_are_refused(block_n: int) -> None:
     batch = one_request(32, 32, 32, 32, 32, 16, torch.float32)
     lists = step_lists(batch, [kept_blocks(batch.problems[0], "all")])
+    config = LaunchConfig(block_n, 4, 1)
     with pytest.raises(ValueError, match="block_n"):
-        triton_prefill(
-            batch.step, lists, torch.empty_like(batch.query), SCALE,
-            PrefillFeatures(lambda_=lambda_), LaunchConfig(block_n, 4, 1),
-        )  # fmt: skip
+        triton_prefill(batch.step, lists, torch.empty_like(batch.query), SCALE, 0.0, config)
 
 
-@pytest.mark.parametrize("whole_blocks", [False, True])
 @pytest.mark.parametrize("block_k", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("block_q", [16, 64, 128, 512])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
-def test_default_parts_make_up_a_block_or_two(
-    head_dim: int, block_q: int, block_k: int, whole_blocks: bool
-) -> None:
-    block_n = fastest_config(TileShape(head_dim, block_q, block_k), whole_blocks).block_n
+def test_default_parts_make_up_a_block_or_two(head_dim: int, block_q: int, block_k: int) -> None:
+    block_n = fastest_config(TileShape(head_dim, block_q, block_k)).block_n
     assert block_k % block_n == 0 or block_n == 2 * block_k
-    assert block_n == block_k or not whole_blocks
 
 
 def test_measured_shapes_take_their_own_configuration() -> None:
@@ -412,9 +356,7 @@ def test_compiled_features_equal_the_reference_in_every_shape(
     shape: tuple[int, int], names: str
 ) -> None:
     batch = make_batch(LENGTHS, shape[0], 64, 128, torch.bfloat16, "cuda", block_k=shape[1])
-    lower_odd_blocks(batch)
-    batch.sinks = draw_sinks(6, "cuda") if "sinks" in names else None
-    check(batch, "random", make_features(names, 6, 200, "cuda"))
+    check_features(batch, names)
 
 
 @pytest.mark.gpu
@@ -432,9 +374,7 @@ def test_compiled_features_equal_the_reference(
     head_dim: int, dtype: torch.dtype, names: str
 ) -> None:
     batch = make_batch(LENGTHS, 128, 16, head_dim, dtype, "cuda")
-    lower_odd_blocks(batch)
-    batch.sinks = draw_sinks(6, "cuda") if "sinks" in names else None
-    check(batch, "random", make_features(names, 6, 200, "cuda"))
+    check_features(batch, names)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tuning_jobs import command, result, start, wait_for_steps
+from tests.tuning_jobs import command, result, start, wait_for_steps, where
 from vllm_afbs import tune
 from vllm_afbs.commands.tuning_options import tuning_parser
 from vllm_afbs.errors import InputError
@@ -469,6 +469,16 @@ def test_bad_options_are_refused_by_name(
         tune.main(["--model", "m", "--output", "p.json", option, value])
     assert stopped.value.code == 2
     assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_adapters_are_refused_without_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tune.main([*where(Path("m"), Path("p.json")), "--enable-lora", "--lora-modules", "one=a"])
+    assert stopped.value.code == 2
+    line = (
+        "--lora-modules one=a (arguments of vllm serve, and so LoRA adapters, need --engine vllm)"
+    )
+    assert line in " ".join(capsys.readouterr().err.split())
 
 
 def test_damaged_capture_is_named(tiny_model: Path, tmp_path: Path) -> None:

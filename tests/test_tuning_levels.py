@@ -6,7 +6,10 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,9 @@ from vllm_afbs.captures import CALIBRATION
 from vllm_afbs.cost_models import CardCost, CpuCost
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.models.in_process.engine import Predictions
+from vllm_afbs.profile.adapters import AdapterProfile
 from vllm_afbs.tuning.allocation import front_search
+from vllm_afbs.tuning.allocation.adapters import validated
 from vllm_afbs.tuning.allocation.analytic import (
     DAMAGE_RUNS,
     Analytic,
@@ -332,6 +337,56 @@ def test_levels_go_from_nearly_lossless_to_fast(kind: str, tmp_path: Path) -> No
     ratios = [each.attention_time_ratio for each in balanced.by_length]
     assert ratios == pytest.approx([1 - each.sparsity for each in balanced.by_length])
     assert len(levels) == len(OVERALL) or kind == "ax"
+
+
+@dataclass
+class Adapted:
+    """A LoRA adapter with which a model diverges so much more than ``Uneven``."""
+
+    ratio: float
+    sha256: str = "a" * 64
+    name: str = "one"
+    runs: int = 0
+
+    def sparse_model(self, block_q: int, block_k: int) -> "Adapted":
+        return self
+
+    def compare(self, tokens: Sequence[int], thresholds: Mapping[int, HeadThresholds]) -> Compared:
+        self.runs += 1
+        found = Uneven().compare(tokens, thresholds)
+        return Compared(found.dense_loss, found.loss, self.ratio * found.kl)
+
+    def losses(self, tokens: Sequence[int], thresholds: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("ratio", "holds"), [(0.5, True), (1.24, True), (1.26, False)])
+def test_a_level_holds_for_an_adapter_that_diverges_as_the_base_model_does(
+    ratio: float, holds: bool, tmp_path: Path
+) -> None:
+    levels, *_ = level_search(tmp_path, ()).run("analytic", None, None)
+    entries = len(read_entries_of(tmp_path))
+    adapter = Adapted(ratio)
+
+    def validate(adapter: Adapted) -> AdapterProfile:
+        journal = Journal(tmp_path / FILE_NAME, {})
+        load = partial(adapter.sparse_model, 16, 16)
+        return validated(adapter, ModelRuns(load, WINDOWS, journal, int, adapter.sha256), levels)
+
+    found = validate(adapter)
+    assert (found.name, found.sha256) == (adapter.name, adapter.sha256)
+    assert [own.holds for own in found.levels] == [holds] * len(levels)
+    assert [own.kl for own in found.levels] == [
+        pytest.approx(ratio * level.runs.whole.kl) for level in levels if level.runs is not None
+    ]
+    # Its runs are its own, and a job that goes on has them.
+    assert adapter.runs == len(levels) == len(read_entries_of(tmp_path)) - entries
+    again = Adapted(ratio)
+    assert validate(again) == found
+    assert again.runs == 0
+    other = Adapted(ratio, sha256="b" * 64)
+    validate(other)
+    assert other.runs == len(levels)
 
 
 def test_untuned_layers_count_as_dense(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ BACKENDS = "vllm/v1/attention/backends"
          "CommonAttentionMetadata has no seq_lens_cpu_upper_bound"),
         ("vllm/distributed/parallel_state.py", "get_tensor_model_parallel_rank", "renamed",
          "vllm.distributed has no get_tensor_model_parallel_rank"),
+        ("vllm/lora/worker_manager.py", "def _load_adapter", "def _load", "no _load_adapter"),
         ("vllm/platforms/cpu.py", None, None, "module vllm.platforms.cpu is missing"),
     ],
     ids=lambda value: str(value)[:40],

@@ -116,7 +116,7 @@ def test_vllm_tunes_and_evaluates_it(
     job = [each for each in where(model, output) if each not in ("--engine", "transformers")]
     job += ["--lengths", *LENGTHS, "--block-q", "32", "--block-k", "32", "--tolerance", "0.3"]
     job += ["--search", "one-tolerance"]  # prompts are too short for sparsity to pay
-    assert tune.main([*job, "--dtype", "float32", "--block-size", "32"]) == 0
+    assert tune.main([*job, "--dtype", "float32"]) == 0
     profile = load_profile(output)
     assert [len(layer.levels[0].heads) for layer in profile.layers] == [4, 4]
     assert any(head.tau < 1 for head in profile.heads_of(profile.level_index()))
@@ -124,7 +124,7 @@ def test_vllm_tunes_and_evaluates_it(
     assert profile.tuned_on.engine.startswith("vllm ")
     given = ["--profile", str(output), "--output", str(tmp_path / "q.json"), "--text", __file__]
     given += ["--tests", "perplexity", "prefixes", "--prefixes", "4", "--windows", "2"]
-    assert evaluate([str(model), *given, "--block-size", "32", "--dtype", "float32"]) == 0
+    assert evaluate([str(model), *given, "--dtype", "float32"]) == 0
     report = json.loads((tmp_path / "q.json").read_text())
     assert report["through"] == profile.tuned_on.engine
     assert report["sparsity"] > 0.05

@@ -180,6 +180,10 @@ def _unread_parts(tree: Tree) -> Iterator[str]:
             yield f"{module_name}: layers have a new argument {name}: those that set it run dense"
         for name in sorted(arguments_of(impl, "forward") - FORWARD_ARGUMENTS):
             yield f"{module_name}: forward has a new argument {name}: calls that pass it run dense"
+    worker = tree.module("vllm.lora.worker_manager")
+    manager = class_of(worker, "WorkerLoRAManager") if worker else None
+    if manager is None or "lora_request" not in arguments_of(manager, "_load_adapter"):
+        yield "vllm.lora.worker_manager: no _load_adapter: steps with LoRA adapters run dense"
     common = tree.module(f"{ATTENTION}.backend")
     found = class_of(common, "CommonAttentionMetadata") if common else None
     for field in sorted(COMMON_FIELDS - (fields_of(found) if found else set())):

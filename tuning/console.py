@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_afbs.files import printable
+from vllm_afbs.profile.adapters import describe_adapters
 from vllm_afbs.profile.schema import HeadProfile, Profile
 from vllm_afbs.tuning.allocation.acceptance import describe
 from vllm_afbs.tuning.level_rows import level_rows
@@ -79,6 +80,9 @@ def print_summary(profile: Profile, output: Path, report: Path) -> None:
     if described := describe_layers(profile):
         console.print(described, highlight=False)
     console.print(_levels(profile))
+    if profile.adapters:
+        held = describe_adapters(profile.adapters, [each.name for each in profile.levels])
+        console.print(f"LoRA adapters: {held}", markup=False, highlight=False, soft_wrap=True)
     run = profile.tuner
     heads = profile.num_tuned_heads
     console.print(

@@ -100,8 +100,32 @@ class SparseModel(Protocol):
         """Loss of every token after a window's first, ``[length - 1]``; no thresholds is dense."""
 
 
+class Adapter(Protocol):
+    """A LoRA adapter that an engine can run its model with.
+
+    Attributes:
+        name: What the user calls it.
+        sha256: Digest of its files, see ``profile.weights``.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def sha256(self) -> str: ...  # noqa: D102
+
+    def sparse_model(self, block_q: int, block_k: int) -> SparseModel:
+        """The loaded model with this adapter; see ``Engine.sparse_model``."""
+
+
 class Engine(Protocol):
-    """Runs a model."""
+    """Runs a model.
+
+    Attributes:
+        adapters: LoRA adapters for which levels are to be validated.
+    """
+
+    @property
+    def adapters(self) -> Sequence[Adapter]: ...  # noqa: D102
 
     def tuned_on(self) -> TunedOn:
         """What ran the model, for the profile."""
@@ -132,5 +156,8 @@ class Engine(Protocol):
             block_k: Keys of a key block.
         """
 
-    def release(self) -> None:
-        """Frees what the loaded model takes. It is loaded again when it is needed again."""
+    def make_room(self) -> None:
+        """Frees what the loaded model takes, if the search could lack it.
+
+        It is loaded again when it is needed again.
+        """

@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from vllm_afbs.files import write_atomically
 from vllm_afbs.kernels import THETA_OFF
+from vllm_afbs.profile.adapters import describe_adapters
 from vllm_afbs.profile.schema import HeadProfile, Profile
 from vllm_afbs.tuning.allocation.acceptance import describe
 from vllm_afbs.tuning.allocation.analytic import FACTORS
@@ -258,6 +259,7 @@ def _totals(profile: Profile) -> dict[str, str]:
     return {
         "Default level": profile.default_level,
         **_layers(profile),
+        **_adapters(profile),
         "Sparse heads": f"{len(sparse)} of {len(heads)}",
         "Mean sparsity, held out": f"{sum(map(_sparsity, heads)) / len(heads):.3f}",
         "Mean error, held out": f"{sum(map(_error, heads)) / len(heads):.4f}",
@@ -274,6 +276,13 @@ def _layers(profile: Profile) -> dict[str, str]:
     if num_full == num_layers:
         return {}
     return {"Layers": f"{num_full} of {num_layers} layers have full attention"}
+
+
+def _adapters(profile: Profile) -> dict[str, str]:
+    if not profile.adapters:
+        return {}
+    names = [level.name for level in profile.levels]
+    return {"LoRA adapters": describe_adapters(profile.adapters, names)}
 
 
 def _whole_model(profile: Profile) -> dict[str, str]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from vllm_afbs.captures import Capture
 from vllm_afbs.kernels import THETA_OFF
+from vllm_afbs.profile.adapters import AdapterProfile
 from vllm_afbs.profile.schema import HeadProfile, LayerLevel, LayerProfile, Level, Profile
 from vllm_afbs.profile.tuner_run import TextSource, TunedOn, TunerRun
 from vllm_afbs.tuning.allocation.acceptance import AcceptanceTest
+from vllm_afbs.tuning.allocation.adapters import validated
 from vllm_afbs.tuning.allocation.analytic import Division
 from vllm_afbs.tuning.allocation.goal import Goal
 from vllm_afbs.tuning.allocation.levels import LevelSearch, SearchKind, TunedLevel, Windows
@@ -20,7 +22,7 @@ from vllm_afbs.tuning.allocation.model_runs import Layers, ModelRuns
 from vllm_afbs.tuning.capture import capture
 from vllm_afbs.tuning.cost import AttentionTime, CostModel
 from vllm_afbs.tuning.device import compute_device
-from vllm_afbs.tuning.engine import Engine, Model
+from vllm_afbs.tuning.engine import Adapter, Engine, Model
 from vllm_afbs.tuning.journal import FILE_NAME, Journal, Result
 from vllm_afbs.tuning.level_rows import KL_BY_WINDOW, MEASURED_AT
 from vllm_afbs.tuning.progress import Progress
@@ -101,12 +103,13 @@ def tune(
     # A step keeps only the seconds: whether there is a capture, its files say.
     start = time.perf_counter()
     taken = capture(model, engine, cut.windows, layers, work, progress.advance)
-    engine.release()  # the search needs the memory
+    engine.make_room()
     captured = journal.step("capture", Captured, lambda: Captured(time.perf_counter() - start))
     progress.begin("Tuning", len(layers))
     search = LayerSearches(settings, layers, taken, journal, progress, pool)
     curves = search.curves()
     parts = {f"unseen-{index}": part.tokens for index, part in enumerate(cut.acceptance)}
+    windows = {**cut.windows, **parts}
     shape = model.fingerprint
     # With a goal, or a search that has the last word on the longest windows, levels are measured
     # there. On a CPU, a job without one would take past five minutes for that.
@@ -116,7 +119,7 @@ def tune(
         settings,
         ModelRuns(
             lambda: engine.sparse_model(settings.block_q, settings.block_k),
-            {**cut.windows, **parts},
+            windows,
             journal,
             lambda: progress.advance(1.0),
         ),
@@ -129,6 +132,10 @@ def tune(
         len(set(model.full_layers) - set(layers)),
         level_length,
     ).run(kind, goal, AcceptanceTest(cut.acceptance, journal, progress) if accepting else None)
+    adapters = [
+        _validated(adapter, settings, levels, windows, journal, progress)
+        for adapter in engine.adapters
+    ]
     sources = [
         TextSource(
             name=text.name, sha256=text.sha256, num_tokens=num_tokens, coverage=text.coverage
@@ -159,7 +166,7 @@ def tune(
         cost=journal.total("cost"),
         wall_seconds=journal.total("seconds") + captured.seconds,
     )
-    return _profile(model, engine.tuned_on(), sources, settings, run, levels, default)
+    return _profile(model, engine.tuned_on(), sources, settings, run, levels, default, adapters)
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,26 @@ def _ignore(_: float) -> None:
     pass
 
 
+def _validated(
+    adapter: Adapter,
+    settings: SearchSettings,
+    levels: Sequence[TunedLevel],
+    windows: Mapping[str, Sequence[int]],
+    journal: Journal,
+    progress: Progress,
+) -> AdapterProfile:
+    num_runs = sum(len(level.runs.windows) for level in levels if level.runs is not None)
+    progress.begin(f"Validating {adapter.name}", num_runs)
+    runs = ModelRuns(
+        lambda: adapter.sparse_model(settings.block_q, settings.block_k),
+        windows,
+        journal,
+        lambda: progress.advance(1.0),
+        adapter.sha256,
+    )
+    return validated(adapter, runs, levels)
+
+
 def _profile(
     model: Model,
     tuned_on: TunedOn,
@@ -234,6 +261,7 @@ def _profile(
     run: TunerRun,
     levels: Sequence[TunedLevel],
     default: str,
+    adapters: list[AdapterProfile],
 ) -> Profile:
     shape = model.fingerprint
     dense = LayerLevel(heads=[HeadProfile(tau=1.0, theta=THETA_OFF)] * shape.num_heads)
@@ -262,6 +290,7 @@ def _profile(
             else LayerProfile(levels=[])
             for layer in range(shape.num_layers)
         ],
+        adapters=adapters,
         calibration_texts=sources,
         tuner=run,
     )

@@ -30,13 +30,10 @@ KNOWN_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")
 
 def unknown_version() -> str | None:
     """A warning of one line if the installed vLLM is not a known version; None if it is."""
-    import vllm
-
-    release = vllm.__version__.split("+")[0]
-    if release in KNOWN_VERSIONS:
+    if installed_version().split("+")[0] in KNOWN_VERSIONS:
         return None
     return (
-        f"vllm-afbs does not know vLLM {vllm.__version__}, only {', '.join(KNOWN_VERSIONS)}. "
+        f"vllm-afbs does not know vLLM {installed_version()}, only {', '.join(KNOWN_VERSIONS)}. "
         "Before you rely on it, compare its answers with those of --attention-backend FLASH_ATTN "
         "(GPU) or CPU_ATTN (CPU)."
     )
@@ -132,11 +129,6 @@ def is_chunked_attention(layer: Any) -> bool:
     from vllm.model_executor.layers.attention import ChunkedLocalAttention
 
     return isinstance(layer, ChunkedLocalAttention)
-
-
-def num_decoder_layers(vllm_config: "VllmConfig") -> int:
-    """Number of decoder layers, of any kind, of this worker's pipeline stage."""
-    return int(vllm_config.model_config.get_num_layers(vllm_config.parallel_config))
 
 
 def is_plain_attention(layer: Any) -> bool:
@@ -274,6 +266,14 @@ def flash_attention() -> Callable[..., Any]:
 
     attend: Callable[..., Any] = vars(fa_utils)["flash_attn_varlen_func"]
     return attend
+
+
+def adapter_path(request: Any) -> str | None:
+    """The local directory of a LoRA request's adapter; None if its weights lie elsewhere."""
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    is_elsewhere = getattr(request, "tensorizer_config_dict", None) is not None  # before 0.32
+    return None if is_elsewhere else str(get_adapter_absolute_path(request.lora_path))
 
 
 def api_keys(args: "Namespace") -> list[str]:

@@ -87,13 +87,19 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
     # Torch takes seconds to import, and so does vLLM, in its own process.
     threading.Thread(target=importlib.import_module, args=["vllm_afbs.tuning.run"]).start()
     from vllm_afbs.engine.opening import opened, say_engine
+    from vllm_afbs.errors import InputError
     from vllm_afbs.files import write_atomically
     from vllm_afbs.tuning.console import ProgressBar
     from vllm_afbs.tuning.journal import FILE_NAME, read_entries
     from vllm_afbs.tuning.report import write_report
     from vllm_afbs.tuning.texts import read_texts
 
-    with opened(options, serve) as (model, engine):
+    with opened(options, serve, options.block_k, with_adapters=True) as (model, engine):
+        if engine.adapters and options.search == "one-tolerance":
+            raise InputError(
+                "--lora-modules: --search analytic or ax expected with adapters, which levels are "
+                "validated with; one-tolerance runs no sparse model"
+            )
         texts = read_texts(options.calibration, options.calibration_column, model.tokenizer)
         for text in texts:
             if text.coverage:

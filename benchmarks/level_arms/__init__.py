@@ -10,13 +10,17 @@ a reference that they leave, predicted time by the log of the divergence.
 Arms:
 
 - *one tolerance* for all layers, at five tolerances.
-- *analytic*: the divisions that ``vllm_afbs.tune`` makes, at the same five budgets.
+- *analytic*: the divisions that ``vllm_afbs.tune`` makes, at the same five budgets; *shrunk*, with
+  each layer's damage moved half of the way (in logs) to the mean.
 - *coordinate*, *random*, *ax* around the analytic ones; *random* and *ax* around one tolerance; and
   *ax* without low fidelity, and with one objective (``tuning.allocation.front_search``).
 - *theta trials*: the tuner before levels (``benchmarks.theta_tuner``), and SpargeAttn's tuner, each
   at three tolerances; and the paper's algorithm to the letter, which takes hours and runs only if
   it is named.
 
-A seed sets everything random and which parts of the texts are used. Block shape is no arm: nothing
-searches it.
+Query blocks have 128 rows and key blocks 64 keys. One tolerance and the analytic divisions have
+arms with key blocks of 128, too, and *theta trials* has those that it had. A seed sets everything
+random and which parts of the texts are used.
+
+``--engine vllm`` runs the model at the lengths that it serves, and skips what transformers masks.
 """

@@ -15,6 +15,7 @@ from benchmarks.command import benchmark_parser
 from benchmarks.domains import add_texts, read_domains
 from benchmarks.level_arms.arms import ARMS, SLOW
 from benchmarks.level_arms.samples import Figures, Plan, sample
+from vllm_afbs.commands.arguments import ENGINES, TRANSFORMERS
 from vllm_afbs.commands.results import Row, make_row, write_rows
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.tuning.allocation.student import t_quantile
@@ -28,7 +29,12 @@ UNITS = {
     "seconds in the optimiser": "seconds",
     "share of winners that the model proposed": "ratio",
 }
-GAIN = "hypervolume over analytic"
+GAINS = {
+    "hypervolume over analytic": ("hypervolume", "analytic"),
+    "sparsity over theta trials": ("sparsity at equal KL", "theta trials"),
+    "time over theta trials": ("time at equal KL", "theta trials"),
+}
+"""Differences of a figure from that of another arm in the same sample."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     assets = prepare()
     plan = Plan(
         str(args.model or assets.model_dir),
+        args.engine,
         sorted(args.lengths),
         args.tolerance,
-        args.block,
+        args.cost,
         args.unseen,
         max(args.seeds) + 1,
     )
@@ -50,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in args.seeds:
             for domain in read_domains(args.texts, assets):
                 taken.append(sample(plan, domain, seed, names, work))
-                rows = rows_of(
-                    taken, f"{len(taken)} samples-L{plan.lengths[-1]}-blocks of {plan.block}"
-                )
+                rows = rows_of(taken, f"{len(taken)} samples-L{plan.lengths[-1]}")
                 if args.output:
                     write_rows(args.output, rows)
     print_summary(taken)
@@ -66,16 +71,20 @@ def rows_of(taken: Sequence[dict[str, Figures]], shape: str) -> list[Row]:
             values = [each[name][figure] for each in taken if figure in each[name]]
             if values:
                 rows.append(make_row(f"{name}: {figure}", shape, values, unit))
-        if gains := gains_of(taken, name):
-            rows.append(make_row(f"{name}: {GAIN}", shape, gains, "ratio"))
+        for gain in GAINS:
+            if gains := gains_of(taken, name, gain):
+                rows.append(make_row(f"{name}: {gain}", shape, gains, "ratio"))
     return rows
 
 
-def gains_of(taken: Sequence[dict[str, Figures]], name: str) -> list[float]:
-    """An arm's hypervolume less that of the analytic divisions, by sample."""
-    if name == "analytic" or "analytic" not in taken[0]:
-        return []
-    return [each[name]["hypervolume"] - each["analytic"]["hypervolume"] for each in taken]
+def gains_of(taken: Sequence[dict[str, Figures]], name: str, gain: str) -> list[float]:
+    """An arm's figure less that of the arm it is compared with, by sample."""
+    figure, other = GAINS[gain]
+    return [
+        each[name][figure] - each[other][figure]
+        for each in taken
+        if name != other and figure in each[name] and figure in each.get(other, {})
+    ]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -88,17 +97,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def print_summary(taken: Sequence[dict[str, Figures]]) -> None:
     """Prints one line for each arm."""
     table = Table()
-    for column in ("arm", *UNITS, f"{GAIN}, 95 %"):
+    for column in ("arm", *UNITS, *(f"{gain}, 95 %" for gain in GAINS)):
         table.add_column(column)
     for name in taken[0]:
         cells = []
         for figure in UNITS:
             values = [each[name][figure] for each in taken if figure in each[name]]
             cells.append(f"{fmean(values):.3f}" if values else "")
-        gains = gains_of(taken, name)
-        cells.append("{:+.4f} ± {:.4f}".format(*interval(gains)) if gains else "")
+        for gain in GAINS:
+            gains = gains_of(taken, name, gain)
+            cells.append("{:+.4f} ± {:.4f}".format(*interval(gains)) if gains else "")
         table.add_row(name, *cells)
-    Console(width=200).print(table)
+    Console(width=240).print(table)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="a checkpoint (default: the demo's)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--tolerance", type=float, default=0.05)
-    parser.add_argument("--block", type=int, default=128, help="rows and keys of a block")
+    parser.add_argument("--engine", choices=ENGINES, default=TRANSFORMERS, help="runs the model")
+    parser.add_argument(
+        "--cost", choices=["cpu", "here"], default="here", help="whose time is predicted"
+    )
     parser.add_argument("--unseen", type=int, default=3, help="windows that no arm has seen")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add_texts(parser)

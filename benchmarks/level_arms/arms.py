@@ -1,8 +1,9 @@
 """The arms: each ends in levels, which are thresholds with a predicted time."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,13 +23,34 @@ from vllm_afbs.tuning.allocation.front_search import (
     Proposer,
     thresholds_of,
 )
-from vllm_afbs.tuning.allocation.model_runs import ModelRuns, Thresholds
+from vllm_afbs.tuning.allocation.model_runs import ModelRuns, Reading, Thresholds
 from vllm_afbs.tuning.journal import Result, Steps
 from vllm_afbs.tuning.search.layer import CURVE_Q_BLOCKS
 from vllm_afbs.tuning.search.scorer import LayerScorer, SearchSettings
 
 OTHER_FACTORS = (0.5, 1.0, 2.0)
 """Tolerances of the tuners that know one only, in units of the job's."""
+
+
+Shape = tuple[int, int]
+"""Rows of a query block and keys of a key block."""
+TODAY: Shape = (128, 64)
+BEFORE: Shape = (128, 128)
+"""Blocks of the tuner before levels."""
+
+
+class CountedRuns(ModelRuns):
+    """Runs that an arm asked for, whoever made them first."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: set[str] = set()
+
+    def reading(self, thresholds: Thresholds, window: str, length: int) -> Reading:
+        """See ``ModelRuns``."""
+        found = super().reading(thresholds, window, length)
+        self.asked.add(self.name_of(thresholds, window, length))
+        return found
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class ArmLevel:
 
 @dataclass(frozen=True)
 class Job:
-    """What every arm has.
+    """What the arms with blocks of one shape have.
 
     Attributes:
         settings: The search's settings.
@@ -65,11 +87,21 @@ class Job:
     layers: Sequence[int]
     taken: Capture
     analytic: Analytic
-    runs: ModelRuns
+    runs: CountedRuns
     journal: Steps
 
 
-Arm = Callable[[Job], list[ArmLevel]]
+@dataclass(frozen=True)
+class Arm:
+    """A way to levels.
+
+    Attributes:
+        run: Takes it.
+        shape: Of its blocks.
+    """
+
+    run: Callable[[Job], list[ArmLevel]]
+    shape: Shape = TODAY
 
 
 def _one_tolerance(job: Job) -> list[ArmLevel]:
@@ -78,6 +110,14 @@ def _one_tolerance(job: Job) -> list[ArmLevel]:
 
 def _analytic(job: Job) -> list[ArmLevel]:
     return [_level(job, job.analytic.divided(2.0**overall)) for overall in OVERALL]
+
+
+def _shrunk(job: Job) -> list[ArmLevel]:
+    """The analytic divisions with damages nearer to each other, as if they were half noise."""
+    damage = job.analytic.damage
+    middle = damage.log().mean().exp()
+    own = replace(job, analytic=replace(job.analytic, damage=(damage * middle).sqrt()))
+    return _analytic(own)
 
 
 def _searched(job: Job, proposer: Proposer, around: str, low_fidelity: bool) -> list[ArmLevel]:
@@ -185,12 +225,15 @@ def _paper(job: Job) -> list[ArmLevel]:
 
 
 def _around(proposer: Proposer, around: str = "analytic", low_fidelity: bool = True) -> Arm:
-    return partial(_searched, proposer=proposer, around=around, low_fidelity=low_fidelity)
+    return Arm(partial(_searched, proposer=proposer, around=around, low_fidelity=low_fidelity))
 
 
 ARMS: dict[str, Arm] = {
-    "one tolerance": _one_tolerance,
-    "analytic": _analytic,
+    "one tolerance": Arm(_one_tolerance),
+    "analytic": Arm(_analytic),
+    "analytic, shrunk": Arm(_shrunk),
+    "one tolerance, key blocks of 128": Arm(_one_tolerance, BEFORE),
+    "analytic, key blocks of 128": Arm(_analytic, BEFORE),
     "ax around analytic": _around("ax"),
     "random around analytic": _around("random"),
     "coordinate around analytic": _around("coordinate"),
@@ -198,9 +241,9 @@ ARMS: dict[str, Arm] = {
     "random from one tolerance": _around("random", "one tolerance"),
     "ax without low fidelity": _around("ax", low_fidelity=False),
     "ax with one objective": _around("ax, one objective"),
-    "theta trials": _theta_trials,
-    "spargeattn": _spargeattn,
-    "paper literal": _paper,
+    "theta trials": Arm(_theta_trials, BEFORE),
+    "spargeattn": Arm(_spargeattn),
+    "paper literal": Arm(_paper),
 }
 SLOW = ("paper literal",)
 """Arms that run only if they are named."""

@@ -1,27 +1,28 @@
 """One sample of the benchmark: every arm on one text under one seed."""
 
+import argparse
 import itertools
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from benchmarks.domains import Domain
-from benchmarks.level_arms.arms import ARMS, USES_DAMAGE, ArmLevel, Job
+from benchmarks.level_arms.arms import ARMS, USES_DAMAGE, ArmLevel, CountedRuns, Job, Shape
 from benchmarks.tuner_arms.samples import begun_at
-from vllm_afbs.cost_models import cost_model
-from vllm_afbs.models.in_process.engine import TransformersEngine
-from vllm_afbs.models.in_process.source import open_model
+from vllm_afbs.captures import Capture
+from vllm_afbs.cost_models import CpuCost, cost_model
+from vllm_afbs.engine.opening import opened
 from vllm_afbs.tuning.allocation.analytic import Analytic, measured_damage
 from vllm_afbs.tuning.allocation.front import Point, hypervolume
-from vllm_afbs.tuning.allocation.model_runs import ModelRuns, Reading, Thresholds
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.cost import AttentionTime
+from vllm_afbs.tuning.cost import AttentionTime, CostModel
+from vllm_afbs.tuning.engine import Engine, Model
 from vllm_afbs.tuning.journal import Journal, Steps
 from vllm_afbs.tuning.run import LayerSearches
 from vllm_afbs.tuning.search.scorer import SearchSettings
@@ -40,31 +41,29 @@ class Plan:
 
     Attributes:
         model: The model's directory.
+        engine: What runs it, as ``vllm_afbs.tune --engine``.
         lengths: As in ``SearchSettings``.
         tolerance: Likewise.
-        block: Sides of a block.
+        cost: Whose time is predicted: ``cpu``, or ``here`` for this machine's GPU.
         unseen: Windows of the measured text.
         seeds: Samples of each text.
     """
 
     model: str
+    engine: str
     lengths: list[int]
     tolerance: float
-    block: int
+    cost: Literal["cpu", "here"]
     unseen: int
     seeds: int
 
+    def settings(self, shape: Shape, seed: int) -> SearchSettings:
+        """Of a search over blocks of a shape."""
+        return SearchSettings(self.lengths, self.tolerance, *shape, seed)
 
-class CountedRuns(ModelRuns):
-    """Runs that an arm asked for, whoever made them first."""
-
-    asked: set[str]
-
-    def reading(self, thresholds: Thresholds, window: str, length: int) -> Reading:
-        """See ``ModelRuns``."""
-        found = super().reading(thresholds, window, length)
-        self.asked.add(self.name_of(thresholds, window, length))
-        return found
+    def cost_model(self, shape: Shape) -> CostModel:
+        """Predicts times with blocks of a shape."""
+        return CpuCost() if self.cost == "cpu" else cost_model(*shape)
 
 
 class _Silent:
@@ -73,6 +72,43 @@ class _Silent:
 
     def advance(self, units: float) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The model, and what is taken of it for one sample.
+
+    Attributes:
+        plan: Everybody's settings.
+        seed: The seed.
+        model: The model.
+        engine: Runs it.
+        windows: Token ids by name.
+        taken: The layers' Q, K and V.
+        folder: Of the journals.
+    """
+
+    plan: Plan
+    seed: int
+    model: Model
+    engine: Engine
+    windows: dict[str, list[int]]
+    taken: Capture
+    folder: Path
+
+    def job(self, shape: Shape) -> Job:
+        """What arms with blocks of a shape share: curves, damages and readings."""
+        settings, layers = self.plan.settings(shape, self.seed), self.taken.layers
+        header = {**asdict(self.plan), "shape": list(shape), "windows": list(self.windows)}
+        journal = Journal(self.folder / f"journal-{shape[0]}x{shape[1]}.jsonl", header)
+        curves = LayerSearches(settings, layers, self.taken, journal, _Silent()).curves()
+        sparse_model = self.engine.sparse_model(*shape)
+        runs = CountedRuns(lambda: sparse_model, self.windows, journal, lambda: None)
+        damage = measured_damage(runs, curves, settings.lengths[0])
+        dims = self.model.fingerprint
+        attention = AttentionTime(self.plan.cost_model(shape), dims.head_dim, dims.num_heads)
+        analytic = Analytic(settings.tolerance, settings.longest, curves, attention, damage)
+        return Job(settings, layers, self.taken, analytic, runs, journal)
 
 
 def sample(
@@ -85,45 +121,43 @@ def sample(
         domain: The text.
         seed: The seed.
         names: The arms; *one tolerance* sets the reference and has to be the first.
-        work: Folder of the journal and the captures.
+        work: Folder of the journals and the captures.
     """
-    settings = SearchSettings(plan.lengths, plan.tolerance, plan.block, plan.block, seed)
     folder = work / f"{domain.name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     header = {**asdict(plan), "texts": [domain.calibration.name, domain.measured.name]}
-    journal = Journal(folder / "journal.jsonl", header)
-    if all(f"arm {name}" in journal for name in names):
-        return {name: journal.result(f"arm {name}", Figures) for name in names}
-    model = open_model(plan.model)
-    windows = _windows(plan, domain, seed, model.tokenizer())
-    engine, layers = TransformersEngine(model), range(model.fingerprint.num_layers)
-    cut = {name: tokens for name, tokens in windows.items() if not name.startswith("unseen")}
-    taken = capture(model, engine, cut, layers, folder, lambda _: None)
-    unseen = [name for name in windows if name.startswith("unseen")]
-    shape, figures = model.fingerprint, {}
-    with torch.inference_mode():
-        curves = LayerSearches(settings, layers, taken, journal, _Silent()).curves()
-        sparse_model = engine.sparse_model(plan.block, plan.block)
-        runs = CountedRuns(lambda: sparse_model, windows, journal, lambda: None)
-        runs.asked = set()
-        damage = measured_damage(runs, curves, settings.lengths[0])
-        attention = AttentionTime(
-            cost_model(plan.block, plan.block), shape.head_dim, shape.num_heads
-        )
-        analytic = Analytic(plan.tolerance, settings.longest, curves, attention, damage)
+    results = Journal(folder / "results.jsonl", header)
+    if all(f"arm {name}" in results for name in names):
+        return {name: results.result(f"arm {name}", Figures) for name in names}
+    given = argparse.Namespace(
+        engine=plan.engine, model=plan.model, revision=None, hf_overrides=None
+    )
+    # Pages for the smallest key blocks serve all shapes, so that vLLM starts once.
+    block_k = min(ARMS[name].shape[1] for name in names)
+    serve = [plan.model, "--max-model-len", str(plan.lengths[-1])]
+    figures: dict[str, Figures] = {}
+    with opened(given, serve, block_k) as (model, engine), torch.inference_mode():
+        windows = _windows(plan, domain, seed, model.tokenizer())
+        cut = {name: tokens for name, tokens in windows.items() if not name.startswith("unseen")}
+        taken = capture(model, engine, cut, model.tunable_layers, folder, lambda _: None)
+        engine.make_room()
+        job_of = cache(Sampled(plan, seed, model, engine, windows, taken, folder).job)
+        unseen = [name for name in windows if name.startswith("unseen")]
         base: list[Point] = []
         for name in names:
-            runs.asked = set()
-            begun = len(journal.entries(""))
-            levels = ARMS[name](Job(settings, layers, taken, analytic, runs, journal))
-            spent = _spent(name, journal, set(runs.asked), begun)
+            arm = ARMS[name]
+            job = job_of(arm.shape)
+            job.runs.asked.clear()
+            begun = len(job.journal.entries(""))
+            levels = arm.run(job)
+            spent = _spent(name, job.journal, set(job.runs.asked), begun)
             points = [
-                Point(each.time_ratio, runs.kl(each.thresholds, unseen, settings.longest))
+                Point(each.time_ratio, job.runs.kl(each.thresholds, unseen, plan.lengths[-1]))
                 for each in levels
             ]
             base = base or points
             worth = {**_worth(levels, points, base), **spent}
-            figures[name] = journal.step(f"arm {name}", Figures, partial(dict, worth))
+            figures[name] = results.step(f"arm {name}", Figures, partial(dict, worth))
             print(time.strftime("%H:%M:%S"), domain.name, seed, name, figures[name], flush=True)
     return figures
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_afbs.kernels.impl.triton_query_block import load_query_block
-from vllm_afbs.kernels.step import FP8, PrefillFeatures, StepInputs
+from vllm_afbs.kernels.step import FP8, StepInputs
 from vllm_afbs.kernels.tiles import TileLists
 
 CONFIGS = Path(__file__).with_name("triton_configs.json")
@@ -72,14 +72,10 @@ def read_configs(path: Path = CONFIGS) -> dict[TileShape, LaunchConfig]:
 
 
 @functools.cache
-def fastest_config(shape: TileShape, whole_blocks: bool = False) -> LaunchConfig:
+def fastest_config(shape: TileShape) -> LaunchConfig:
     """Chooses by ``triton_configs.json``, from the nearest blocks of the next larger head size.
 
     ``python -m benchmarks.triton_configs --write`` measures and writes the file.
-
-    Args:
-        shape: The tile.
-        whole_blocks: Whether blocks must be taken one by one, as ``lambda_`` demands.
 
     Raises:
         ValueError: The head is larger than any that was measured.
@@ -91,13 +87,9 @@ def fastest_config(shape: TileShape, whole_blocks: bool = False) -> LaunchConfig
         raise ValueError(f"head_dim up to {max(sizes)} expected, got {shape.head_dim}")
     of_size = [each for each in measured if each.head_dim == min(fitting)]
     nearest = min(of_size, key=shape.distance)
-    config, block_k = measured[nearest], shape.block_k
-    if not whole_blocks:
-        most = block_k * max(1, config.block_n // nearest.block_k)
-        return dataclasses.replace(config, block_n=min(config.block_n, most))
-    # A larger part may not fit the shared memory as often.
-    fits = config.block_n >= block_k
-    return LaunchConfig(block_k, config.num_warps, config.num_stages if fits else 1)
+    config = measured[nearest]
+    most = shape.block_k * max(1, config.block_n // nearest.block_k)
+    return dataclasses.replace(config, block_n=min(config.block_n, most))
 
 
 def triton_prefill(
@@ -105,7 +97,7 @@ def triton_prefill(
     lists: TileLists,
     output: torch.Tensor,
     softmax_scale: float,
-    features: PrefillFeatures,
+    softcap: float,
     config: LaunchConfig | None = None,
 ) -> None:
     """Implements ``api.sparse_prefill`` in one launch.
@@ -115,35 +107,30 @@ def triton_prefill(
         lists: As there.
         output: As there.
         softmax_scale: As there.
-        features: As there.
+        softcap: As there.
         config: How to run; None for ``fastest_config``.
 
     Raises:
-        ValueError: ``block_n`` is neither a divisor of ``block_k`` nor twice that, or is not
-            ``block_k`` and ``lambda_`` is given.
+        ValueError: ``block_n`` is neither a divisor of ``block_k`` nor twice that.
     """
     blocks, query, block_table = step.blocks, step.query, step.block_table
     key_cache, value_cache = step.key_cache, step.value_cache
     num_heads, head_dim = query.shape[1:]
     page_size, num_kv_heads = key_cache.shape[1:3]
-    block_k, whole_blocks = blocks.block_k, features.lambda_ is not None
-    shape = TileShape(head_dim, blocks.block_q, block_k)
-    config = config or fastest_config(shape, whole_blocks)
-    is_divisor_or_pair = block_k % config.block_n == 0 or config.block_n == 2 * block_k
-    if not is_divisor_or_pair or (whole_blocks and block_k != config.block_n):
+    block_k = blocks.block_k
+    config = config or fastest_config(TileShape(head_dim, blocks.block_q, block_k))
+    if block_k % config.block_n and config.block_n != 2 * block_k:
         raise ValueError(
-            "block_n must divide block_k or be twice it, and with lambda_ be equal to it, "
-            f"got block_n={config.block_n}, block_k={block_k}, lambda_ given: {whole_blocks}"
+            "block_n must divide block_k or be twice it, "
+            f"got block_n={config.block_n}, block_k={block_k}"
         )
     context_bytes = blocks.max_k_blocks * block_k * head_dim * 2 * key_cache.element_size()
     # exp(x) is taken as exp2(x * log2(e)), and a cap's tanh(x) through exp(2 * x).
-    softcap = features.softcap or None
     scale = softmax_scale * _LOG2E.value * (2 / softcap if softcap else 1)
     _prefill_tile[(blocks.num_blocks * num_heads,)](
         query, key_cache, value_cache, output, block_table, blocks.table,
         lists.block_lists, lists.counts,
-        scale, softcap and softcap * _LOG2E.value, features.window, features.lambda_,
-        features.products, step.sinks, step.scales,
+        scale, softcap * _LOG2E.value if softcap else None, step.sinks, step.scales,
         blocks.num_blocks, _heads_at_once(num_heads, num_kv_heads, context_bytes),
         block_table.stride(0), lists.block_lists.stride(0),
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
@@ -182,17 +169,9 @@ def _load(at, in_head, in_context, dtype, PADDED: tl.constexpr, MASKED: tl.const
 
 
 @triton.jit
-def _add_values(
-    acc, weights, at, in_head, in_context, dtype, PADDED: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    v = _load(at, in_head[None, :], in_context[:, None], dtype, PADDED, MASKED)
-    return tl.dot(weights.to(dtype), v, acc)
-
-
-@triton.jit
 def _walk(
-    acc, denominator, row_max, skipped, q, key_cache, value_cache, pages, block_list, start, stop,
-    scale, softcap, window, threshold, positions, present, last_position, kv_head,
+    acc, denominator, row_max, q, key_cache, value_cache, pages, block_list, start, stop,
+    scale, softcap, positions, last_position, kv_head,
     stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
@@ -241,12 +220,8 @@ def _walk(
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * scale) + 1.0))
             unit = 1.0
         if MASKED:
-            seen = positions[:, None] >= keys[None, :]
-            if window is not None:
-                seen &= positions[:, None] - window < keys[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-        local_max = tl.max(scores, 1) * unit
-        new_max = tl.maximum(row_max, local_max)
+            scores = tl.where(positions[:, None] >= keys[None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
         # A part of a masked block may hold no key that a row sees.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
         weights = tl.exp2(scores * unit - shift[:, None])
@@ -254,20 +229,9 @@ def _walk(
         denominator = denominator * correction + tl.sum(weights, 1)
         acc = acc * correction[:, None]
         row_max = new_max
-        if threshold is None:
-            acc = _add_values(acc, weights, value_at, in_head, in_context, q.dtype, PADDED, MASKED)
-        else:
-            # No difference of the two is taken: fused with the scaling above, it would not be
-            # zero where they are equal. Triton prefetches nothing that a branch loads, so V
-            # is waited for here.
-            needed = present & (local_max >= shift + threshold)
-            if tl.max(needed.to(tl.int32), 0) > 0:
-                acc = _add_values(
-                    acc, weights, value_at, in_head, in_context, q.dtype, PADDED, MASKED
-                )
-            else:
-                skipped += 1
-    return acc, denominator, row_max, skipped
+        v = _load(value_at, in_head[None, :], in_context[:, None], q.dtype, PADDED, MASKED)
+        acc = tl.dot(weights.to(q.dtype), v, acc)
+    return acc, denominator, row_max
 
 
 @triton.jit(
@@ -278,8 +242,7 @@ def _walk(
 )  # fmt: skip
 def _prefill_tile(
     query, key_cache, value_cache, output, block_table, table, block_lists, counts,
-    scale, softcap, window, lambdas, products, sinks, scales,
-    num_blocks, heads_at_once, stride_table, stride_list,
+    scale, softcap, sinks, scales, num_blocks, heads_at_once, stride_table, stride_list,
     stride_qt, stride_qh, stride_ot, stride_oh,
     stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -310,48 +273,32 @@ def _prefill_tile(
         q = q.to(tl.float16)  # as `StepInputs.matmul_dtype` says
     if scales is not None:
         scale *= tl.load(scales + head // GROUP) * tl.load(scales + NUM_KV_HEADS + head // GROUP)
-    threshold = None
-    if lambdas is not None:
-        threshold = tl.load(lambdas + head) * _LOG2E
 
-    start = 0
-    if window is None:
-        # Diagonal blocks, which need the mask, end the list: those that end past the first row.
-        whole = count - (last_position // BLOCK_K - (first_position + 1) // BLOCK_K + 1)
-        if BLOCK_N > BLOCK_K:
-            whole -= whole % 2
-    else:
-        # A diagonal block, which is in the list, lies in the window: this ends.
-        while (tl.load(block_list + start) + 1) * BLOCK_K <= first_position + 1 - window:
-            start += 1
-        whole = start
+    # Diagonal blocks, which need the mask, end the list: those that end past the first row.
+    whole = count - (last_position // BLOCK_K - (first_position + 1) // BLOCK_K + 1)
+    if BLOCK_N > BLOCK_K:
+        whole -= whole % 2
 
     kv_head = (head // GROUP).to(tl.int64)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     denominator = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
-    skipped = tl.full([], 0, tl.int32)
-    if window is None:
-        acc, denominator, row_max, skipped = _walk(
-            acc, denominator, row_max, skipped, q, key_cache, value_cache, pages, block_list,
-            0, whole, scale, softcap, window, threshold, positions, present, last_position,
-            kv_head, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
-            HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K, BLOCK_N, False,
-        )  # fmt: skip
-    acc, denominator, row_max, skipped = _walk(
-        acc, denominator, row_max, skipped, q, key_cache, value_cache, pages, block_list,
-        whole, count, scale, softcap, window, threshold, positions, present, last_position,
-        kv_head, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+    acc, denominator, row_max = _walk(
+        acc, denominator, row_max, q, key_cache, value_cache, pages, block_list, 0, whole,
+        scale, softcap, positions, last_position, kv_head,
+        stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+        HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K, BLOCK_N, False,
+    )  # fmt: skip
+    acc, denominator, row_max = _walk(
+        acc, denominator, row_max, q, key_cache, value_cache, pages, block_list, whole, count,
+        scale, softcap, positions, last_position, kv_head,
+        stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
         HEAD_DIM, PADDED_DIM, PAGE_SIZE, BLOCK_K, BLOCK_N, True,
     )  # fmt: skip
-    if products is not None:
-        scored = count - start
-        tl.atomic_add(products, scored.to(tl.int64), sem="relaxed")
-        tl.atomic_add(products + 1, (scored - skipped).to(tl.int64), sem="relaxed")
     if sinks is not None:
         shift = tl.where(row_max == float("-inf"), 0.0, row_max)
         denominator += tl.exp2(tl.load(sinks + head).to(tl.float32) * _LOG2E - shift)
-    # Rows that are absent, or see no key in their window, have no weights.
+    # Rows that are absent have no weights.
     inverse = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
     if scales is not None:
         inverse *= tl.load(scales + 2 * NUM_KV_HEADS + kv_head)

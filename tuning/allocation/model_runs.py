@@ -51,6 +51,7 @@ class ModelRuns:
         windows: Token ids by window.
         journal: Where readings are kept.
         on_run: Called after each run that is made or replayed.
+        adapter: Digest of the LoRA adapter that the model has, if it has one.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class ModelRuns:
         windows: Mapping[str, Sequence[int]],
         journal: Steps,
         on_run: Callable[[], None],
+        adapter: str | None = None,
     ) -> None:
         self._load = load
         self._windows = windows
         self._journal = journal
         self._on_run = on_run
+        self._with = "" if adapter is None else f" with {adapter}"
 
     @cached_property
     def model(self) -> SparseModel:
@@ -77,14 +80,14 @@ class ModelRuns:
             compared = self.model.compare(self._windows[window][:length], thresholds)
             return Reading(max(0.0, compared.kl), compared.loss, compared.dense_loss)
 
-        name = self.name_of(thresholds, window, length)
+        name = self.name_of(thresholds, window, length) + self._with
         reading = self._journal.step(name, Reading, measure)
         self._on_run()
         return reading
 
     @staticmethod
     def name_of(thresholds: Thresholds, window: str, length: int) -> str:
-        """A reading's name in the journal."""
+        """A reading's name in the journal, less its adapter."""
         return f"run {_digest(thresholds)} over {window} to {length}"
 
     def kl(self, thresholds: Thresholds, windows: Sequence[str], length: int) -> float:
@@ -101,7 +104,8 @@ class ModelRuns:
             length: Tokens of each to run.
         """
         thresholds = served_thresholds(layers)
-        return Runs(layers, [self.reading(thresholds, window, length) for window in windows])
+        readings = [self.reading(thresholds, window, length) for window in windows]
+        return Runs(layers, readings, windows, length)
 
     def damage(self, layers: Sequence[int], thresholds: Thresholds, length: int) -> float:
         """KL divergence that some consecutive layers cause on the calibration window, in nats.
@@ -130,10 +134,14 @@ class Runs:
     Attributes:
         layers: The layers.
         readings: Of each window.
+        windows: The windows' names.
+        length: Tokens of each that were run.
     """
 
     layers: Layers
     readings: list[Reading]
+    windows: Sequence[str]
+    length: int
 
     @property
     def kls(self) -> list[float]:

@@ -29,7 +29,7 @@ class DrivenWorker:
     get_model: Callable[[], Any]
     _afbs_recording: Recording | None
     _afbs_scoring: Scoring | None
-    _afbs_dense: dict[str, Scoring]
+    _afbs_dense: dict[str | None, dict[str, Scoring]]
 
     def afbs_layers(self) -> str:
         """This rank's attention layers: what they are, and which heads of them it has."""
@@ -84,10 +84,15 @@ class DrivenWorker:
 
         Args:
             request: ``tokens``; ``positions``: those scored; ``keep``: the name to keep the
-                predictions under, or null; ``against``: the name of those to compare with, or null.
+                predictions under, or null; ``against``: the name of those to compare with, or null;
+                ``adapter``: the LoRA adapter whose predictions they are, or null. Those of one
+                adapter are kept until another's come.
         """
         asked = json.loads(request)
-        kept = vars(self).setdefault("_afbs_dense", {})
+        adapter = asked["adapter"]
+        if adapter not in getattr(self, "_afbs_dense", {}):
+            self._afbs_dense = {adapter: {}}
+        kept = self._afbs_dense[adapter]
         against = None if asked["against"] is None else kept[asked["against"]]
         self._afbs_scoring = Scoring(
             self.get_model(),

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from vllm.forward_context import get_forward_context
 
+from vllm_afbs.backends import adapters
+
 _ROWS = 1024
 """Rows of logits that are made at once."""
 
@@ -69,7 +71,9 @@ class Scoring:
         rows = (self._positions[inside] - start).to(hidden.device)
         first = int((self._positions < start).sum())
         for at in range(0, len(rows), _ROWS):
-            logits = self._model.compute_logits(hidden[rows[at : at + _ROWS]])
+            chosen = rows[at : at + _ROWS]
+            with adapters.one_prompts_logits(len(chosen)):
+                logits = self._model.compute_logits(hidden[chosen])
             if logits is not None:
                 self._add(logits.float(), first + at)
 

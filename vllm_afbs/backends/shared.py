@@ -23,26 +23,6 @@ if TYPE_CHECKING:
 _Metadata = TypeVar("_Metadata")
 
 
-PAGE_SIZES = (128, 64, 32, 16)
-"""Keys of the pages that sparse prefill reads; key blocks consist of whole pages."""
-
-
-def split_page_sizes(stock: Sequence[Any]) -> list[Any]:
-    """Page sizes to offer vLLM, so that it splits the cache's blocks into pages that we can read.
-
-    A kernel that takes any multiple of 16 gets whole blocks, and models with Mamba layers have
-    blocks of any length: 384 or 528 tokens, for instance. Of exact sizes, vLLM takes the largest
-    that divides the block.
-
-    Args:
-        stock: Page sizes that vLLM's own backend offers: exact ones, or multiples of a base.
-    """
-    bases = [size.base for size in stock if not isinstance(size, int)]
-    if not bases:
-        return list(stock)
-    return [size for size in PAGE_SIZES if any(size % base == 0 for base in bases)]
-
-
 class Builder(Protocol):
     """What our metadata builders can do beside building metadata."""
 
@@ -94,7 +74,13 @@ class StepSorter:
         """Serves another profile from the next step on; None runs everything dense."""
         self._profile = profile
         self._dial = None
+        self._adapters: list[frozenset[str]] = [frozenset()]
         if profile is not None:
+            may_run = configuration.serves_adapters(self._vllm_config)
+            self._adapters = [
+                profile.validated_adapters(level) if may_run else frozenset()
+                for level in range(len(profile.levels))
+            ]
             levels = served_level.Levels.of(self._vllm_config, profile)
             self._dial = served_level.dial(levels)
 
@@ -121,7 +107,8 @@ class StepSorter:
             plain_causal=plain_causal,
             enabled=not has_prefill or self._kill_switch.is_enabled(),
             level=level,
-            may_have_adapter=self._tells_adapters_apart and adapters.may_be_active(),
+            may_have_adapter=self._tells_adapters_apart
+            and adapters.may_be_active(self._adapters[level]),
             num_decode_rows=self._num_decode_rows,
         )
 

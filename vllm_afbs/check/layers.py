@@ -16,7 +16,7 @@ from vllm_afbs.check.model import make_layers, only_rank, rank_counts
 from vllm_afbs.check.plugins import one_line
 from vllm_afbs.check.refusals import RefusedError, refusals_of_vllm
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission, eligibility, summary
+from vllm_afbs.serving import admission, configuration, eligibility, summary
 from vllm_afbs.serving.plan import LayerPlan, plan_layer, plan_layers
 from vllm_afbs.serving.summary import Summary
 
@@ -138,6 +138,8 @@ def plan_server(vllm_config: "VllmConfig") -> Answer:
             plans = _plan_layers(vllm_config, profile, ranks)
     level = None
     if profile is not None:
+        if configuration.serves_adapters(vllm_config):
+            notes.append(summary.adapters(profile))
         level = profile.levels[admission.start_level(vllm_config, profile)].name
     summed = Summary.of(vllm_config, profile, plans.values())
     return Answer(summed, plans, profile, level, notes)

@@ -94,8 +94,8 @@ def parse_with_engine(
     if options.engine == TRANSFORMERS:
         if others:
             parser.error(
-                f"unrecognized arguments: {' '.join(others)} (arguments of vllm serve need "
-                "--engine vllm)"
+                f"unrecognized arguments: {' '.join(others)} (arguments of vllm serve, and so LoRA "
+                "adapters, need --engine vllm)"
             )
         return options, []
     serve = [options.model]

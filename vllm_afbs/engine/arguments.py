@@ -2,11 +2,12 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 
 from vllm_afbs.backends.driven import EXTENSION
 from vllm_afbs.check.layers import check_directory, parse_serve_arguments
@@ -29,27 +30,49 @@ _PASSED_OVER: dict[str, Any] = {
     "additional_config": {},
 }
 """Arguments that a driven engine does without: none changes the base model's Q, K and V."""
+_WITH_ADAPTERS: dict[str, Any] = {
+    "enable_lora": True,
+    "additional_config": {"afbs": {"lora": "validated"}},
+}
+"""What it has to have to run LoRA adapters; candidate profiles say of each that it may run."""
 
 
-def parse(arguments: Sequence[str]) -> tuple[EngineArgs, list[str]]:
+@dataclass(frozen=True)
+class Parsed:
+    """What follows ``vllm serve``, for a driven engine.
+
+    Attributes:
+        engine: The engine's arguments.
+        unused: Names of arguments that were given and are not used.
+        adapters: The LoRA adapters of ``--lora-modules``, in their order; vLLM numbers them from 1.
+    """
+
+    engine: EngineArgs
+    unused: list[str]
+    adapters: list[LoRARequest]
+
+
+def parse(arguments: Sequence[str], with_adapters: bool = False) -> Parsed:
     """Reads what follows ``vllm serve``.
 
     Args:
         arguments: The model, and any arguments of ``vllm serve``.
-
-    Returns:
-        The engine's arguments, and the names of those that were given and are not used.
+        with_adapters: Whether LoRA adapters are used.
 
     Raises:
         RefusedError: vLLM does not accept them, or a driven engine cannot have one.
     """
     given = parse_serve_arguments(arguments)
     _check(given)
+    adapters = _adapters(given) if with_adapters else []
     given = parse_serve_arguments([*arguments, "--attention-backend", "AFBS"])
     usual = parse_serve_arguments([given.model])
     names = {each.name for each in fields(EngineArgs)}
     changed = {name for name, value in vars(given).items() if value != vars(usual).get(name)}
     taken = FORCED | _PASSED_OVER
+    if adapters:
+        changed.discard("lora_modules")
+        taken |= _WITH_ADAPTERS
     unused = sorted(
         name
         for name in changed - {"model", "model_tag", "attention_backend"}
@@ -58,7 +81,24 @@ def parse(arguments: Sequence[str]) -> tuple[EngineArgs, list[str]]:
     for name, value in taken.items():
         if name in names:
             setattr(given, name, value)
-    return EngineArgs.from_cli_args(given), [f"--{name.replace('_', '-')}" for name in unused]
+    names_unused = [f"--{name.replace('_', '-')}" for name in unused]
+    return Parsed(EngineArgs.from_cli_args(given), names_unused, adapters)
+
+
+def _adapters(given: Namespace) -> list[LoRARequest]:
+    """The adapters of ``--lora-modules``; refuses what a server would not load."""
+    modules = given.lora_modules or []
+    if modules and not given.enable_lora:
+        raise RefusedError("--lora-modules: --enable-lora expected beside it")
+    names = [module.name for module in modules]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RefusedError(
+            f"--lora-modules: a name for each adapter expected, got {twice[0]} twice"
+        )
+    return [
+        LoRARequest(module.name, number, module.path, is_3d_lora_weight=module.is_3d_lora_weight)
+        for number, module in enumerate(modules, 1)
+    ]
 
 
 def _check(given: Namespace) -> None:

@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,9 +13,11 @@ from typing import Any
 import torch
 
 from vllm_afbs.captures import Capture, HeadCounts
+from vllm_afbs.engine.description import Description
 from vllm_afbs.engine.layers import RunsDenseError, Workers
 from vllm_afbs.engine.process import EngineProcess
-from vllm_afbs.engine.sparse_model import EngineSparseModel
+from vllm_afbs.engine.room import memory_share, stays_loaded
+from vllm_afbs.engine.sparse_model import EngineAdapter, EngineSparseModel
 from vllm_afbs.errors import InputError
 from vllm_afbs.models.hub import Checkpoint, find_checkpoint
 from vllm_afbs.models.tokenizer import load_tokenizer
@@ -25,60 +26,28 @@ from vllm_afbs.profile.schema import Profile
 from vllm_afbs.profile.tuner_run import TunedOn
 from vllm_afbs.profile.weights import weights_sha256
 
-BESIDE_THE_SEARCH = 0.5
-"""Share of a GPU that vLLM may take, unless it is given another, while layers are tuned there."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What vLLM says of a model before it loads it.
-
-    Attributes:
-        unused: Arguments that were given and mean nothing here.
-        model: Directory or hub id.
-        revision: Of a model on the hub.
-        tokenizer: Directory or hub id of its tokenizer.
-        fingerprint: What a served model has to match.
-        full_layers: Indices of the layers with full attention.
-        tunable_layers: Indices of those that also have keys and values of their own.
-        max_model_len: Longest context that a server would take, in tokens.
-        quantization: How its weights are quantised, if they are.
-        kv_cache_dtype: Of its keys and values.
-        version: VLLM's.
-        digest: Of all that Q, K and V depend on beside the weights and the tokens.
-        eos_token_id: Token ids that end an answer, by the configuration.
-    """
-
-    unused: list[str]
-    model: str
-    revision: str | None
-    tokenizer: str
-    fingerprint: Any
-    full_layers: list[int]
-    tunable_layers: list[int]
-    max_model_len: int
-    quantization: str | None
-    kv_cache_dtype: str
-    version: str
-    digest: str
-    eos_token_id: Any
-
 
 class VllmEngine:
     """A model in vLLM's process, described at once and loaded when it is first run.
 
     Args:
         arguments: What ``vllm serve`` would be given: the model, and any of its arguments.
+        block_k: Keys of the key blocks that it will serve, which pages have to fit; None for none.
+        with_adapters: Whether the LoRA adapters among the arguments are used.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, arguments: Sequence[str], block_k: int | None = None, with_adapters: bool = False
+    ) -> None:
         self._arguments = list(arguments)
+        self._block_k = block_k
+        self._with_adapters = with_adapters
         self._log_file = Path()
         self._process: EngineProcess | None = None
         self._described: Description | None = None
         self._workers: Workers | None = None
         self._served: tuple[str | None, bool] = (None, False)
-        self._gpu_share: float | None = None
+        self._tunes = False
         self._checkpoint: Checkpoint | None = None
 
     def __enter__(self) -> "VllmEngine":
@@ -95,9 +64,7 @@ class VllmEngine:
             process = self._running()
             # That takes seconds, in which the process imports vLLM.
             importlib.import_module("transformers.models.auto.tokenization_auto")
-            described = self._described = Description(
-                **process.call("describe", arguments=self._arguments)
-            )
+            described = self._described = Description(**self._describe(process))
             self._checkpoint = find_checkpoint(described.model, described.revision)
         except BaseException as error:
             self._end(error)
@@ -116,7 +83,7 @@ class VllmEngine:
 
     def _end(self, error: BaseException | None) -> None:
         """Ends vLLM's process, and removes its log unless the error's line names it."""
-        self.release()
+        self._stop()
         if str(self._log_file) not in str(error):
             self._log_file.unlink(missing_ok=True)
 
@@ -204,6 +171,7 @@ class VllmEngine:
         on_progress: Callable[[float], None],
     ) -> None:
         """See ``tuning.engine.Engine``."""
+        self._tunes = True
         shape = self.fingerprint
         counts = HeadCounts(shape.num_heads, shape.num_kv_heads, shape.head_dim)
         workers = self.loaded()
@@ -220,27 +188,32 @@ class VllmEngine:
                 workers.join(taken.path(layer, window), counts)
             on_progress(float(len(taken.layers)))
 
-    def sparse_model(self, block_q: int, block_k: int) -> EngineSparseModel:
+    def sparse_model(
+        self, block_q: int, block_k: int, adapter: str | None = None
+    ) -> EngineSparseModel:
         """See ``tuning.engine.Engine``."""
-        self._gpu_share = BESIDE_THE_SEARCH
-        return EngineSparseModel(self, block_q, block_k)
+        self._tunes = True
+        return EngineSparseModel(self, block_q, block_k, adapter)
 
-    def release(self) -> None:
-        """Ends vLLM's process; it is started again when the model is run again."""
-        if self._process is not None:
-            self._process.end()
-        self._process, self._workers, self._served = None, None, (None, False)
+    @property
+    def adapters(self) -> list[EngineAdapter]:
+        """See ``tuning.engine.Engine``."""
+        given = self.description.adapters
+        return [EngineAdapter(self, name, sha256) for name, sha256 in given.items()]
+
+    def make_room(self) -> None:
+        """Ends vLLM's process if it takes too much; it is started again when it is needed."""
+        if not self._stays_loaded():
+            self._stop()
 
     # Both the tuner and the evaluation.
 
     def loaded(self) -> Workers:
         """Loads the model, if that is not done."""
         if self._workers is None:
-            options = (each.replace("_", "-") for each in self._arguments)
-            given = any(each.startswith("--gpu-memory-utilization") for each in options)
-            facts = self._running().call(
-                "load", gpu_memory_utilization=None if given else self._gpu_share
-            )
+            share = memory_share(self._arguments, self._stays_loaded()) if self._tunes else None
+            running = self._running()
+            facts = running.call("load", gpu_memory_utilization=share, block_k=self._block_k)
             self._workers = Workers(self.name, facts)
         return self._workers
 
@@ -272,6 +245,7 @@ class VllmEngine:
         positions: Sequence[int],
         keep: str | None = None,
         against: str | None = None,
+        adapter: str | None = None,
     ) -> tuple[torch.Tensor, float]:
         """Scores a prompt's tokens, as the model is served at the moment.
 
@@ -280,13 +254,15 @@ class VllmEngine:
             positions: Positions whose predictions are scored, ascending, without the last.
             keep: Name to keep the predictions under.
             against: Name of those to compare with.
+            adapter: Name of the LoRA adapter whose prompt it is.
 
         Returns:
             The losses in nats, fp32, and the mean KL divergence from those compared with.
         """
         found = self._running().call(
-            "score", tokens=list(tokens), positions=list(positions), keep=keep, against=against
-        )
+            "score", tokens=list(tokens), positions=list(positions), keep=keep, against=against,
+            adapter=adapter,
+        )  # fmt: skip
         return torch.tensor(found["losses"]), float(found["kl"])
 
     def next_tokens(
@@ -310,9 +286,31 @@ class VllmEngine:
         found: dict[str, float] = self._running().call("products")
         return found
 
+    def fallbacks(self) -> dict[str, float]:
+        """Prefills that layers left dense so far, by reason."""
+        found: dict[str, float] = self._running().call("fallbacks")
+        return found
+
+    def _stays_loaded(self) -> bool:
+        assert self._checkpoint is not None
+        described = self.description
+        return stays_loaded(
+            self._arguments, self._checkpoint, described.num_ranks, described.cache_bytes
+        )
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.end()
+        self._process, self._workers, self._served = None, None, (None, False)
+
     def _running(self) -> EngineProcess:
         if self._process is None:
             self._process = EngineProcess(self._log_file)
             if self._described is not None:
-                self._process.call("describe", arguments=self._arguments)
+                self._describe(self._process)
         return self._process
+
+    def _describe(self, process: EngineProcess) -> Any:
+        return process.call(
+            "describe", arguments=self._arguments, with_adapters=self._with_adapters
+        )

@@ -9,7 +9,9 @@ import os
 import socket
 import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_afbs import compat
@@ -20,10 +22,11 @@ from vllm_afbs.observability import metric_files
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.layers import full_layers, tunable_layers
+from vllm_afbs.profile.weights import adapter_sha256
 from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 _REFUSALS = (InputError, ProfileError, RefusedError)
-_PRODUCTS = "vllm_afbs_block_products"
+_PRODUCTS, _FALLBACKS = "vllm_afbs_block_products", "vllm_afbs_dense_fallbacks"
 PROMPTS_AT_ONCE = 4
 """Prompts of the greatest length that the cache of a CPU holds."""
 LEAST_CACHE_BYTES = 1 << 28
@@ -35,22 +38,27 @@ class Host:
     def __init__(self) -> None:
         self._arguments: Any = None
         self._config: Any = None
+        self._adapters: dict[str | None, Any] = {}
         self._llm: Any = None
 
-    def describe(self, arguments: list[str]) -> dict[str, Any]:
+    def describe(self, arguments: list[str], with_adapters: bool) -> dict[str, Any]:
         """Reads the model's configuration.
 
         Args:
             arguments: What ``vllm serve`` would be given.
+            with_adapters: Whether its LoRA adapters are used.
         """
         from vllm_afbs.check.layers import as_served
         from vllm_afbs.engine.arguments import parse
 
-        self._arguments, unused = parse(arguments)
+        parsed = parse(arguments, with_adapters)
+        self._arguments = parsed.engine
+        self._adapters = {each.lora_name: each for each in parsed.adapters}
         config = self._config = as_served(self._arguments)
         model = config.model_config
         return {
-            "unused": unused,
+            "unused": parsed.unused,
+            "adapters": _digests(parsed.adapters),
             "model": model.model,
             "revision": model.revision,
             "tokenizer": model.tokenizer,
@@ -61,15 +69,20 @@ class Host:
             "quantization": model.quantization,
             "kv_cache_dtype": str(config.cache_config.cache_dtype),
             "version": compat.installed_version(),
+            "num_ranks": config.parallel_config.world_size,
+            "cache_bytes": _cache_bytes(config),
             "digest": _digest(config),
             "eos_token_id": model.hf_text_config.eos_token_id,
         }
 
-    def load(self, gpu_memory_utilization: float | None) -> list[dict[str, Any]]:
+    def load(
+        self, gpu_memory_utilization: float | None, block_k: int | None
+    ) -> list[dict[str, Any]]:
         """Loads the model that was described.
 
         Args:
             gpu_memory_utilization: Share of the GPU that vLLM may take; None for what it was given.
+            block_k: Keys of the key blocks that it will be given; None for pages of any size.
 
         Returns:
             For each of vLLM's workers, what ``DrivenWorker.afbs_layers`` says.
@@ -87,7 +100,10 @@ class Host:
             self._arguments.max_model_len = model.max_model_len + 1
         if gpu_memory_utilization is not None:
             self._arguments.gpu_memory_utilization = gpu_memory_utilization
+        self._arguments.additional_config = {"afbs": {"block_k": block_k}}
         self._llm = LLM.from_engine_args(self._arguments)
+        for adapter in self._adapters.values():
+            self._llm.llm_engine.add_lora(adapter)  # so that one that cannot be loaded fails here
         return [json.loads(each) for each in self._workers("afbs_layers")]
 
     def capture(
@@ -119,13 +135,24 @@ class Host:
         return dense
 
     def score(
-        self, tokens: list[int], positions: list[int], keep: str | None, against: str | None
+        self,
+        tokens: list[int],
+        positions: list[int],
+        keep: str | None,
+        against: str | None,
+        adapter: str | None,
     ) -> dict[str, Any]:
-        """Scores a prompt's tokens at some positions; see ``DrivenWorker.afbs_begin_scoring``."""
-        request = {"tokens": tokens, "positions": positions, "keep": keep, "against": against}
+        """Scores a prompt's tokens at some positions; see ``DrivenWorker.afbs_begin_scoring``.
+
+        The prompt is one of a LoRA adapter, by its name, or of the base model.
+        """
+        request = {
+            "tokens": tokens, "positions": positions, "keep": keep, "against": against,
+            "adapter": adapter,
+        }  # fmt: skip
         self._workers("afbs_begin_scoring", json.dumps(request))
         try:
-            self._generate([tokens], 1)
+            self._generate([tokens], 1, self._adapters.get(adapter))
         finally:
             ended = self._workers("afbs_end_scoring")
         scored: dict[str, Any] = next(json.loads(each) for each in ended if each != "null")
@@ -169,27 +196,57 @@ class Host:
 
     def products(self) -> dict[str, float]:
         """Block products so far, by outcome."""
+        return {"computed": 0.0, "skipped": 0.0} | self._counted(_PRODUCTS, "outcome")
+
+    def fallbacks(self) -> dict[str, float]:
+        """Prefills that layers left dense so far, by reason."""
+        return self._counted(_FALLBACKS, "reason")
+
+    def _counted(self, name: str, label: str) -> dict[str, float]:
         self._workers("afbs_finish_reports")
-        found = {"computed": 0.0, "skipped": 0.0}
+        found: dict[str, float] = defaultdict(float)
         for metric in metric_files.read():
-            if metric.name == _PRODUCTS:
+            if metric.name == name:
                 for sample in metric.samples:
-                    found[sample.labels["outcome"]] += sample.value
+                    found[sample.labels[label]] += sample.value
         return found
 
     def _workers(self, method: str, *arguments: Any) -> list[Any]:
         return list(self._llm.collective_rpc(method, args=arguments))
 
-    def _generate(self, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    def _generate(
+        self, prompts: Sequence[list[int]], num_tokens: int, adapter: Any = None
+    ) -> list[list[int]]:
         from vllm import SamplingParams
 
         chosen = SamplingParams(max_tokens=num_tokens, temperature=0.0, detokenize=False)
-        return [list(output.token_ids) for output in self._run(prompts, [chosen] * len(prompts))]
+        outputs = self._run(prompts, [chosen] * len(prompts), adapter)
+        return [list(output.token_ids) for output in outputs]
 
-    def _run(self, prompts: Sequence[list[int]], chosen: Sequence[Any]) -> list[Any]:
+    def _run(
+        self, prompts: Sequence[list[int]], chosen: Sequence[Any], adapter: Any = None
+    ) -> list[Any]:
         asked = [{"prompt_token_ids": tokens} for tokens in prompts]
-        outputs = self._llm.generate(asked, list(chosen), use_tqdm=False)
+        outputs = self._llm.generate(asked, list(chosen), use_tqdm=False, lora_request=adapter)
         return [output.outputs[0] for output in outputs]
+
+
+def _digests(adapters: Sequence[Any]) -> dict[str, str]:
+    """Digest of each LoRA adapter's files, by its name."""
+    found: dict[str, str] = {}
+    for each in adapters:
+        path = compat.adapter_path(each)
+        digest = None if path is None else adapter_sha256(Path(path))
+        where = f"--lora-modules: {each.lora_name}"
+        if digest is None:
+            raise RefusedError(
+                f"{where}: a directory with adapter_config.json and the adapter's weights "
+                f"expected, got {each.lora_path}"
+            )
+        if digest in found.values():
+            raise RefusedError(f"{where}: other files expected than those of adapters before it")
+        found[each.lora_name] = digest
+    return found
 
 
 def _stretches_beyond(text: Any, max_model_len: int) -> bool:

@@ -13,18 +13,25 @@ from vllm_afbs.tuning.engine import Engine, Model
 
 
 @contextmanager
-def opened(options: argparse.Namespace, serve: Sequence[str]) -> Iterator[tuple[Model, Engine]]:
+def opened(
+    options: argparse.Namespace,
+    serve: Sequence[str],
+    block_k: int,
+    with_adapters: bool = False,
+) -> Iterator[tuple[Model, Engine]]:
     """Opens the model of a command line.
 
     Args:
         options: The command's, of ``commands.arguments.parse_with_engine``.
         serve: The arguments for vLLM.
+        block_k: Keys of the key blocks that it will serve.
+        with_adapters: Whether its LoRA adapters are used.
 
     Raises:
         InputError: The model cannot be run.
     """
     if options.engine == VLLM:
-        with VllmEngine(serve) as engine:
+        with VllmEngine(serve, block_k, with_adapters) as engine:
             yield engine, engine
         return
     model = open_model(options.model, options.revision, options.hf_overrides)

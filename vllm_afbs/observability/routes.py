@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from vllm_afbs import compat
 from vllm_afbs.observability import kill_switch, served_level, status
 from vllm_afbs.observability.access import authorise
+from vllm_afbs.profile.adapters import AdapterProfile
 from vllm_afbs.serving import admission, configuration
 from vllm_afbs.serving.settings import read_settings
 
@@ -49,6 +50,7 @@ class Server:
         per_head: Whether block products are also counted for each head.
         num_workers: Number of workers that look at the kill switch and the level.
         weights: Whether the model has the weights that the profile was tuned on.
+        adapters: LoRA adapters that may run sparse.
     """
 
     api_keys: list[str] = field(repr=False)
@@ -58,6 +60,7 @@ class Server:
     levels: served_level.Levels | None = None
     num_workers: int = 0
     weights: str = "unknown"
+    adapters: list[AdapterProfile] = field(default_factory=list)
 
 
 def _server(request: Request) -> Server:
@@ -118,7 +121,12 @@ def get_profile(
 def get_status(server: Annotated[Server, Depends(_server)]) -> status.Status:
     """What the server has done since it started, over all its workers."""
     return status.read_status(
-        server.profile, server.levels, server.backend, server.num_workers, server.weights
+        server.profile,
+        server.levels,
+        server.backend,
+        server.num_workers,
+        server.weights,
+        server.adapters,
     )
 
 
@@ -221,6 +229,7 @@ class RoutesPlugin:
             profile = admission.admitted_profile(config)
             per_head = read_settings(config).per_head_metrics
             served = status.ServedProfile.of(profile) if profile else None
+            serves_adapters = configuration.serves_adapters(config)
             state.afbs = Server(
                 api_keys,
                 served,
@@ -229,4 +238,5 @@ class RoutesPlugin:
                 levels=served_level.Levels.of(config, profile) if profile else None,
                 num_workers=configuration.num_workers(config),
                 weights=admission.known_weights(config),
+                adapters=profile.adapters if profile and serves_adapters else [],
             )

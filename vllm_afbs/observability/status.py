@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from vllm_afbs.observability import kill_switch, metric_files, metrics, served_level
 from vllm_afbs.observability.served_level import Levels
+from vllm_afbs.profile.adapters import AdapterProfile
 from vllm_afbs.profile.schema import HeadProfile, Level, Profile, mean_calibration
 
 Labels = frozenset[tuple[str, str]]
@@ -92,6 +93,10 @@ class Status(SwitchState):
     level: LevelState | None = Field(description="null: no profile.")
     levels: list[Level] = Field(
         description="The profile's, from nearly lossless to fast, with what each costs and saves."
+    )
+    adapters: list[AdapterProfile] = Field(
+        description="LoRA adapters that may run sparse, with the levels that hold for each; empty "
+        "unless the server was told so."
     )
     full_layers: int | None = Field(
         description="Layers with full attention; all figures are theirs. null: no profile."
@@ -215,6 +220,7 @@ def read_status(
     backend: bool,
     num_workers: int,
     weights: str,
+    adapters: list[AdapterProfile],
 ) -> Status:
     """Reads what the server has done since it started.
 
@@ -224,6 +230,7 @@ def read_status(
         backend: Whether the server runs our attention backend.
         num_workers: Number of workers of the server.
         weights: Whether the model has the weights that the profile was tuned on.
+        adapters: LoRA adapters that may run sparse.
     """
     counters = Counters(metric_files.read())
     tokens = counters.by(f"{metrics.PREFILL_TOKENS.name}_total", "path")
@@ -240,6 +247,7 @@ def read_status(
         model_name=served.profile.model_name if served else None,
         level=level_state(levels, num_workers) if levels else None,
         levels=served.profile.levels if served else [],
+        adapters=adapters,
         full_layers=len(served.profile.full_layers) if served else None,
         other_layers=(
             len(served.profile.layers) - len(served.profile.full_layers) if served else None

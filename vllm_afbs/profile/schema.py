@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, model_validator
 
+from vllm_afbs.profile.adapters import AdapterProfile, check_adapters
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.record import Record
@@ -183,6 +184,11 @@ class Profile(ProfileHeader):
     )
     default_level: str = Field(description="Name of the level that is served unless asked.")
     layers: list[LayerProfile]
+    adapters: list[AdapterProfile] = Field(
+        default=[],
+        exclude_if=lambda value: not value,
+        description="LoRA adapters that the levels were validated with. Left out: none.",
+    )
     calibration_texts: list[TextSource] = Field(default=[])
     tuner: TunerRun
 
@@ -201,6 +207,7 @@ class Profile(ProfileHeader):
     @model_validator(mode="after")
     def _counts_agree(self) -> "Profile":
         check_num_layers(self.model, self.layers)
+        check_adapters(self.adapters, len(self.levels))
         for index, layer in enumerate(self.layers):
             if layer.levels and len(layer.levels) != len(self.levels):
                 raise ValueError(
@@ -269,6 +276,10 @@ class Profile(ProfileHeader):
         return [
             head for index in self.full_layers for head in self.layers[index].levels[level].heads
         ]
+
+    def validated_adapters(self, level: int) -> frozenset[str]:
+        """Digests of the LoRA adapters for which a level holds."""
+        return frozenset(each.sha256 for each in self.adapters if each.levels[level].holds)
 
     def tolerance_of(self, layer: int, level: int) -> float:
         """Relative L1 error that the tuner allowed for each head of a layer at a level."""

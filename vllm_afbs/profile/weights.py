@@ -14,6 +14,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _PIECE_BYTES = 1 << 16
 _PIECES = 64
 """Read of a file: its start (with the header), its end, and others evenly between them."""
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+"""vLLM takes the first of them that there is."""
 
 
 def weight_names(directory: Path) -> list[str]:
@@ -81,6 +83,29 @@ def served_weights_sha256(model: str, revision: str | None = None) -> str | None
     except (OSError, ValueError):
         return None
     return weights_sha256(Path(config).parent) if isinstance(config, str) else None
+
+
+def adapter_sha256(directory: Path) -> str | None:
+    """Digest of a LoRA adapter's files: its configuration, and pieces of its weights.
+
+    Weights are read as by ``weights_sha256``: whole up to 4 MiB, else in pieces.
+
+    Args:
+        directory: The adapter, in the format of PEFT.
+
+    Returns:
+        64 hexadecimal digits; None if there is no adapter or it cannot be read.
+    """
+    digest = hashlib.sha256()
+    weights = [path for name in _ADAPTER_WEIGHTS if (path := directory / name).is_file()]
+    if not weights:
+        return None
+    try:
+        for path in (directory / "adapter_config.json", *weights):
+            _add(digest, path)
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def _add(digest: Any, path: Path) -> None:

@@ -12,6 +12,7 @@ from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.profile.weights import served_weights_sha256
 from vllm_afbs.serving import configuration
+from vllm_afbs.serving.pages import cost_of_block_size
 from vllm_afbs.serving.settings import (
     PROFILE_VARIABLE,
     additional_config,
@@ -82,8 +83,7 @@ def admit(vllm_config: "VllmConfig") -> None:
     }
     weights = compare_weights(vllm_config, profile)
     configuration.hand_over(vllm_config, weights=weights)
-    tuned_on = profile.tuned_on.quantization if profile.tuned_on else None
-    for notice in notices(vllm_config, profile.profile_id, weights, tuned_on):
+    for notice in notices(vllm_config, profile, weights):
         logger.warning("%s", notice)
 
 
@@ -105,18 +105,15 @@ def compare_weights(vllm_config: "VllmConfig", profile: Profile) -> Weights:
     return "same" if served == profile.model_weights_sha256 else "other"
 
 
-def notices(
-    vllm_config: "VllmConfig", profile_id: str, weights: Weights, tuned_on: str | None = None
-) -> list[str]:
-    """Warnings, one line each, about what the profile was not tuned with.
+def notices(vllm_config: "VllmConfig", profile: Profile, weights: Weights) -> list[str]:
+    """Warnings, one line each, about what the profile was not tuned with or is slower with.
 
     Args:
         vllm_config: The server's configuration.
-        profile_id: Identity of the served profile.
+        profile: The served profile.
         weights: What ``compare_weights`` found.
-        tuned_on: How the weights were quantised that it was tuned on; None: not, or not known.
     """
-    found = []
+    found: list[str] = []
     if weights == "other":
         found.append(
             "The model's weight files are not those that the profile was tuned on: a fine-tune, "
@@ -124,6 +121,7 @@ def notices(
             "and compare the error, or tune on these weights."
         )
     method = vllm_config.model_config.quantization
+    tuned_on = profile.tuned_on.quantization if profile.tuned_on else None
     if method and method != tuned_on:
         found.append(
             f"The model's weights are quantised ({method}); the profile was not tuned on weights "
@@ -132,8 +130,13 @@ def notices(
     if vllm_config.kv_transfer_config is not None:
         found.append(
             "A KV connector is configured, and its cache does not know profiles. Give each profile "
-            f"a store or a prefix of its own, or send requests with cache_salt={profile_id!r}."
+            "a store or a prefix of its own, or send requests with "
+            f"cache_salt={profile.profile_id!r}."
         )
+    named = configuration.named_block_size(vllm_config)
+    is_cuda = vllm_config.device_config.device_type == "cuda"
+    if is_cuda and named is not None and (cost := cost_of_block_size(named, profile.block_k)):
+        found.append(cost)
     return found
 
 
@@ -158,6 +161,17 @@ def admitted_profile(vllm_config: "VllmConfig") -> Profile | None:
     if settings.profile is None or settings.profile_id is None:
         return None
     return _admitted(settings.profile, settings.profile_id)
+
+
+def expected_block_k(vllm_config: "VllmConfig | None") -> int | None:
+    """Keys of the key blocks that will be served; None if that is not known.
+
+    They are the admitted profile's, or those that the driver of an engine is going to serve.
+    """
+    if vllm_config is None:
+        return None
+    profile = admitted_profile(vllm_config)
+    return read_settings(vllm_config).block_k if profile is None else profile.block_k
 
 
 def start_level(vllm_config: "VllmConfig", profile: Profile | None) -> int:

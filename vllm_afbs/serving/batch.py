@@ -86,8 +86,8 @@ def sort_requests(
         profile: The served profile; None runs everything dense.
         plain_causal: Whether the step's mask is plainly causal; with any other, all runs dense.
         enabled: Whether the kill switch allows sparse attention.
-        may_have_adapter: Whether a LoRA adapter is active in the step, or it is not known that
-            none is; if so, all runs dense.
+        may_have_adapter: Whether a LoRA adapter is active in the step that was not validated, or it
+            is not known that none is; if so, all runs dense.
         num_decode_rows: Most rows of a decode: one, plus one for each drafted token. The context
             lengths of decodes are only upper bounds.
         level: Place of the level to serve, in the profile's levels.

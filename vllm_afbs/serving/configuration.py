@@ -17,9 +17,19 @@ def may_sleep(vllm_config: "VllmConfig") -> bool:
     return bool(vllm_config.model_config.enable_sleep_mode)
 
 
+def num_decoder_layers(vllm_config: "VllmConfig") -> int:
+    """Number of decoder layers, of any kind, of this worker's pipeline stage."""
+    return int(vllm_config.model_config.get_num_layers(vllm_config.parallel_config))
+
+
 def tells_adapters_apart(vllm_config: "VllmConfig") -> bool:
-    """Whether LoRA is on, and steps in which no adapter is active may run sparse."""
-    return vllm_config.lora_config is not None and read_settings(vllm_config).lora == "base"
+    """Whether LoRA is on, and it depends on a step's active adapters whether it may run sparse."""
+    return vllm_config.lora_config is not None and read_settings(vllm_config).lora is not None
+
+
+def serves_adapters(vllm_config: "VllmConfig") -> bool:
+    """Whether LoRA is on, and steps with adapters that the tuner validated may run sparse."""
+    return read_settings(vllm_config).lora == "validated" and vllm_config.lora_config is not None
 
 
 def num_decode_rows(vllm_config: "VllmConfig") -> int:
@@ -39,6 +49,12 @@ def refused_latent_attention(vllm_config: "VllmConfig") -> str | None:
         f"{model.model} has {found}, and --attention-backend afbs makes full attention sparse: "
         "start it without, and vLLM runs the model's own attention"
     )
+
+
+def named_block_size(vllm_config: "VllmConfig") -> int | None:
+    """What the user gave as ``--block-size``; None if vLLM chooses it."""
+    cache = vllm_config.cache_config
+    return int(cache.block_size) if cache.user_specified_block_size else None
 
 
 def longest_chunk(vllm_config: "VllmConfig") -> int:

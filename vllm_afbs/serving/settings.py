@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PROFILE_VARIABLE = "VLLM_AFBS_PROFILE"
+_NOT_FOR_USERS = ("profile_id", "block_k")
 
 
 class Settings(BaseModel):
@@ -19,10 +20,12 @@ class Settings(BaseModel):
     Attributes:
         profile: Path of the profile to serve.
         profile_id: Identity of the profile that was checked at start-up. Not for users.
+        block_k: Keys of the key blocks that the driver of an engine will serve. Not for users.
         per_head_metrics: Whether block products are also counted for each head.
         sample_rate: Share of a layer's sparse steps that are also computed dense and compared.
         lora: What runs sparse on a server with LoRA: ``base``, steps in which no adapter is
-            active. None: nothing.
+            active; ``validated``, also those with adapters that the profile was validated with.
+            None: nothing.
         level: Name of the profile's level to serve at start. None: the profile's default.
     """
 
@@ -30,9 +33,10 @@ class Settings(BaseModel):
 
     profile: str | None = None
     profile_id: str | None = None
+    block_k: int | None = None
     per_head_metrics: bool = False
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    lora: Literal["base"] | None = None
+    lora: Literal["base", "validated"] | None = None
     level: str | None = None
 
 
@@ -49,7 +53,7 @@ def read_settings(vllm_config: "VllmConfig") -> Settings:
         field = ".".join(["afbs", *map(str, first["loc"])])
         message = first["msg"]
         if first["type"] in ("extra_forbidden", "model_type"):
-            names = [name for name in Settings.model_fields if name != "profile_id"]
+            names = [name for name in Settings.model_fields if name not in _NOT_FOR_USERS]
             message = f"an object with any of {', '.join(names)} expected"
         raise ProfileError(f"--additional-config: {field}: {message}") from None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from vllm_afbs import compat
+from vllm_afbs.profile.adapters import describe_adapters
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import admission, configuration
 from vllm_afbs.serving.plan import LayerPlan
@@ -70,7 +71,7 @@ class Summary:
                 dense[plan.dense_reason] += 1
         # A drafter's layers are none of the model's.
         num_full = len(full) - dense["unknown_layer"]
-        num_others = max(0, compat.num_decoder_layers(vllm_config) - num_full)
+        num_others = max(0, configuration.num_decoder_layers(vllm_config) - num_full)
         if profile is None:
             return cls(0, dense, num_others)
         longest = min(profile.max_seq_len, int(vllm_config.model_config.max_model_len))
@@ -177,6 +178,14 @@ def report(
     summary = Summary.of(vllm_config, profile, plans(vllm_config).values())
     level = logging.INFO if summary.num_sparse else logging.WARNING
     logger.log(level, "%s%s.", place, summary)
+    if profile is not None and configuration.serves_adapters(vllm_config):
+        logger.info("%s.", adapters(profile))
+
+
+def adapters(profile: Profile) -> str:
+    """Says which LoRA adapters may run sparse, on a server that tells them apart."""
+    names = [level.name for level in profile.levels]
+    return f"LoRA adapters that may run sparse: {describe_adapters(profile.adapters, names)}"
 
 
 def _log_dense_layers(plans: Mapping[str, LayerPlan]) -> None:

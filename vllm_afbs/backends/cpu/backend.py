@@ -24,15 +24,15 @@ from vllm_afbs.backends.shared import (
     add_builder,
     attend_dense_requests,
     extend_metadata,
-    split_page_sizes,
 )
 from vllm_afbs.kernels import TileTables
 from vllm_afbs.observability import fallbacks
 from vllm_afbs.observability.membership import join_server
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.serving import eligibility, summary
-from vllm_afbs.serving.admission import start_level
+from vllm_afbs.serving.admission import expected_block_k, start_level
 from vllm_afbs.serving.batch import DenseRequests, Step, restrict
+from vllm_afbs.serving.pages import split_page_sizes
 from vllm_afbs.serving.plan import LayerPlan, plan_layers
 from vllm_afbs.serving.reasons import Reason
 from vllm_afbs.serving.settings import read_settings
@@ -55,7 +55,9 @@ class AfbsCPUBackend(CPUAttentionBackend):
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         """The page sizes into which vLLM may split blocks; arguments are vLLM's."""
         given = () if kv_cache_spec is None else (kv_cache_spec,)
-        return split_page_sizes(super().get_supported_kernel_block_sizes(*given))
+        sizes = super().get_supported_kernel_block_sizes(*given)
+        # Larger pages than key blocks would leave every layer dense, so no user wants them.
+        return split_page_sizes(sizes, expected_block_k(compat.current_config()))
 
     @staticmethod
     def get_impl_cls() -> type["AfbsCPUImpl"]:

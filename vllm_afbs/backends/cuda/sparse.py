@@ -14,7 +14,6 @@ from vllm_afbs.backends.cuda.dispatch import KernelChoice
 from vllm_afbs.kernels import (
     HeadThresholds,
     PackedTiles,
-    PrefillFeatures,
     StepInputs,
     TileLists,
     TileTables,
@@ -121,8 +120,8 @@ class TritonPrefill:
 
     def attend(self, step: StepInputs, chosen: TileLists, output: torch.Tensor) -> None:
         """See ``SparsePrefill``."""
-        features = PrefillFeatures(softcap=self._layer.softcap)
-        sparse_prefill(step, chosen, output, self._layer.softmax_scale, features=features)
+        layer = self._layer
+        sparse_prefill(step, chosen, output, layer.softmax_scale, softcap=layer.softcap)
 
 
 def make_prefills(

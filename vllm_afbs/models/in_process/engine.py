@@ -17,7 +17,7 @@ from vllm_afbs.models.in_process.recorder import capture_windows
 from vllm_afbs.models.in_process.source import SourceModel
 from vllm_afbs.models.in_process.weights import load_weights
 from vllm_afbs.profile.tuner_run import TunedOn
-from vllm_afbs.tuning.engine import Compared, compared_positions
+from vllm_afbs.tuning.engine import Adapter, Compared, compared_positions
 
 _ATTENTION = "afbs_sparse"
 
@@ -76,7 +76,12 @@ class TransformersEngine:
         """See ``Engine``."""
         return EndToEnd(self._model, block_q, block_k)
 
-    def release(self) -> None:
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """See ``Engine``; arguments of vLLM would name them."""
+        return ()
+
+    def make_room(self) -> None:
         """See ``Engine``; nothing stays loaded after a capture."""
 
 
