@@ -100,7 +100,8 @@ class Host:
             self._arguments.max_model_len = model.max_model_len + 1
         if gpu_memory_utilization is not None:
             self._arguments.gpu_memory_utilization = gpu_memory_utilization
-        self._arguments.additional_config = {"afbs": {"block_k": block_k}}
+        own = (self._arguments.additional_config or {}).get("afbs", {})
+        self._arguments.additional_config = {"afbs": {**own, "block_k": block_k}}
         self._llm = LLM.from_engine_args(self._arguments)
         for adapter in self._adapters.values():
             self._llm.llm_engine.add_lora(adapter)  # so that one that cannot be loaded fails here
