@@ -12,7 +12,7 @@ MAKEFLAGS += -j2
 export PYTHONDONTWRITEBYTECODE :=
 
 .DELETE_ON_ERROR:
-.PHONY: setup browser prometheus test lint versions demo clean
+.PHONY: setup browser prometheus side-by-side test lint versions demo clean
 
 setup: $(STAMP)
 
@@ -48,11 +48,14 @@ prometheus: setup | browser  # apt-get runs once at a time
 	  dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb; } 2> /dev/null || \
 	echo "No Prometheus, and no Debian to fetch it from: the tests that need it will be skipped."
 
-# Engines pin threads to cores and wait for each other in a loop, so nothing may run beside them.
-# All other tests run side by side, each on one core.
-test: lint browser prometheus
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not machine' -n logical --dist worksteal
-	$(BIN)/python -m pytest -m machine
+# Engines with more than one thread pin them to cores and wait for each other in a loop, so nothing
+# may run beside them. All other tests run side by side, each on one core and the first of them
+# beside mypy. A file's tests stay on one core, which makes its engines once.
+test: lint side-by-side
+	$(BIN)/python -m pytest -m machine $$(grep -l 'pytest.mark.machine' tests/test_*.py)
+
+side-by-side: browser prometheus
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not machine' -n logical --dist loadfile --no-loadscope-reorder
 
 # Checks other versions of vLLM by their sources: make versions VLLM='vllm-0.33.0.whl site-packages'
 versions: setup

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.inspection import inspect_models_here
 from benchmarks.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.check.layers import parse_serve_arguments, plan_server, server_config
@@ -91,20 +92,9 @@ def models() -> list[Model]:
     return sorted(found, key=lambda each: each.model.lower())
 
 
-def _inspect_here() -> None:
-    """Has vLLM look at models' classes in this process, not each in one of its own.
-
-    Those keep a server from initialising CUDA; they take six seconds each.
-    """
-    from vllm.model_executor.models import registry
-
-    vars(registry)["_run_in_subprocess"]  # fails loudly if vLLM moves it
-    setattr(registry, "_run_in_subprocess", lambda inspect: inspect())  # noqa: B010
-
-
 def table() -> str:
     """The table, in Markdown."""
-    _inspect_here()
+    inspect_models_here()
     head = ["| model | layers sparse | other layers | planned from |", "| --- | --- | --- | --- |"]
     return "\n".join([*head, *(str(row_of(each)) for each in models())])
 

@@ -1,7 +1,7 @@
 """What several test modules share."""
 
 import logging
-import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, visibly, ``gpu`` tests without a CUDA device, and ``slow`` ones unless asked."""
-    if "AFBS_SLOW_TESTS" not in os.environ:
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: set AFBS_SLOW_TESTS=1"))
+    """Skips the tests marked ``gpu``, visibly, where there is no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -26,6 +22,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Keeps vLLM from starting a process for each class of model that a test uses.
+
+    Where torch knows CUDA, vLLM's processes have their reason, and tests on a GPU run as a server.
+    """
+    if "vllm" not in sys.modules:
+        return
+    import torch
+
+    from benchmarks.inspection import inspect_models_here
+
+    if torch.version.cuda is None:
+        inspect_models_here()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ for each engine and batch, a list of {"token_ids", "num_cached_tokens", "first":
 probability}}.
 """
 
+import gc
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.inspection import inspect_models_here
 from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 
 Answers = list[dict[str, Any]]
@@ -56,6 +58,7 @@ def ask_module(module: str, engines: list[dict[str, Any]], directory: Path) -> A
 
 
 def main() -> None:
+    inspect_models_here()
     engines = json.loads(Path(sys.argv[1]).read_text())
     Path(sys.argv[2]).write_text(json.dumps([_answers(**engine) for engine in engines]))
 
@@ -64,6 +67,7 @@ def _answers(llm: dict[str, Any], batches: list[dict[str, Any]]) -> list[Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    gc.freeze()  # vLLM collects garbage eight times an engine, each time among all its own objects
     engine = LLM(**llm)
     answers = []
     for batch in batches:

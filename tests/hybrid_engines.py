@@ -7,6 +7,7 @@ adapter or null). With ``levels``, all prompts are computed once at each of them
 stands for a level's file that is gone. ANSWER becomes a list of what each engine did; see ``Run``.
 """
 
+import gc
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 from unittest.mock import patch
 
+from benchmarks.inspection import inspect_models_here
 from tests import wrappers
 from tests.generate import ask_module
 from tests.hybrids import LENGTH
@@ -102,6 +104,7 @@ def main() -> None:
 
     from vllm_afbs.backends.cpu import backend
 
+    inspect_models_here()
     lines: list[str] = []
 
     def collected(record: logging.LogRecord) -> bool:
@@ -141,6 +144,7 @@ def _run(
             calls[layer.layer_name].add(type(attn_metadata).__name__)
         return stock(self, layer, query, key, value, kv_cache, attn_metadata, *others, **more)
 
+    gc.freeze()  # vLLM collects garbage eight times an engine, each time among all its own objects
     before = _counted()
     with patch.object(CPUAttentionBackendImpl, "forward", recorded):
         server = LLM(**llm)

@@ -1,12 +1,42 @@
 """Running a test module's kernels in Triton's interpreter, and the paged cache they read."""
 
+import functools
+import inspect
 import os
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def search_builtins_once() -> None:
+    """Halves the interpreter's time, which goes through ``triton.language`` at each function call.
+
+    There it replaces the compiler's builtins. Which names they have does not change.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(owner: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
+
+    def patch_builtins(owner: Any, builder: Any, scope: Any) -> None:
+        names = builtins(owner)
+        if not names or not is_builtin(getattr(owner, names[0])):
+            return  # The caller has replaced all of them.
+        for name in names:
+            interpreter._patch_attr(owner, name, getattr(owner, name), builder, scope)
+
+    vars(interpreter)["_patch_builtin"]  # fails loudly if Triton moves it
+    interpreter._patch_builtin = patch_builtins
+
+
+if INTERPRETED:
+    search_builtins_once()
 
 
 def assert_passes_interpreted(test_file: str) -> None:

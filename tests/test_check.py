@@ -1,11 +1,10 @@
 """``python -m vllm_afbs.check``: what is off is said in one line, and what is on is what is served.
 
-``test_check_plugins.py`` has the environments in which a plugin does not load. Models here have a
-configuration and no weights, except where a server is started.
+``test_check_plugins.py`` has the environments in which a plugin does not load, and
+``test_server_alone.py`` has a server that says the same. Models here have no weights.
 """
 
 import json
-import os
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import vllm
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 
 from tests.profiles import of_levels, uniform_profile
 from vllm_afbs.backends.cpu import backend
@@ -21,9 +20,8 @@ from vllm_afbs.backends.cpu.key_pages import UnknownPackingError
 from vllm_afbs.check import __main__ as check
 from vllm_afbs.check import layers
 from vllm_afbs.commands import extras
-from vllm_afbs.demo.server import SERVER_ENVIRONMENT, running_server, vllm_command
+from vllm_afbs.demo.server import SERVER_ENVIRONMENT
 from vllm_afbs.files import write_atomically
-from vllm_afbs.observability.instance import DIRECTORY_VARIABLE
 from vllm_afbs.profile.adapters import AdapterLevel, AdapterProfile
 from vllm_afbs.profile.file import load_profile
 from vllm_afbs.profile.fingerprint import ModelFingerprint
@@ -374,33 +372,3 @@ def test_a_fault_of_ours_is_one_line(
     assert "a fault of vllm-afbs" in line
     (kept,) = tmp_path.glob("vllm-afbs-fault-*.txt")
     assert str(kept) in line
-
-
-@pytest.mark.machine
-@pytest.mark.slow
-def test_a_server_says_once_what_the_check_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Real weights, a real engine, and its real metadata builders."""
-    from tests.tuning_jobs import save_tiny_model
-
-    directory = tmp_path / "model"
-    save_tiny_model(directory)  # for its tokenizer
-    LlamaForCausalLM(llama_config()).save_pretrained(directory)
-    profile = save_profile(directory, tmp_path / "profile.json", dense=(1, 2))
-    arguments = [OURS, "--dtype", "float32", "--enforce-eager"]
-    status, lines, _ = outcome(capsys, "--model", directory, "--profile", profile, *arguments)
-    assert status == 0
-    answer = lines[-1].removeprefix("on: ")
-    assert answer == "2 of 4 layers sparse from 1,024 to 4,096 tokens; 2 dense: profile_dense"
-
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"},
-        "VLLM_AFBS_PROFILE": str(profile),
-        DIRECTORY_VARIABLE: str(tmp_path / "metrics"),
-    }
-    command = [*vllm_command(), "serve", str(directory), *arguments]
-    with running_server(command, environment, tmp_path / "server.log"):
-        log = (tmp_path / "server.log").read_text(encoding="utf-8")
-    assert log.count(f"{answer}.") == 1
-    assert log.count("layers sparse") == 1

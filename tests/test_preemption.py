@@ -44,7 +44,6 @@ def test_generated_tokens_count_as_a_prompts_do(
     assert (rest.geometry.q_len, rest.geometry.kv_len) == (200, 1500)
 
 
-@pytest.mark.machine
 def test_a_preempted_request_is_computed_again_sparse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

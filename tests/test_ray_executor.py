@@ -21,7 +21,6 @@ from vllm_afbs.files import write_atomically
 from vllm_afbs.observability import instance
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-afbs[ray]'")
-pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 PROMPT_LEN, BLOCK = 900, 32
 PLUGIN = """
@@ -54,6 +53,8 @@ def server_environment(plugins: Path, ray_directory: str) -> dict[str, str]:
     return {
         **inherited,
         **SERVER_ENVIRONMENT,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other tests run beside it
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
         "VLLM_PLUGINS": "afbs,ray_on_cpu",
         "RAY_ADDRESS": "local",  # never a cluster that somebody else runs on this machine

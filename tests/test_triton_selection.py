@@ -15,6 +15,7 @@ from tests.problems import SCALE, PagedDense, relative_l1
 from vllm_afbs.kernels import (
     THETA_OFF,
     HeadThresholds,
+    PackedTiles,
     TileTables,
     attend_tiles,
     build_tile_lists,
@@ -77,8 +78,9 @@ def check_selection(
         assert num_kept.tolist() == expected_kept
         check_tables(batch, tiles.tables, keeps)
         if device.type == "cpu":
-            check_attention(batch, thresholds)
-            check_attention(replace(batch, sinks=draw_sinks(num_heads, "cpu")), thresholds)
+            check_attention(batch, tiles, thresholds)
+            with_sinks = replace(batch, sinks=draw_sinks(num_heads, "cpu"))
+            check_attention(with_sinks, tiles, thresholds)
 
 
 def check_packing(batch: Batch) -> None:
@@ -92,11 +94,9 @@ def check_packing(batch: Batch) -> None:
         assert not output[request.first_row - GAP : request.first_row].float().any()
 
 
-def check_attention(batch: Batch, thresholds: HeadThresholds) -> None:
+def check_attention(batch: Batch, tiles: PackedTiles, thresholds: HeadThresholds) -> None:
     """Tiles on a dense kernel in fp64 must give what the reference gives, but for rounding."""
     step = batch.step
-    num_kept = torch.zeros(step.num_heads, dtype=torch.int64)
-    tiles = select_tiles(step, thresholds, SCALE, num_kept)
     views = (
         one_head_view(cache, step.tile_page_size)[:, :, 0]
         for cache in (step.key_cache, step.value_cache)
