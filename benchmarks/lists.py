@@ -7,7 +7,7 @@ from vllm_afbs.kernels import (
     QueryBlocks,
     TileLists,
     TileTables,
-    heads_per_page,
+    view_steps,
 )
 
 
@@ -43,16 +43,21 @@ def tile_tables(
         lists: The tiles' kept blocks, in the order of ``blocks``.
         blocks: The request's query blocks.
         key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``; ``page_size`` divides
-            ``block_k``.
+            ``block_k`` or is a multiple of it.
         pages: The request's pages, int32.
     """
     num_heads = len(lists.counts) // blocks.num_blocks
     kv_heads = torch.arange(num_heads, device=pages.device) // (num_heads // key_cache.shape[2])
-    parts = blocks.block_k // key_cache.shape[1]
-    index = lists.block_lists.long()[:, :, None] * parts
-    index = (index + torch.arange(parts, device=pages.device)).clamp_max_(len(pages) - 1)
-    by_head = pages[index].view(num_heads, -1) * heads_per_page(key_cache)
-    block_table = (by_head + kv_heads[:, None]).to(torch.int32).view(len(lists.counts), -1)
+    page_size = key_cache.shape[1]
+    part_size = min(page_size, blocks.block_k)
+    steps = view_steps(key_cache, part_size)
+    parts = torch.arange(0, blocks.block_k, part_size, device=pages.device)
+    first_key = lists.block_lists.long()[:, :, None] * blocks.block_k + parts
+    first_key = first_key.clamp_max_(len(pages) * page_size - part_size)
+    part = first_key % page_size // part_size
+    by_head = (pages[first_key // page_size] * steps.page + part * steps.part).view(num_heads, -1)
+    block_table = by_head + kv_heads[:, None] * steps.head
+    block_table = block_table.to(torch.int32).view(len(lists.counts), -1)
     _, counts, first_positions, places, _ = blocks.table
     last_positions = first_positions + counts - 1
     dropped = last_positions // blocks.block_k + 1 - lists.counts.view(num_heads, -1)

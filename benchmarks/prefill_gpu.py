@@ -166,7 +166,7 @@ class Case:
             has_theta,
         )
         layer = Layer(thresholds, self.scale, 0.0)
-        return make_prefills(layer, self.version, self.shape.page_size, self.shape.block_k)
+        return make_prefills(layer, self.version)
 
     def dense(self) -> None:
         """Runs FlashAttention on the whole prompt, as vLLM's FLASH_ATTN does."""

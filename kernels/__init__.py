@@ -15,7 +15,7 @@ from vllm_afbs.kernels.api import (
     sparse_prefill,
 )
 from vllm_afbs.kernels.geometry import LOCAL_KEYS, BlockGeometry
-from vllm_afbs.kernels.impl.one_head_view import heads_per_page, one_head_view
+from vllm_afbs.kernels.impl.one_head_view import one_head_view, view_steps
 from vllm_afbs.kernels.impl.torch_selection import (
     BlockScores,
     cut_keys,
@@ -47,7 +47,6 @@ __all__ = [
     "build_tile_tables",
     "cut_keys",
     "cut_query_blocks",
-    "heads_per_page",
     "one_head_view",
     "pool_keys",
     "pool_queries",
@@ -57,4 +56,5 @@ __all__ = [
     "select_tiles",
     "sparse_prefill",
     "tile_prefill",
+    "view_steps",
 ]

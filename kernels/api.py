@@ -169,13 +169,13 @@ def select_tiles(
     the caches seen through ``one_head_view``.
 
     Args:
-        step: As in ``select_tile_lists``; the page size divides ``block_k``.
+        step: As in ``select_tile_lists``.
         thresholds: As there.
         softmax_scale: As there.
         num_kept: As there.
 
     Raises:
-        ValueError: As there, or the page size does not divide ``block_k``.
+        ValueError: As there, or pages do not fit key blocks; see ``StepInputs.tile_page_size``.
     """
     _check_selection(step, thresholds, num_kept)
     _check_triton_blocks(step)

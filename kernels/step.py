@@ -129,6 +129,20 @@ class StepInputs:
         """Keys of a page."""
         return self.key_cache.shape[1]
 
+    @property
+    def tile_page_size(self) -> int:
+        """Keys of a page of tiles' block tables: a whole page of the cache, or a key block in it.
+
+        Raises:
+            ValueError: Neither do key blocks consist of whole pages nor pages of whole key blocks.
+        """
+        page_size, block_k = self.page_size, self.blocks.block_k
+        if block_k % page_size and page_size % block_k:
+            raise ValueError(
+                f"page_size must divide block_k {block_k} or be a multiple of it, got {page_size}"
+            )
+        return min(page_size, block_k)
+
     def each_request(
         self,
     ) -> Iterator[tuple[PrefillRequest, slice, torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -35,8 +35,8 @@ class TileTables:
         query_start_loc: ``[num_tiles + 1]``, int32, rows of the regrouped queries.
         seq_lens: Keys of each tile, ``[num_tiles]``, int32.
         block_table: ``[num_tiles, max_pages]``, int32, into the cache seen with one KV head
-            (``one_head_view``): entry ``page * heads_per_page + kv_head``. Entries past a tile's
-            keys are 0.
+            (``one_head_view``), which says how its pages are numbered. Entries past a tile's keys
+            are 0.
     """
 
     query_start_loc: torch.Tensor

@@ -59,28 +59,61 @@ def save_small_model(directory: Path, max_position_embeddings: int = 1024) -> Pa
 ADAPTER_RANK = 8
 
 
-def save_adapter(directory: Path, seed: int) -> Path:
-    """A LoRA adapter for ``SMALL_MODEL``'s shape, in the format of PEFT."""
-    directory.mkdir()
-    config = {
-        "peft_type": "LORA", "r": ADAPTER_RANK, "lora_alpha": 2 * ADAPTER_RANK, "bias": "none",
-        "target_modules": ["q_proj", "k_proj"],
-    }  # fmt: skip
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    width = SMALL_MODEL.num_heads * SMALL_MODEL.head_dim
-    widths = {"q_proj": width, "k_proj": SMALL_MODEL.num_kv_heads * SMALL_MODEL.head_dim}
+def save_adapter(
+    directory: Path, seed: int, head_dim: int = SMALL_MODEL.head_dim, logits: int = 0
+) -> Path:
+    """A LoRA adapter for ``SMALL_MODEL``'s numbers of heads and layers, in the format of PEFT.
+
+    Args:
+        directory: Made here.
+        seed: Of its weights.
+        head_dim: Size of a head.
+        logits: Vocabulary of the model if the adapter also changes its logits. On the CPU, vLLM
+            0.32 then also changes those of the base model.
+    """
+    width = SMALL_MODEL.num_heads * head_dim
+    counts = {"q_proj": SMALL_MODEL.num_heads, "k_proj": SMALL_MODEL.num_kv_heads}
+    modules = {
+        f"model.layers.{layer}.self_attn.{name}": count * head_dim
+        for layer in range(SMALL_MODEL.num_layers)
+        for name, count in counts.items()
+    }
+    if logits:
+        modules["lm_head"] = logits
     random = torch.Generator().manual_seed(seed)
     weights = {}
-    for layer in range(SMALL_MODEL.num_layers):
-        for name, rows in widths.items():
-            module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            for part, shape in (
-                ("lora_A", (ADAPTER_RANK, width)),
-                ("lora_B", (rows, ADAPTER_RANK)),
-            ):
-                weights[f"{module}.{part}.weight"] = 0.3 * torch.randn(shape, generator=random)
+    for name, count in modules.items():
+        for part, shape in (("lora_A", (ADAPTER_RANK, width)), ("lora_B", (count, ADAPTER_RANK))):
+            tensor = 0.3 * torch.randn(shape, generator=random)
+            weights[f"base_model.model.{name}.{part}.weight"] = tensor
+    config = {
+        "peft_type": "LORA", "r": ADAPTER_RANK, "lora_alpha": 2 * ADAPTER_RANK, "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
+    }  # fmt: skip
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(config))
     save_file(weights, directory / "adapter_model.safetensors")
     return directory
+
+
+def merged(model: Path, adapter: Path, directory: Path) -> Path:
+    """A copy of a model with an adapter added to its weights, by LoRA's formula."""
+    delta = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+
+    def change(weights: Weights) -> Weights:
+        found = dict(weights)
+        for name, weight in weights.items():
+            parts = [
+                delta.get(f"base_model.model.{name.removesuffix('weight')}{part}.weight")
+                for part in ("lora_A", "lora_B")
+            ]
+            if (a := parts[0]) is not None and (b := parts[1]) is not None:
+                found[name] = weight + scale * b @ a
+        return found
+
+    return changed_model(model, directory, change)
 
 
 def is_linear(name: str) -> bool:

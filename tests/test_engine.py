@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from benchmarks.profiles import uniform_profile
 from tests import hybrids
-from tests.models import ADAPTER_RANK, Weights, changed_model, save_adapter
+from tests.models import merged, save_adapter
 from tests.quantised_checkpoints import quantise
 from tests.tuning_jobs import IN_PROCESS, save_byte_tokenizer, save_tiny_model, start
 from vllm_afbs import tune
@@ -108,23 +108,6 @@ def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora(**adapters: Path) -> list[str]:
     """What ``vllm serve`` is given for LoRA adapters."""
     return ["--enable-lora", "--lora-modules", *(f"{n}={path}" for n, path in adapters.items())]
-
-
-def merged(model: Path, adapter: Path, directory: Path) -> Path:
-    """The model with an adapter added to its weights, by LoRA's formula."""
-    delta = load_file(adapter / "adapter_model.safetensors")
-    scale = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"] / ADAPTER_RANK
-
-    def change(weights: Weights) -> Weights:
-        found = dict(weights)
-        for name in weights:
-            prefix = f"base_model.model.{name.removesuffix('.weight')}"
-            if f"{prefix}.lora_A.weight" in delta:
-                a, b = delta[f"{prefix}.lora_A.weight"], delta[f"{prefix}.lora_B.weight"]
-                found[name] = weights[name] + scale * b @ a
-        return found
-
-    return changed_model(model, directory, change)
 
 
 def assert_same(one: Capture, other: Capture) -> None:
@@ -411,6 +394,7 @@ def test_adapters_that_are_refused(model: Path, adapters: dict[str, Path], tmp_p
         (lora(one=adapter)[1:], "--lora-modules: --enable-lora expected beside it"),
         ([*lora(one=adapter), f"one={model}"], "a name for each adapter expected, got one twice"),
         (lora(one=tmp_path), f"one: a directory with adapter_config.json .* got {tmp_path}"),
+        ([*lora(one=adapter), "--max-lora-rank", "1"], "one: LoRA rank 8 is greater than max_lora"),
         (lora(one=adapter, two=adapter), "two: other files expected than those of adapters before"),
     ):
         with pytest.raises(RefusedError, match=line):

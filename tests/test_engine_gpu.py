@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models import merged, save_adapter
 from tests.quantised_checkpoints import quantise
 from tests.tuning_jobs import save_tiny_model
 from vllm_afbs import tune
 from vllm_afbs.captures import CALIBRATION, Capture
 from vllm_afbs.engine.client import VllmEngine
+from vllm_afbs.engine.sparse_model import EngineAdapter
 from vllm_afbs.evaluate import __main__ as evaluate
 from vllm_afbs.kernels import HeadThresholds
 from vllm_afbs.models.in_process.engine import TransformersEngine
@@ -36,8 +38,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[VllmEngine]:
-    with VllmEngine([str(model), *SERVE, "--dtype", "bfloat16"]) as running:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    return save_adapter(folder / "one", seed=1, head_dim=64, logits=256)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, adapter: Path) -> Iterator[VllmEngine]:
+    """An engine whose base model runs, unless a LoRA adapter is asked for."""
+    serve = ["--dtype", "bfloat16", "--enable-lora", "--lora-modules", f"one={adapter}"]
+    with VllmEngine([str(model), *SERVE, *serve], with_adapters=True) as running:
         yield running
 
 
@@ -66,9 +76,16 @@ def test_captures_are_what_transformers_captures(
         assert difference(found, captured, name) < 0.05
 
 
-def test_candidates_are_measured_as_by_transformers(model: Path, engine: VllmEngine) -> None:
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_candidates_are_measured_as_by_transformers(
+    model: Path, engine: VllmEngine, adapter: Path, with_adapter: bool, tmp_path: Path
+) -> None:
+    """With a LoRA adapter, as if it were part of the weights."""
+    source: VllmEngine | EngineAdapter = engine
+    if with_adapter:
+        model, source = merged(model, adapter, tmp_path / "merged"), engine.adapters[0]
     own = TransformersEngine(open_model(str(model))).sparse_model(BLOCK, BLOCK)
-    theirs = engine.sparse_model(BLOCK, BLOCK)
+    theirs = source.sparse_model(BLOCK, BLOCK)
     thresholds = {
         layer: HeadThresholds(torch.full((4,), tau), torch.full((4,), -1.0))
         for layer, tau in ((0, 0.5), (1, 0.3))

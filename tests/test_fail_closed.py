@@ -169,13 +169,8 @@ def test_tiles_run_on_flash_attention_3_alone(version: int) -> None:
     impl.card = Card(90, version)
     planned = plan.plan_layer(uniform_profile(), 1, 4, 0, None)
     with patch.object(compat, "flash_attention", Mock()):
-        whole, parts = (
-            impl.sparse_prefills(planned, torch.device("cpu"), page_size, 64)
-            for page_size in (64, 128)
-        )
-    assert whole.keys() == ({"triton", "tiles"} if version == 3 else {"triton"})
-    # A block table cannot name half a page.
-    assert parts.keys() == {"triton"}
+        prefills = impl.sparse_prefills(planned, torch.device("cpu"))
+    assert prefills.keys() == ({"triton", "tiles"} if version == 3 else {"triton"})
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from vllm_afbs.kernels import (
     HeadThresholds,
     build_tile_lists,
     build_tile_tables,
-    heads_per_page,
     one_head_view,
     select_blocks,
     tile_prefill,
+    view_steps,
 )
 from vllm_afbs.kernels.reference import reference_attention, reference_varlen
 
@@ -229,17 +229,20 @@ def test_geometry_refuses_impossible_lengths(q_len: int, kv_len: int) -> None:
 
 @pytest.mark.parametrize("heads_outside", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("part_size", [8, 4, 2])
 def test_a_view_of_one_head_finds_every_head_of_every_page(
-    num_kv_heads: int, heads_outside: bool
+    part_size: int, num_kv_heads: int, heads_outside: bool
 ) -> None:
     shape = (3, num_kv_heads, 8, 16) if heads_outside else (3, 8, num_kv_heads, 16)
     cache = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     cache = cache.transpose(1, 2) if heads_outside else cache
     if num_kv_heads == 1:  # as a split of a wider cache, or a rank's only head, can come out
         cache = cache.as_strided(cache.shape, (128, 16, 1, 1))
-    view, step = one_head_view(cache), heads_per_page(cache)
-    for page in range(3):
-        for head in range(num_kv_heads):
-            assert torch.equal(view[page * step + head, :, 0], cache[page, :, head])
+    view, steps = one_head_view(cache, part_size), view_steps(cache, part_size)
+    for page, head, part in itertools.product(range(3), range(num_kv_heads), range(8 // part_size)):
+        index = page * steps.page + head * steps.head + part * steps.part
+        keys = slice(part * part_size, (part + 1) * part_size)
+        assert torch.equal(view[index, :, 0], cache[page, keys, head])
+    assert index + 1 == len(view)
     # What a tensor copy takes: strides of whole rows.
     assert all(stride % 16 == 0 for stride in view.stride()[:3])

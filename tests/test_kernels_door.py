@@ -114,8 +114,8 @@ def test_triton_refuses_blocks_that_it_cannot_cut() -> None:
         sparse_prefill(step, lists, torch.empty_like(step.query), SCALE)
 
 
-def test_tiles_need_whole_pages_in_a_block() -> None:
-    step = make_batch([(64, 64)], 32, 64, 16, torch.float32, "cpu").step
+def test_tiles_need_pages_that_fit_blocks() -> None:
+    step = make_batch([(64, 64)], 32, 48, 16, torch.float32, "cpu").step
     with pytest.raises(ValueError, match="page_size must divide block_k"):
         select_tiles(step, THRESHOLDS, SCALE, NUM_KEPT)
 

@@ -26,8 +26,7 @@ from vllm_afbs import compat
 from vllm_afbs.backends.cpu import backend as cpu
 from vllm_afbs.backends.cuda import backend as cuda
 from vllm_afbs.profile.schema import Profile
-from vllm_afbs.serving import admission
-from vllm_afbs.serving.pages import cost_of_block_size, split_page_sizes
+from vllm_afbs.serving.pages import split_page_sizes
 from vllm_afbs.serving.plan import plan_layer
 
 
@@ -64,13 +63,12 @@ def serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Non
 
 @pytest.mark.parametrize("is_driven", [False, True])
 @pytest.mark.parametrize(
-    ("block_k", "preferred", "pages"),
-    [(128, 128, {128: 128, 384: 128, 672: 32}), (64, 64, {64: 64, 128: 64, 384: 64, 672: 32}),
-     (256, 128, {256: 128}), (32, 32, {128: 32}), (16, 16, {128: 16})],
+    ("block_k", "pages"),
+    [(128, {128: 128, 384: 128, 672: 32}), (64, {64: 64, 128: 64, 384: 64, 672: 32}),
+     (256, {256: 128}), (32, {128: 32}), (16, {128: 16})],
 )  # fmt: skip
-def test_pages_are_key_blocks_or_parts_of_them(
+def test_pages_on_cpus_are_key_blocks_or_parts_of_them(
     block_k: int,
-    preferred: int,
     pages: dict[int, int],
     is_driven: bool,
     serves: Callable[..., None],
@@ -80,9 +78,7 @@ def test_pages_are_key_blocks_or_parts_of_them(
         serves(None, driven=block_k)
     else:
         serves(uniform_profile(block_k=block_k))
-    assert cuda.AfbsCUDABackend.get_preferred_block_size(16) == preferred
     for block, page in pages.items():
-        assert select_common_block_size(block, [cuda.AfbsCUDABackend]) == page
         if page >= 32:  # vLLM's kernels on the CPU read no smaller ones
             assert select_common_block_size(block, [cpu.AfbsCPUBackend]) == page
     # Whatever the pages, the layers' own check agrees that they can be read.
@@ -91,50 +87,23 @@ def test_pages_are_key_blocks_or_parts_of_them(
     assert set(readable.values()) == {None}
 
 
-def test_a_named_block_size_is_kept_where_it_can_be_read(serves: Callable[..., None]) -> None:
-    serves(uniform_profile(block_k=64), named=128)
-    assert select_common_block_size(128, [cuda.AfbsCUDABackend]) == 128
-    # On the CPU all layers would run dense.
-    assert select_common_block_size(128, [cpu.AfbsCPUBackend]) == 64
-    # No page fits, so none is better than another.
+@pytest.mark.parametrize("block_k", [16, 32, 64, 128, 256, None])
+def test_pages_on_gpus_are_large_whatever_the_key_blocks(
+    block_k: int | None, serves: Callable[..., None]
+) -> None:
+    """Tiles name parts of pages, and FlashAttention reads large ones faster."""
+    serves(None if block_k is None else uniform_profile(block_k=block_k))
+    assert cuda.AfbsCUDABackend.get_preferred_block_size(16) == 128
+    for block, page in {64: 64, 128: 128, 384: 128, 672: 32}.items():
+        assert select_common_block_size(block, [cuda.AfbsCUDABackend]) == page
+        if block_k is not None:
+            profile = uniform_profile(block_k=block_k)
+            assert make_impl("cuda").unsupported_feature(page, profile) != "page_size"
+
+
+def test_no_page_is_better_than_another_where_none_fits(serves: Callable[..., None]) -> None:
     serves(uniform_profile(block_k=48))
     assert select_common_block_size(128, [cpu.AfbsCPUBackend]) == 128
-
-
-def test_without_a_profile_pages_are_large(serves: Callable[..., None]) -> None:
-    serves(None)
-    assert cuda.AfbsCUDABackend.get_preferred_block_size(16) == 128
-
-
-@pytest.mark.parametrize(
-    ("block_size", "block_k", "page"),
-    [(128, 64, 128), (256, 64, 128), (64, 64, None), (16, 64, None), (128, 128, None),
-     (576, 64, None), (96, 64, None), (64, 32, 64)],
-)  # fmt: skip
-def test_what_a_named_block_size_costs_is_said(
-    block_size: int, block_k: int, page: int | None
-) -> None:
-    line = cost_of_block_size(block_size, block_k)
-    if page is None:
-        assert line is None
-    else:
-        assert line is not None
-        assert line.startswith(f"--block-size {block_size}: pages of {page} keys hold several ")
-        assert f"blocks of {block_k}" in line
-
-
-@pytest.mark.parametrize(("device", "named", "said"), [("cuda", True, 1), ("cpu", True, 0),
-                                                       ("cuda", False, 0)])  # fmt: skip
-def test_a_server_warns_of_that_cost_on_cuda(device: str, named: bool, said: int) -> None:
-    config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(quantization=None),
-        kv_transfer_config=None,
-        device_config=SimpleNamespace(device_type=device),
-        cache_config=SimpleNamespace(block_size=128, user_specified_block_size=named),
-    )
-    lines = admission.notices(config, uniform_profile(block_k=64), "same")
-    assert [line.split(":")[0] for line in lines] == ["--block-size 128"] * said
-    assert admission.notices(config, uniform_profile(), "same") == []
 
 
 @pytest.mark.parametrize(

@@ -1,45 +1,85 @@
 """A paged cache seen with one KV head, so that one launch of a dense kernel serves all heads."""
 
+import math
+from typing import NamedTuple
+
 import torch
 
 
-def heads_per_page(cache: torch.Tensor) -> int:
-    """Pages of ``one_head_view`` from one page of a cache to the next.
+class ViewSteps(NamedTuple):
+    """How far apart things are in ``one_head_view``, in its pages.
 
-    Where heads lie outside the tokens of a page (HND) that is ``num_kv_heads``. Where they lie
-    inside (NHD), pages of the view overlap in memory, and most of its page numbers are never used.
+    Attributes:
+        page: From a page of the cache to the next.
+        head: From a KV head to the next.
+        part: From a part of a page to the next.
     """
-    return cache.stride(0) // _head_stride(cache)
+
+    page: int
+    head: int
+    part: int
+
+
+def view_steps(cache: torch.Tensor, part_size: int) -> ViewSteps:
+    """Where ``one_head_view`` has the parts of a cache's pages.
+
+    Where heads lie outside the tokens of a page (HND), its pages follow each other in memory. Where
+    they lie inside (NHD), they overlap, and most of the view's page numbers are never used.
+
+    Args:
+        cache: As there.
+        part_size: As there.
+
+    Raises:
+        ValueError: As there.
+    """
+    unit, stride_part = _unit(cache, part_size), part_size * cache.stride(1)
+    return ViewSteps(cache.stride(0) // unit, _head_stride(cache) // unit, stride_part // unit)
+
+
+def one_head_view(cache: torch.Tensor, part_size: int) -> torch.Tensor:
+    """Views a paged cache as one with a single KV head and perhaps shorter pages, without a copy.
+
+    Page ``page * steps.page + kv_head * steps.head + part * steps.part`` of the view, with the
+    cache's ``view_steps``, holds the part's keys of KV head ``kv_head`` on page ``page``.
+
+    Args:
+        cache: ``[num_pages, page_size, num_kv_heads, head_dim]``.
+        part_size: Keys of a page of the view; divides ``page_size``.
+
+    Returns:
+        ``[num_view_pages, part_size, 1, head_dim]``, the same memory.
+
+    Raises:
+        ValueError: Pages, heads and parts are no multiples of one stride.
+    """
+    num_pages, page_size, num_kv_heads, head_dim = cache.shape
+    _, stride_token, _, stride_column = cache.stride()
+    steps = view_steps(cache, part_size)
+    last = ViewSteps(num_pages - 1, num_kv_heads - 1, page_size // part_size - 1)
+    last_page = sum(step * index for step, index in zip(steps, last, strict=True))
+    return cache.as_strided(
+        (last_page + 1, part_size, 1, head_dim),
+        (_unit(cache, part_size), stride_token, stride_token, stride_column),
+    )
+
+
+def _unit(cache: torch.Tensor, part_size: int) -> int:
+    """Stride of the view's pages."""
+    page_size, stride_head = cache.shape[1], _head_stride(cache)
+    if page_size % part_size:
+        raise ValueError(f"part_size must divide page_size {page_size}, got {part_size}")
+    unit = stride_head
+    if part_size < page_size:
+        unit = math.gcd(stride_head, part_size * cache.stride(1))
+    if cache.stride(0) % unit:
+        raise ValueError(
+            "the cache's page stride must be a multiple of its head stride (and that of a part of "
+            f"a page), got {cache.stride()}"
+        )
+    return unit
 
 
 def _head_stride(cache: torch.Tensor) -> int:
     # PyTorch allows any stride for a dimension of one; tensor copies do not.
     return cache.stride(2) if cache.shape[2] > 1 else cache.stride(0)
-
-
-def one_head_view(cache: torch.Tensor) -> torch.Tensor:
-    """Views a paged cache as one with a single KV head, without a copy.
-
-    Page ``page * heads_per_page(cache) + kv_head`` of the view is KV head ``kv_head`` of page
-    ``page``.
-
-    Args:
-        cache: ``[num_pages, page_size, num_kv_heads, head_dim]``.
-
-    Returns:
-        ``[num_pages * heads_per_page(cache) or less, page_size, 1, head_dim]``, the same memory.
-
-    Raises:
-        ValueError: A page is not a whole number of heads' strides long.
-    """
-    num_pages, page_size, num_kv_heads, head_dim = cache.shape
-    stride_page, stride_token, _, stride_column = cache.stride()
-    stride_head = _head_stride(cache)
-    if stride_page % stride_head:
-        raise ValueError(
-            f"the cache's page stride must be a multiple of its head stride, got {cache.stride()}"
-        )
-    return cache.as_strided(
-        ((num_pages - 1) * (stride_page // stride_head) + num_kv_heads, page_size, 1, head_dim),
-        (stride_head, stride_token, stride_token, stride_column),
-    )

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_afbs.kernels.impl.one_head_view import heads_per_page
+from vllm_afbs.kernels.impl.one_head_view import view_steps
 from vllm_afbs.kernels.impl.torch_selection import BlockStats
 from vllm_afbs.kernels.impl.triton_packing import pack_queries, pool_queries_in_place
 from vllm_afbs.kernels.impl.triton_query_block import load_query_block
@@ -39,7 +39,7 @@ def triton_tiles(
     step: StepInputs, thresholds: HeadThresholds, softmax_scale: float, num_kept: torch.Tensor
 ) -> PackedTiles:
     """Implements ``api.select_tiles``."""
-    pages_per_block = step.blocks.requests[0].geometry.pages_per_block(step.page_size)
+    pages_per_block = step.blocks.block_k // step.tile_page_size
     new = step.block_table.new_empty
     # A kernel may fetch entries ahead of a tile's end, so what follows names a valid page.
     entries = step.block_table.new_zeros(step.num_tiles, step.blocks.max_k_blocks * pages_per_block)
@@ -66,6 +66,8 @@ def _select(
 ) -> None:
     blocks, scored, num_heads = step.blocks, step.blocks.scored, step.num_heads
     _, page_size, num_kv_heads, _ = step.key_cache.shape
+    # Lists need no parts of pages, so pages of any size will do.
+    part_size = page_size if query_start_loc is None else step.tile_page_size
     for index, (request, span) in enumerate(zip(blocks.requests, blocks.slices, strict=True)):
         num_q_blocks, num_k_blocks = span.stop - span.start, request.geometry.num_k_blocks
         pages = step.block_table[request.table_row]
@@ -83,11 +85,12 @@ def _select(
             blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks, num_k_blocks,
             scored.num_blocks, scored.slices[index].start, mean.shape[1], request.geometry.kv_len,
             mean.stride(1), entries.stride(0), num_heads, request.geometry.local_keys,
-            heads_per_page(step.key_cache),
+            *view_steps(step.key_cache, part_size),
             GROUP=num_heads // num_kv_heads,
             SCORED_ROWS=scored.block_q,
             BLOCK_K=request.geometry.block_k,
             PAGE_SIZE=page_size,
+            PART_SIZE=part_size,
             ROW=row,
             BISECTIONS=_BISECTIONS,
             SHARE=MEAN_KEY_SHARE,
@@ -108,7 +111,7 @@ def _softmax(scores, mask):
     do_not_specialize=[
         "pages", "num_kept", "num_blocks", "num_rows", "first_block", "num_q_blocks",
         "num_k_blocks", "num_scored_blocks", "first_scored", "num_scored", "kv_len",
-        "stride_entries", "heads_per_page",
+        "stride_entries", "page_step", "head_step", "part_step",
     ]
 )  # fmt: skip
 def _select_tile(
@@ -116,9 +119,10 @@ def _select_tile(
     table, pages, entries, lengths, query_start_loc, num_kept,
     num_blocks, num_rows, first_block, num_q_blocks, num_k_blocks,
     num_scored_blocks, first_scored, num_scored, kv_len,
-    stride_scores, stride_entries, num_heads, local_keys, heads_per_page,
+    stride_scores, stride_entries, num_heads, local_keys, page_step, head_step, part_step,
     GROUP: tl.constexpr, SCORED_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, ROW: tl.constexpr, BISECTIONS: tl.constexpr, SHARE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PART_SIZE: tl.constexpr, ROW: tl.constexpr,
+    BISECTIONS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program // num_q_blocks
@@ -168,13 +172,15 @@ def _select_tile(
         tl.store(out + rank, blocks, mask=keep)
         tl.store(lengths + tile, number)
     else:
-        PARTS: tl.constexpr = BLOCK_K // PAGE_SIZE
+        PARTS: tl.constexpr = BLOCK_K // PART_SIZE
         kv_head = head // GROUP
         for part in tl.static_range(PARTS):
-            page_index = blocks * PARTS + part
-            here = keep & (page_index * PAGE_SIZE <= last_position)
-            page = tl.load(pages + page_index, mask=here, other=0)
-            tl.store(out + rank * PARTS + part, page * heads_per_page + kv_head, mask=here)
+            first_key = blocks * BLOCK_K + part * PART_SIZE
+            here = keep & (first_key <= last_position)
+            page = tl.load(pages + first_key // PAGE_SIZE, mask=here, other=0)
+            part_of_page = first_key % PAGE_SIZE // PART_SIZE
+            entry = page * page_step + kv_head * head_step + part_of_page * part_step
+            tl.store(out + rank * PARTS + part, entry, mask=here)
         # Only whole blocks are dropped: the one that the last row ends in is on the diagonal.
         dropped = last_position // BLOCK_K + 1 - number
         tl.store(lengths + tile, last_position + 1 - dropped * BLOCK_K)

@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from vllm_afbs.backends.driven import EXTENSION
 from vllm_afbs.check.layers import check_directory, parse_serve_arguments
 from vllm_afbs.check.refusals import RefusedError
+from vllm_afbs.engine import adapters
 
 FORCED = {
     "enforce_eager": True,  # graphs would pass the recorded layers by
@@ -64,13 +65,13 @@ def parse(arguments: Sequence[str], with_adapters: bool = False) -> Parsed:
     """
     given = parse_serve_arguments(arguments)
     _check(given)
-    adapters = _adapters(given) if with_adapters else []
+    requested = adapters.requests(given) if with_adapters else []
     given = parse_serve_arguments([*arguments, "--attention-backend", "AFBS"])
     usual = parse_serve_arguments([given.model])
     names = {each.name for each in fields(EngineArgs)}
     changed = {name for name, value in vars(given).items() if value != vars(usual).get(name)}
     taken = FORCED | _PASSED_OVER
-    if adapters:
+    if requested:
         changed.discard("lora_modules")
         taken |= _WITH_ADAPTERS
     unused = sorted(
@@ -82,23 +83,7 @@ def parse(arguments: Sequence[str], with_adapters: bool = False) -> Parsed:
         if name in names:
             setattr(given, name, value)
     names_unused = [f"--{name.replace('_', '-')}" for name in unused]
-    return Parsed(EngineArgs.from_cli_args(given), names_unused, adapters)
-
-
-def _adapters(given: Namespace) -> list[LoRARequest]:
-    """The adapters of ``--lora-modules``; refuses what a server would not load."""
-    modules = given.lora_modules or []
-    if modules and not given.enable_lora:
-        raise RefusedError("--lora-modules: --enable-lora expected beside it")
-    names = [module.name for module in modules]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise RefusedError(
-            f"--lora-modules: a name for each adapter expected, got {twice[0]} twice"
-        )
-    return [
-        LoRARequest(module.name, number, module.path, is_3d_lora_weight=module.is_3d_lora_weight)
-        for number, module in enumerate(modules, 1)
-    ]
+    return Parsed(EngineArgs.from_cli_args(given), names_unused, requested)
 
 
 def _check(given: Namespace) -> None:

@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vllm_afbs import compat
@@ -22,7 +21,6 @@ from vllm_afbs.observability import metric_files
 from vllm_afbs.profile.errors import ProfileError
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.layers import full_layers, tunable_layers
-from vllm_afbs.profile.weights import adapter_sha256
 from vllm_afbs.serving.settings import PROFILE_VARIABLE
 
 _REFUSALS = (InputError, ProfileError, RefusedError)
@@ -49,6 +47,7 @@ class Host:
             with_adapters: Whether its LoRA adapters are used.
         """
         from vllm_afbs.check.layers import as_served
+        from vllm_afbs.engine.adapters import digests
         from vllm_afbs.engine.arguments import parse
 
         parsed = parse(arguments, with_adapters)
@@ -58,7 +57,7 @@ class Host:
         model = config.model_config
         return {
             "unused": parsed.unused,
-            "adapters": _digests(parsed.adapters),
+            "adapters": digests(parsed.adapters, config.lora_config),
             "model": model.model,
             "revision": model.revision,
             "tokenizer": model.tokenizer,
@@ -100,10 +99,9 @@ class Host:
             self._arguments.max_model_len = model.max_model_len + 1
         if gpu_memory_utilization is not None:
             self._arguments.gpu_memory_utilization = gpu_memory_utilization
-        self._arguments.additional_config = {"afbs": {"block_k": block_k}}
+        own = (self._arguments.additional_config or {}).get("afbs", {})
+        self._arguments.additional_config = {"afbs": {**own, "block_k": block_k}}
         self._llm = LLM.from_engine_args(self._arguments)
-        for adapter in self._adapters.values():
-            self._llm.llm_engine.add_lora(adapter)  # so that one that cannot be loaded fails here
         return [json.loads(each) for each in self._workers("afbs_layers")]
 
     def capture(
@@ -229,24 +227,6 @@ class Host:
         asked = [{"prompt_token_ids": tokens} for tokens in prompts]
         outputs = self._llm.generate(asked, list(chosen), use_tqdm=False, lora_request=adapter)
         return [output.outputs[0] for output in outputs]
-
-
-def _digests(adapters: Sequence[Any]) -> dict[str, str]:
-    """Digest of each LoRA adapter's files, by its name."""
-    found: dict[str, str] = {}
-    for each in adapters:
-        path = compat.adapter_path(each)
-        digest = None if path is None else adapter_sha256(Path(path))
-        where = f"--lora-modules: {each.lora_name}"
-        if digest is None:
-            raise RefusedError(
-                f"{where}: a directory with adapter_config.json and the adapter's weights "
-                f"expected, got {each.lora_path}"
-            )
-        if digest in found.values():
-            raise RefusedError(f"{where}: other files expected than those of adapters before it")
-        found[each.lora_name] = digest
-    return found
 
 
 def _stretches_beyond(text: Any, max_model_len: int) -> bool:

@@ -12,7 +12,6 @@ from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import Profile
 from vllm_afbs.profile.weights import served_weights_sha256
 from vllm_afbs.serving import configuration
-from vllm_afbs.serving.pages import cost_of_block_size
 from vllm_afbs.serving.settings import (
     PROFILE_VARIABLE,
     additional_config,
@@ -133,10 +132,6 @@ def notices(vllm_config: "VllmConfig", profile: Profile, weights: Weights) -> li
             "a store or a prefix of its own, or send requests with "
             f"cache_salt={profile.profile_id!r}."
         )
-    named = configuration.named_block_size(vllm_config)
-    is_cuda = vllm_config.device_config.device_type == "cuda"
-    if is_cuda and named is not None and (cost := cost_of_block_size(named, profile.block_k)):
-        found.append(cost)
     return found
 
 

@@ -51,12 +51,6 @@ def refused_latent_attention(vllm_config: "VllmConfig") -> str | None:
     )
 
 
-def named_block_size(vllm_config: "VllmConfig") -> int | None:
-    """What the user gave as ``--block-size``; None if vLLM chooses it."""
-    cache = vllm_config.cache_config
-    return int(cache.block_size) if cache.user_specified_block_size else None
-
-
 def longest_chunk(vllm_config: "VllmConfig") -> int:
     """Most tokens of one prompt that the scheduler puts into one step."""
     scheduler = vllm_config.scheduler_config

@@ -31,21 +31,3 @@ def split_page_sizes(stock: Sequence[Any], block_k: int | None = None) -> list[A
         return list(stock)
     sizes = [size for size in PAGE_SIZES if any(size % base == 0 for base in bases)]
     return [size for size in sizes if block_k is not None and block_k % size == 0] or sizes
-
-
-def cost_of_block_size(block_size: int, block_k: int) -> str | None:
-    """What a user's ``--block-size`` costs on CUDA, in one line; None if it costs nothing.
-
-    Args:
-        block_size: Tokens of a block of the cache.
-        block_k: Keys of the profile's key blocks.
-    """
-    page_size = next((size for size in PAGE_SIZES if block_size % size == 0), block_size)
-    if page_size % block_k or page_size == block_k:
-        return None
-    return (
-        f"--block-size {block_size}: pages of {page_size} keys hold several of the profile's key "
-        f"blocks of {block_k}. FlashAttention 3 cannot read these one by one, so sparse prefill "
-        "runs in the Triton kernel alone, which is slower for heads of 128 and more. Without "
-        f"--block-size, pages have {block_k} keys."
-    )

@@ -114,9 +114,8 @@ class AfbsCUDAMetadataBuilder(CapturesDecodesOnly):
                 impl.step_aside()
                 continue
             # The thresholds of all levels stay on the device, so a step in flight keeps its own.
-            given = device, page_size, profile.block_k
             served = [
-                ServedLayer(plan, slot, impl.sparse_prefills(plan, *given), always_sparse)
+                ServedLayer(plan, slot, impl.sparse_prefills(plan, device), always_sparse)
                 for plan in plans
             ]
             impl.serve(*served)
@@ -206,13 +205,13 @@ class AfbsCUDAImpl(FlashAttentionImpl):
         )
 
     def sparse_prefills(
-        self, plan: LayerPlan, device: torch.device, page_size: int, block_k: int
+        self, plan: LayerPlan, device: torch.device
     ) -> dict[KernelChoice, SparsePrefill]:
         """Prepares this layer's sparse prefill with each kernel; empty if its plan is dense."""
         if plan.thresholds is None:
             return {}
         layer = Layer(plan.thresholds.to(device), self.scale, float(self.logits_soft_cap))
-        return make_prefills(layer, self.card.flash_attention_version, page_size, block_k)
+        return make_prefills(layer, self.card.flash_attention_version)
 
     def serve(self, *served: ServedLayer) -> None:
         """Takes what the layer serves at each level; the metadata builder calls this first."""

@@ -96,7 +96,7 @@ def _is_readable(
     kv_cache = torch.empty_strided(shape, stride, device="meta")
     for cache in _split(kv_cache, head_dim):
         try:
-            num_pages = len(one_head_view(cache))
+            num_pages = len(one_head_view(cache, min(shape[2], block_k)))
         except ValueError:
             return False
         if not 0 < num_pages <= _MOST_PAGES:

@@ -5,8 +5,6 @@ from typing import Any
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
 from vllm_afbs import compat
-from vllm_afbs.serving.admission import expected_block_k
-from vllm_afbs.serving.configuration import named_block_size
 from vllm_afbs.serving.pages import split_page_sizes
 
 PAGE_SIZE = 128
@@ -16,8 +14,7 @@ PAGE_SIZE = 128
 def are_readable(page_size: int, block_k: int) -> bool:
     """Whether our kernels read key blocks of this size from pages of this size.
 
-    Key blocks are whole pages, or pages of at most ``PAGE_SIZE`` keys are whole key blocks. In the
-    second case only our own kernel runs: a tile's block table lists pages.
+    Key blocks are whole pages, or pages of at most ``PAGE_SIZE`` keys are whole key blocks.
 
     Args:
         page_size: Keys of a page.
@@ -33,11 +30,7 @@ class SplitsBlocks(FlashAttentionBackend):
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         """The page sizes into which vLLM may split blocks; arguments are vLLM's."""
         given = () if kv_cache_spec is None else (kv_cache_spec,)
-        sizes = super().get_supported_kernel_block_sizes(*given)
-        config = compat.current_config()
-        if config is not None and named_block_size(config) is not None:
-            return split_page_sizes(sizes)  # the user's choice, even if tiles cannot read it
-        return split_page_sizes(sizes, expected_block_k(config))
+        return split_page_sizes(super().get_supported_kernel_block_sizes(*given))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...] | None:
@@ -46,6 +39,5 @@ class SplitsBlocks(FlashAttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """The page size if the user gives none: that of the largest pages that tiles can read."""
-        largest = min(PAGE_SIZE, max(cls.get_supported_kernel_block_sizes()))
-        return int(super().get_preferred_block_size(max(default_block_size, largest)))
+        """The page size if the user gives none."""
+        return int(super().get_preferred_block_size(max(default_block_size, PAGE_SIZE)))

@@ -70,14 +70,17 @@ class TilePrefill:
     def attend(self, step: StepInputs, chosen: PackedTiles, output: torch.Tensor) -> None:
         """See ``SparsePrefill``."""
         descales = _descales(step)
+        caches = [
+            one_head_view(cache, step.tile_page_size)
+            for cache in (step.key_cache, step.value_cache)
+        ]
 
         def dense(query: torch.Tensor, output: torch.Tensor, tables: TileTables) -> torch.Tensor:
             # Sinks are left to `attend_tiles`: FlashAttention takes one for each head of a launch,
             # and all tiles are sequences of one head.
             _, lse = self._flash_attention(
                 query,
-                one_head_view(step.key_cache),
-                one_head_view(step.value_cache),
+                *caches,
                 out=output,
                 cu_seqlens_q=tables.query_start_loc,
                 max_seqlen_q=MAX_TILE_ROWS,
@@ -125,19 +128,17 @@ class TritonPrefill:
 
 
 def make_prefills(
-    layer: Layer, flash_attention_version: int | None, page_size: int, block_k: int
+    layer: Layer, flash_attention_version: int | None
 ) -> dict[KernelChoice, SparsePrefill]:
     """A layer's sparse prefill with each kernel that there is beside a version of FlashAttention.
 
-    Tiles need version 3, as they were measured with no other, and key blocks of whole pages.
+    Tiles need version 3, as they were measured with no other.
 
     Args:
         layer: The layer.
         flash_attention_version: The version; None if there is no FlashAttention.
-        page_size: Keys of a page.
-        block_k: Keys of a key block.
     """
     prefills: dict[KernelChoice, SparsePrefill] = {"triton": TritonPrefill(layer)}
-    if flash_attention_version == 3 and block_k % page_size == 0:
+    if flash_attention_version == 3:
         prefills["tiles"] = TilePrefill(layer)
     return prefills
