@@ -2,7 +2,7 @@
 
     python -m benchmarks.prefill_gpu --output results.csv
 
-``--block-q 64 --block-k 64 --page-size 128``, for example, takes smaller blocks on pages of 128.
+``--block-k 64``, for example, takes smaller key blocks, on pages of 128 as a server has them.
 
 Three ways on the same numbers: FlashAttention dense, version 3 of it over tiles, and our Triton
 kernel (at density 1 it is the dense Triton kernel). The sparse times are everything the backend
@@ -11,8 +11,7 @@ tables, attention, and unpacking (theta is off, as in nearly all tuned heads; wh
 self-similarity adds is timed apart). Selection runs for real; the blocks then computed are drawn at
 random to hit the density exactly, or, with ``selected`` in the shape, are those it chose from
 structured keys. Density is the share of the causal block products; blocks of another size than 128
-have another causal area, a little smaller where they are smaller. Tiles need pages that divide the
-key blocks; with larger pages, only our own kernel runs.
+have another causal area, a little smaller where they are smaller.
 """
 
 import functools
@@ -39,6 +38,7 @@ from vllm_afbs.backends.cuda.dispatch import (
     Measurements,
     variant_name,
 )
+from vllm_afbs.backends.cuda.pages import PAGE_SIZE
 from vllm_afbs.backends.cuda.sparse import (
     Layer,
     SparsePrefill,
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--block-q", type=int, default=BLOCK, help="rows of a query block")
     parser.add_argument("--block-k", type=int, default=BLOCK, help="keys of a key block")
-    parser.add_argument("--page-size", type=int, help="keys of a page; default: --block-k")
+    parser.add_argument("--page-size", type=int, default=PAGE_SIZE, help="keys of a page")
     parser.add_argument("--flash-attention-version", type=int, default=3, help="default: 3")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--sinks", action="store_true", help="give every head a sink")
@@ -331,7 +331,7 @@ def main() -> None:
         version = args.flash_attention_version
         shape = LayerCase(
             length, args.num_heads, args.num_kv_heads, args.head_dim,
-            args.block_q, args.block_k, args.page_size or args.block_k,
+            args.block_q, args.block_k, args.page_size,
             is_fp8, args.sinks,
         )  # fmt: skip
         case = Case(shape, structured=False, version=version)
