@@ -119,18 +119,21 @@ def _mark(axes: Axes, name: str, spent: dict[str, str], worth: dict[str, str], n
 
 
 def level_arms(figure: Figure, rows: Rows) -> None:
-    """Draws each arm's hypervolume by its runs of the model."""
+    """Draws each arm's gain over the analytic divisions, for the first row's longest length."""
     axes = figure.add_subplot()
-    found: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    first = rows[0]["shape"]
     for row in rows:
         name, _, what = row["what"].partition(": ")
-        found[name][what] = row
-    for number, (name, figures) in enumerate(found.items()):
-        _mark(axes, name, figures["model runs"], figures["hypervolume"], number)
-    axes.set(xlabel="runs of the model", ylabel="hypervolume of (predicted time, KL)")
-    axes.set_title(rows[0]["shape"])
+        same_length = row["shape"].rpartition("-L")[2] == first.rpartition("-L")[2]
+        if same_length and what == "hypervolume over analytic":
+            low, middle, high = (float(row[p]) for p in ("p20", "p50", "p80"))
+            spread = [[middle - low], [high - middle]]
+            axes.errorbar(middle, name, xerr=spread, marker="o", capsize=3, color="tab:blue")
+    axes.axvline(0.0, color="0.6", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel="hypervolume of (predicted time, KL) more than analytic divisions")
+    axes.set_title(first)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 _AT = re.compile(r"(?P<method>.+) at [\d.]+$")
