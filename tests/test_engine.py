@@ -217,7 +217,7 @@ def test_levels_are_validated_with_adapters(
 ) -> None:  # fmt: skip
     asked = []
 
-    def opened(options: Any, serve: Sequence[str], block_k: int, with_adapters: bool) -> Any:
+    def opened(options: Any, serve: Sequence[str], block_k: int | None, with_adapters: bool) -> Any:
         asked.append((block_k, with_adapters))
         return nullcontext((engine, engine))
 
@@ -300,7 +300,8 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
         started.append(log_file)
         return EngineProcess(log_file)
 
-    monkeypatch.setattr(client, "EngineProcess", start_process)
+    for starts in (opening, client):
+        monkeypatch.setattr(starts, "EngineProcess", start_process)
     assert tune.main([str(checkpoint), "--output", str(output), *SMALL]) == 0
     assert len(started) == 1, "small enough to stay loaded while layers are tuned"
     tuned = load_profile(output)

@@ -87,14 +87,19 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
     # Torch takes seconds to import, and so does vLLM, in its own process.
     threading.Thread(target=importlib.import_module, args=["vllm_afbs.tuning.run"]).start()
     from vllm_afbs.engine.opening import opened, say_engine
-    from vllm_afbs.errors import InputError
-    from vllm_afbs.files import write_atomically
-    from vllm_afbs.tuning.console import ProgressBar
-    from vllm_afbs.tuning.journal import FILE_NAME, read_entries
-    from vllm_afbs.tuning.report import write_report
-    from vllm_afbs.tuning.texts import read_texts
 
     with opened(options, serve, options.block_k, with_adapters=True) as (model, engine):
+        from vllm_afbs.cost_models import cost_model
+        from vllm_afbs.errors import InputError
+        from vllm_afbs.files import write_atomically
+        from vllm_afbs.tuning.console import ProgressBar
+        from vllm_afbs.tuning.device import default_block_k
+        from vllm_afbs.tuning.journal import FILE_NAME, read_entries
+        from vllm_afbs.tuning.report import write_report
+        from vllm_afbs.tuning.run import tune
+        from vllm_afbs.tuning.texts import read_texts
+
+        options.block_k = options.block_k or default_block_k()
         if engine.adapters and options.search == "one-tolerance":
             raise InputError(
                 "--lora-modules: --search analytic or ax expected with adapters, which levels are "
@@ -107,9 +112,6 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
         settings = _settings(options, model)
         layers = _layers(options.layers, model.fingerprint.num_layers, model.tunable_layers)
         goal = _goal(options)
-        from vllm_afbs.cost_models import cost_model
-        from vllm_afbs.tuning.run import tune
-
         say_engine(engine)
         with _layer_pool(options) as pool, ProgressBar() as progress:
             profile = tune(
