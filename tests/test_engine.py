@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,8 +217,10 @@ def test_levels_are_validated_with_adapters(
 ) -> None:  # fmt: skip
     asked = []
 
-    def opened(options: Any, serve: Sequence[str], block_k: int | None, with_adapters: bool) -> Any:
-        asked.append((block_k, with_adapters))
+    def opened(
+        options: Any, serve: Sequence[str], block_k: Callable[[], int], with_adapters: bool
+    ) -> Any:
+        asked.append((block_k(), with_adapters))
         return nullcontext((engine, engine))
 
     monkeypatch.setattr(opening, "opened", opened)

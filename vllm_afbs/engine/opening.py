@@ -5,7 +5,7 @@ Little is imported here before vLLM's process runs, because that takes longest t
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def opened(
     options: argparse.Namespace,
     serve: Sequence[str],
-    block_k: int | None,
+    block_k: Callable[[], int],
     with_adapters: bool = False,
 ) -> "Iterator[tuple[Model, Engine]]":
     """Opens the model of a command line.
@@ -28,7 +28,8 @@ def opened(
     Args:
         options: The command's, of ``commands.arguments.parse_with_engine``.
         serve: The arguments for vLLM.
-        block_k: Keys of the key blocks that it will serve; None for this machine's default.
+        block_k: Says how many keys the key blocks have that it will serve, when vLLM has begun to
+            start.
         with_adapters: Whether its LoRA adapters are used.
 
     Raises:
@@ -39,9 +40,8 @@ def opened(
         process = EngineProcess(new_log())
         try:
             from vllm_afbs.engine.client import VllmEngine
-            from vllm_afbs.tuning.device import default_block_k
 
-            vllm = VllmEngine(serve, block_k or default_block_k(), with_adapters, process)
+            vllm = VllmEngine(serve, block_k(), with_adapters, process)
         except BaseException:
             process.end()
             raise
