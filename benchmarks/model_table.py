@@ -3,8 +3,7 @@
     python -m benchmarks.model_table
 
 For each configuration in docs/models/ it plans the layers as ``vllm_afbs.check`` does, with a
-profile in which every head of every full-attention layer is sparse, with the tuner's blocks. It
-needs no weights.
+profile in which every head of every full-attention layer is sparse. It needs no weights.
 """
 
 import argparse
@@ -23,7 +22,6 @@ from benchmarks.profiles import uniform_profile
 from vllm_afbs import compat
 from vllm_afbs.check.layers import parse_serve_arguments, plan_server, server_config
 from vllm_afbs.check.refusals import RefusedError
-from vllm_afbs.commands.tuning_options import DEFAULT_BLOCK_K, DEFAULT_BLOCK_Q
 from vllm_afbs.files import write_atomically
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.layers import full_layers, layer_kinds, tunable_layers
@@ -167,8 +165,7 @@ def _all_sparse(text: Any) -> Profile:
     """A profile in which every head of every full-attention layer is sparse."""
     longest = min(text.max_position_embeddings, LONGEST_CONTEXT)
     fingerprint = ModelFingerprint.from_config(text)
-    blocks = {"block_q": DEFAULT_BLOCK_Q, "block_k": DEFAULT_BLOCK_K}
-    profile = uniform_profile(fingerprint, 0.9, 0.5, [1024, longest], **blocks)
+    profile = uniform_profile(fingerprint, tau=0.9, sparsity=0.5, lengths=[1024, longest])
     full = set(full_layers(text))
     layers = [
         layer if index in full else LayerProfile(levels=[])

@@ -27,7 +27,7 @@ from benchmarks.command import benchmark_parser, report_rows
 from benchmarks.serving_gpu import LLAMA_8B
 from vllm_afbs.captures import CALIBRATION, Capture, LayerTensors
 from vllm_afbs.commands.results import Row, make_row
-from vllm_afbs.commands.tuning_options import DEFAULT_BLOCK_K, DEFAULT_BLOCK_Q
+from vllm_afbs.commands.tuning_options import DEFAULT_BLOCK_Q
 from vllm_afbs.demo.assets import prepare
 from vllm_afbs.models.in_process.engine import TransformersEngine
 from vllm_afbs.models.in_process.recorder import ATTENTION, Recorder
@@ -35,7 +35,7 @@ from vllm_afbs.models.in_process.source import SourceModel, open_model
 from vllm_afbs.profile.fingerprint import ModelFingerprint
 from vllm_afbs.profile.schema import HeadProfile
 from vllm_afbs.tuning.capture import capture
-from vllm_afbs.tuning.device import compute_device
+from vllm_afbs.tuning.device import compute_device, default_block_k
 from vllm_afbs.tuning.journal import FILE_NAME, Journal
 from vllm_afbs.tuning.search.layer import LayerSearch
 from vllm_afbs.tuning.search.scorer import SearchSettings
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=NUM_LAYERS)
     parser.add_argument("--tolerance", type=float, default=0.05)
     args = parser.parse_args()
-    blocks = DEFAULT_BLOCK_Q, DEFAULT_BLOCK_K
+    blocks = DEFAULT_BLOCK_Q, default_block_k()
     settings = SearchSettings(sorted(args.lengths), args.tolerance, *blocks, seed=0)
     assets = prepare()
     model = stretched(open_model(str(assets.model_dir)), settings.longest)

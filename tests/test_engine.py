@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,8 +217,10 @@ def test_levels_are_validated_with_adapters(
 ) -> None:  # fmt: skip
     asked = []
 
-    def opened(options: Any, serve: Sequence[str], block_k: int, with_adapters: bool) -> Any:
-        asked.append((block_k, with_adapters))
+    def opened(
+        options: Any, serve: Sequence[str], block_k: Callable[[], int], with_adapters: bool
+    ) -> Any:
+        asked.append((block_k(), with_adapters))
         return nullcontext((engine, engine))
 
     monkeypatch.setattr(opening, "opened", opened)
@@ -300,7 +302,8 @@ def test_a_quantised_checkpoint_is_tuned_and_measured(
         started.append(log_file)
         return EngineProcess(log_file)
 
-    monkeypatch.setattr(client, "EngineProcess", start_process)
+    for starts in (opening, client):
+        monkeypatch.setattr(starts, "EngineProcess", start_process)
     assert tune.main([str(checkpoint), "--output", str(output), *SMALL]) == 0
     assert len(started) == 1, "small enough to stay loaded while layers are tuned"
     tuned = load_profile(output)

@@ -87,14 +87,17 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
     # Torch takes seconds to import, and so does vLLM, in its own process.
     threading.Thread(target=importlib.import_module, args=["vllm_afbs.tuning.run"]).start()
     from vllm_afbs.engine.opening import opened, say_engine
-    from vllm_afbs.errors import InputError
-    from vllm_afbs.files import write_atomically
-    from vllm_afbs.tuning.console import ProgressBar
-    from vllm_afbs.tuning.journal import FILE_NAME, read_entries
-    from vllm_afbs.tuning.report import write_report
-    from vllm_afbs.tuning.texts import read_texts
 
-    with opened(options, serve, options.block_k, with_adapters=True) as (model, engine):
+    with opened(options, serve, lambda: _block_k(options), with_adapters=True) as (model, engine):
+        from vllm_afbs.cost_models import cost_model
+        from vllm_afbs.errors import InputError
+        from vllm_afbs.files import write_atomically
+        from vllm_afbs.tuning.console import ProgressBar
+        from vllm_afbs.tuning.journal import FILE_NAME, read_entries
+        from vllm_afbs.tuning.report import write_report
+        from vllm_afbs.tuning.run import tune
+        from vllm_afbs.tuning.texts import read_texts
+
         if engine.adapters and options.search == "one-tolerance":
             raise InputError(
                 "--lora-modules: --search analytic or ax expected with adapters, which levels are "
@@ -107,18 +110,21 @@ def _profile(options: argparse.Namespace, serve: Sequence[str], work: Path) -> "
         settings = _settings(options, model)
         layers = _layers(options.layers, model.fingerprint.num_layers, model.tunable_layers)
         goal = _goal(options)
-        from vllm_afbs.cost_models import cost_model
-        from vllm_afbs.tuning.run import tune
-
         say_engine(engine)
         with _layer_pool(options) as pool, ProgressBar() as progress:
             profile = tune(
                 model, engine, texts, settings, layers, goal, options.search,
-                cost_model(options.block_q, options.block_k), work, progress, pool,
+                cost_model(settings.block_q, settings.block_k), work, progress, pool,
             )  # fmt: skip
     write_report(profile, read_entries(work / FILE_NAME), _report_file(options.output))
     write_atomically(options.output, profile.to_json())
     return profile
+
+
+def _block_k(options: argparse.Namespace) -> int:
+    from vllm_afbs.tuning.device import default_block_k
+
+    return options.block_k or default_block_k()
 
 
 def _goal(options: argparse.Namespace) -> "Goal | None":
@@ -174,7 +180,7 @@ def _settings(options: argparse.Namespace, model: "Model") -> "SearchSettings":
             f"--lengths: at least two different lengths up to {reach} expected, got {lengths}"
         )
     return SearchSettings(
-        lengths, options.tolerance, options.block_q, options.block_k, options.seed
+        lengths, options.tolerance, options.block_q, _block_k(options), options.seed
     )
 
 

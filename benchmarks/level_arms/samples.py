@@ -136,7 +136,7 @@ def sample(
     block_k = min(ARMS[name].shape[1] for name in names)
     serve = [plan.model, "--max-model-len", str(plan.lengths[-1])]
     figures: dict[str, Figures] = {}
-    with opened(given, serve, block_k) as (model, engine), torch.inference_mode():
+    with opened(given, serve, lambda: block_k) as (model, engine), torch.inference_mode():
         windows = _windows(plan, domain, seed, model.tokenizer())
         cut = {name: tokens for name, tokens in windows.items() if not name.startswith("unseen")}
         taken = capture(model, engine, cut, model.tunable_layers, folder, lambda _: None)

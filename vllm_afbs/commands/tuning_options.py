@@ -11,11 +11,8 @@ LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 CPU_LONGEST = 8192
 """Longest default length without a GPU: each doubling takes four times as long."""
 DEFAULT_TOLERANCE = 0.05
-DEFAULT_BLOCK_Q, DEFAULT_BLOCK_K = 128, 64
-"""At equal error, key blocks of 64 skip 1.7 to 1.9 points more of attention than blocks of 128, and
-a product takes as long wherever it was measured (docs/benchmarks.md: "Which blocks select", "Other
-heads, caches and cards", "Shapes of blocks"). A test holds the measurements to that. Query blocks
-of 64 skip more still, but lose more time than that at heads of 128."""
+DEFAULT_BLOCK_Q = 128
+"""Query blocks of 64 skip more, but lose more time than that at heads of 128."""
 
 
 def tuning_parser(program: str) -> argparse.ArgumentParser:
@@ -123,8 +120,7 @@ def tuning_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--block-k",
         type=positive,
-        default=DEFAULT_BLOCK_K,
-        help="keys of a key block; the pages of the KV cache follow it (default: %(default)s)",
+        help="keys of a key block (default: 64 on a CPU, 128 on a GPU)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the search (default: 0)")
     parser.add_argument(

@@ -2,9 +2,7 @@
 
 import hashlib
 import importlib
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +13,7 @@ import torch
 from vllm_afbs.captures import Capture, HeadCounts
 from vllm_afbs.engine.description import Description
 from vllm_afbs.engine.layers import RunsDenseError, Workers
-from vllm_afbs.engine.process import EngineProcess
+from vllm_afbs.engine.process import EngineProcess, new_log
 from vllm_afbs.engine.room import memory_share, stays_loaded
 from vllm_afbs.engine.sparse_model import EngineAdapter, EngineSparseModel
 from vllm_afbs.errors import InputError
@@ -34,16 +32,21 @@ class VllmEngine:
         arguments: What ``vllm serve`` would be given: the model, and any of its arguments.
         block_k: Keys of the key blocks that it will serve, which pages have to fit; None for none.
         with_adapters: Whether the LoRA adapters among the arguments are used.
+        process: VLLM's process, if it was started already; the engine ends it.
     """
 
     def __init__(
-        self, arguments: Sequence[str], block_k: int | None = None, with_adapters: bool = False
+        self,
+        arguments: Sequence[str],
+        block_k: int | None = None,
+        with_adapters: bool = False,
+        process: EngineProcess | None = None,
     ) -> None:
         self._arguments = list(arguments)
         self._block_k = block_k
         self._with_adapters = with_adapters
-        self._log_file = Path()
-        self._process: EngineProcess | None = None
+        self._process = process
+        self._log_file: Path | None = None if process is None else process.log_file
         self._described: Description | None = None
         self._workers: Workers | None = None
         self._served: tuple[str | None, bool] = (None, False)
@@ -57,9 +60,6 @@ class VllmEngine:
             InputError: vLLM refuses the model or an argument.
             OSError: The log cannot be written.
         """
-        descriptor, log_file = tempfile.mkstemp(prefix="vllm-afbs-engine-", suffix=".log")
-        os.close(descriptor)
-        self._log_file = Path(log_file)
         try:
             process = self._running()
             # That takes seconds, in which the process imports vLLM.
@@ -84,7 +84,7 @@ class VllmEngine:
     def _end(self, error: BaseException | None) -> None:
         """Ends vLLM's process, and removes its log unless the error's line names it."""
         self._stop()
-        if str(self._log_file) not in str(error):
+        if self._log_file is not None and str(self._log_file) not in str(error):
             self._log_file.unlink(missing_ok=True)
 
     @property
@@ -305,6 +305,7 @@ class VllmEngine:
 
     def _running(self) -> EngineProcess:
         if self._process is None:
+            self._log_file = self._log_file or new_log()
             self._process = EngineProcess(self._log_file)
             if self._described is not None:
                 self._describe(self._process)

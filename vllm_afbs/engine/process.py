@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,32 @@ from vllm_afbs.errors import InputError
 _END_SECONDS = 20.0
 
 
+def new_log() -> Path:
+    """Makes an empty log in the directory for temporary files.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    descriptor, log_file = tempfile.mkstemp(prefix="vllm-afbs-engine-", suffix=".log")
+    os.close(descriptor)
+    return Path(log_file)
+
+
 class EngineProcess:
-    """A running ``vllm_afbs.engine.host``.
+    """A running ``vllm_afbs.engine.host``, which begins to import vLLM at once.
 
     Args:
         log_file: Gets all that vLLM prints.
+
+    Attributes:
+        log_file: The same.
 
     Raises:
         OSError: The process cannot be started, or the log cannot be written.
     """
 
     def __init__(self, log_file: Path) -> None:
-        self._log_file = log_file
+        self.log_file = log_file
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "vllm_afbs.engine.host", str(theirs.fileno())]
         with log_file.open("ab") as log, theirs:
@@ -48,12 +63,12 @@ class EngineProcess:
         except ClosedError:
             raise InputError(
                 f"vLLM ended unexpectedly (status {self._process.wait(_END_SECONDS)}); its log is "
-                f"{self._log_file}"
+                f"{self.log_file}"
             ) from None
         if "refused" in answer:
             raise InputError(answer["refused"])
         if "failed" in answer:
-            raise InputError(f"vLLM: {answer['failed']}; its log is {self._log_file}")
+            raise InputError(f"vLLM: {answer['failed']}; its log is {self.log_file}")
         return answer["value"]
 
     def end(self) -> None:

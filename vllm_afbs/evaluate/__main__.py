@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace, serve: Sequence[str]) -> int:
     from vllm_afbs.profile.file import load_profile
 
     profile = load_profile(options.profile)
-    with opened(options, serve, profile.block_k) as (model, engine):
+    with opened(options, serve, lambda: profile.block_k) as (model, engine):
         return _evaluate(options, profile, model, engine)
 
 
