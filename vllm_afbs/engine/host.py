@@ -3,6 +3,7 @@
 Every request names a method of ``Host``. The answer holds its value, or why vLLM or we refuse.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -88,6 +89,7 @@ class Host:
         """
         from vllm import LLM
 
+        gc.freeze()  # what was imported is never garbage, and collections would walk all of it
         config = self._config
         model, cache = config.model_config, config.cache_config
         if config.device_config.device_type == "cpu" and cache.kv_cache_memory_bytes is None:
