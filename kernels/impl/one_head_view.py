@@ -33,8 +33,19 @@ def view_steps(cache: torch.Tensor, part_size: int) -> ViewSteps:
     Raises:
         ValueError: As there.
     """
-    unit, stride_part = _unit(cache, part_size), part_size * cache.stride(1)
-    return ViewSteps(cache.stride(0) // unit, _head_stride(cache) // unit, stride_part // unit)
+    page_size, stride_page = cache.shape[1], cache.stride(0)
+    # PyTorch allows any stride for a dimension of one; tensor copies do not.
+    stride_head = cache.stride(2) if cache.shape[2] > 1 else stride_page
+    stride_part = part_size * cache.stride(1)
+    if page_size % part_size:
+        raise ValueError(f"part_size must divide page_size {page_size}, got {part_size}")
+    unit = math.gcd(stride_head, stride_part) if part_size < page_size else stride_head
+    if stride_page % unit:
+        raise ValueError(
+            "the cache's page stride must be a multiple of its head stride (and that of a part of "
+            f"a page), got {cache.stride()}"
+        )
+    return ViewSteps(stride_page // unit, stride_head // unit, stride_part // unit)
 
 
 def one_head_view(cache: torch.Tensor, part_size: int) -> torch.Tensor:
@@ -54,32 +65,11 @@ def one_head_view(cache: torch.Tensor, part_size: int) -> torch.Tensor:
         ValueError: Pages, heads and parts are no multiples of one stride.
     """
     num_pages, page_size, num_kv_heads, head_dim = cache.shape
-    _, stride_token, _, stride_column = cache.stride()
+    stride_page, stride_token, _, stride_column = cache.stride()
     steps = view_steps(cache, part_size)
     last = ViewSteps(num_pages - 1, num_kv_heads - 1, page_size // part_size - 1)
     last_page = sum(step * index for step, index in zip(steps, last, strict=True))
     return cache.as_strided(
         (last_page + 1, part_size, 1, head_dim),
-        (_unit(cache, part_size), stride_token, stride_token, stride_column),
+        (stride_page // steps.page, stride_token, stride_token, stride_column),
     )
-
-
-def _unit(cache: torch.Tensor, part_size: int) -> int:
-    """Stride of the view's pages."""
-    page_size, stride_head = cache.shape[1], _head_stride(cache)
-    if page_size % part_size:
-        raise ValueError(f"part_size must divide page_size {page_size}, got {part_size}")
-    unit = stride_head
-    if part_size < page_size:
-        unit = math.gcd(stride_head, part_size * cache.stride(1))
-    if cache.stride(0) % unit:
-        raise ValueError(
-            "the cache's page stride must be a multiple of its head stride (and that of a part of "
-            f"a page), got {cache.stride()}"
-        )
-    return unit
-
-
-def _head_stride(cache: torch.Tensor) -> int:
-    # PyTorch allows any stride for a dimension of one; tensor copies do not.
-    return cache.stride(2) if cache.shape[2] > 1 else cache.stride(0)

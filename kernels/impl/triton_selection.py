@@ -68,6 +68,7 @@ def _select(
     _, page_size, num_kv_heads, _ = step.key_cache.shape
     # Lists need no parts of pages, so pages of any size will do.
     part_size = page_size if query_start_loc is None else step.tile_page_size
+    steps = view_steps(step.key_cache, part_size)
     for index, (request, span) in enumerate(zip(blocks.requests, blocks.slices, strict=True)):
         num_q_blocks, num_k_blocks = span.stop - span.start, request.geometry.num_k_blocks
         pages = step.block_table[request.table_row]
@@ -85,7 +86,7 @@ def _select(
             blocks.num_blocks, blocks.num_rows, span.start, num_q_blocks, num_k_blocks,
             scored.num_blocks, scored.slices[index].start, mean.shape[1], request.geometry.kv_len,
             mean.stride(1), entries.stride(0), num_heads, request.geometry.local_keys,
-            *view_steps(step.key_cache, part_size),
+            *steps,
             GROUP=num_heads // num_kv_heads,
             SCORED_ROWS=scored.block_q,
             BLOCK_K=request.geometry.block_k,

@@ -105,7 +105,7 @@ def compare_weights(vllm_config: "VllmConfig", profile: Profile) -> Weights:
 
 
 def notices(vllm_config: "VllmConfig", profile: Profile, weights: Weights) -> list[str]:
-    """Warnings, one line each, about what the profile was not tuned with or is slower with.
+    """Warnings, one line each, about what the profile was not tuned with.
 
     Args:
         vllm_config: The server's configuration.

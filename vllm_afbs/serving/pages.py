@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 PAGE_SIZES = (128, 64, 32, 16)
-"""Keys of the pages that sparse prefill reads, largest first; key blocks consist of whole pages."""
+"""Keys of the pages that sparse prefill reads, largest first.
+
+On CPUs, key blocks consist of whole pages; on GPUs, pages may also consist of whole key blocks.
+"""
 
 
 def split_page_sizes(stock: Sequence[Any], block_k: int | None = None) -> list[Any]:
